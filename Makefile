@@ -1,0 +1,34 @@
+# make demo   the main job, narrated      make test   everything CI runs      make check   lint, types, layering only
+# make bench  the figures of docs/performance.md
+VENV    ?= .venv
+PYTHON  ?= python3
+STORAGE ?= embedded
+BIN     := $(VENV)/bin
+
+.PHONY: setup demo test check bench clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py --storage $(STORAGE)
+
+test: setup
+	$(BIN)/python -m tests.check
+
+check: setup
+	$(BIN)/python -m tests.check --static
+
+bench: setup
+	$(BIN)/python bench/store_write.py
+	$(BIN)/python bench/replication_lag.py
+	$(BIN)/python bench/failover.py
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist

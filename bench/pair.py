@@ -1,0 +1,86 @@
+"""Two clusters on two real Consul servers, one replicating to the other, for the benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.support.cluster import Cluster, Node, consul_storage
+from tests.support.consul_server import ConsulServer
+
+ACTIVATION_TIMEOUT_S = 60.0
+
+
+def performance(node: Node) -> dict[str, Any]:
+    """The performance half of sys/replication/status, empty while the node cannot tell."""
+    reply = node.call("GET", "sys/replication/status")
+    return reply.data["performance"] if reply.status == 200 else {}
+
+
+def checked(reply: Any) -> Any:
+    """``reply`` if it is a success. Raises RuntimeError."""
+    if reply.status not in (200, 204):
+        raise RuntimeError(f"status {reply.status}: {reply.errors}")
+    return reply
+
+
+@contextlib.contextmanager
+def consul_cluster(home: Path, name: str, nodes: int) -> Iterator[Cluster]:
+    """One bootstrapped cluster on a Consul server of its own."""
+    server = ConsulServer()
+    server.start()
+    storage = consul_storage(server.address, server.token, "outrider/")
+    cluster = Cluster([Node(f"{name}-{n}", home / name, storage, cluster_name=name) for n in range(1, nodes + 1)])
+    try:
+        cluster.bootstrap()
+        yield cluster
+    finally:
+        cluster.kill()
+        server.stop()
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """A temporary folder."""
+    home = Path(tempfile.mkdtemp(prefix="outrider-bench-"))
+    try:
+        yield home
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replicating_pair() -> Iterator[tuple[Cluster, Cluster, str]]:
+    """Primary, secondary (one node each, streaming), and a token of the secondary that may use ``bench/``."""
+    with (
+        workspace() as home,
+        consul_cluster(home, "primary", 1) as primary,
+        consul_cluster(home, "secondary", 1) as other,
+    ):
+        checked(primary.call("POST", "sys/mounts/bench", {"type": "kv", "options": {"version": "1"}}))
+        checked(primary.call("POST", "sys/auth/userpass", {"type": "userpass"}))
+        policy = 'path "bench/*" { capabilities = ["create", "read", "update", "delete", "list"] }'
+        checked(primary.call("PUT", "sys/policies/acl/bench", {"policy": policy}))
+        checked(primary.call("POST", "auth/userpass/users/bench", {"password": "bench", "policies": "bench"}))
+        checked(primary.call("POST", "sys/replication/performance/primary/enable", {}))
+        issued = checked(
+            primary.call("POST", "sys/replication/performance/primary/secondary-token", {"id": "secondary"})
+        )
+        token = issued.body["wrap_info"]["token"]
+        checked(other.call("POST", "sys/replication/performance/secondary/enable", {"token": token}))
+        other.keys = primary.keys
+        deadline = time.monotonic() + ACTIVATION_TIMEOUT_S
+        while performance(other.wait_active()).get("state") != "stream-wals":
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the secondary does not stream: {performance(other.wait_active())}")
+            time.sleep(0.05)
+        login = checked(other.wait_active().call("POST", "auth/userpass/login/bench", {"password": "bench"}))
+        yield primary, other, login.body["auth"]["client_token"]

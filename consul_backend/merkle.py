@@ -1,0 +1,290 @@
+"""The merkle index: a digest of every entry, summed up per bucket, page, partition and class. Pure.
+
+Geometry, the same in every cluster and independent of how the index is stored: a (class, partition) has 256 pages of
+256 subpages, 65,536 *buckets* together; an entry's bucket is the first two bytes of BLAKE2b-20 of its path.
+
+Digests are BLAKE2b-20, each level with its own ``person`` so that no level's input passes for another's:
+
+* entry: 4-byte length of the key's UTF-8, key, value;
+* subpage: its packed entries, sorted by path: per entry 2-byte path length, path, entry digest;
+* page: (subpage number, subpage digest) of its non-empty subpages, in order;
+* partition: (page number, page digest) of its non-empty pages, in order;
+* set of partitions: (2-byte name length, name, partition digest), in order. An empty set has a root too.
+
+A subpage *is* its packed bytes: no Python object exists per key, which keeps a million keys below 150 bytes each.
+Digests of subpages, pages and partitions are computed when asked for and kept until something below them changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+
+from consul_backend.errors import Corrupt
+
+DIGEST_BYTES = 20
+PAGES = 256
+SUBPAGES = 256
+BUCKETS = PAGES * SUBPAGES
+PATH_BYTES_MAX = 0xFFFF
+
+_COPY_BYTES_MAX = 2048
+_FRAME_BYTES = 2 + DIGEST_BYTES
+
+
+def entry_digest(key: str, value: bytes) -> bytes:
+    """What the index keeps of one entry: covers the whole logical key and the whole stored value."""
+    name = key.encode()
+    framed = len(name).to_bytes(4, "big") + name
+    if len(value) < _COPY_BYTES_MAX:
+        return blake2b(framed + value, digest_size=DIGEST_BYTES, person=b"entry").digest()
+    digest = blake2b(framed, digest_size=DIGEST_BYTES, person=b"entry")
+    digest.update(value)
+    return digest.digest()
+
+
+def bucket_of(path: str) -> int:
+    """The bucket of a path: page number times 256 plus subpage number."""
+    head = blake2b(path.encode(), digest_size=DIGEST_BYTES).digest()
+    return head[0] << 8 | head[1]
+
+
+def pack_entries(entries: Iterable[tuple[str, bytes]]) -> bytes:
+    """The bytes of a subpage that holds ``entries`` (path, digest), in any order."""
+    ordered = sorted((path.encode(), digest) for path, digest in entries)
+    return b"".join([len(path).to_bytes(2, "big") + path + digest for path, digest in ordered])
+
+
+def unpack_entries(blob: bytes) -> Iterator[tuple[str, bytes]]:
+    """The (path, digest) pairs of a subpage. Raises Corrupt when the bytes are no subpage."""
+    position, end, before = 0, len(blob), b""
+    while position < end:
+        cut = position + 2 + int.from_bytes(blob[position : position + 2], "big")
+        path = blob[position + 2 : cut]
+        position = cut + DIGEST_BYTES
+        if position > end or path <= before:
+            raise Corrupt("a subpage of the merkle index is malformed")
+        before = path
+        yield path.decode(), blob[cut:position]
+
+
+class _Page:
+    """Subpages by number, and the digests that are known."""
+
+    __slots__ = ("blobs", "digest", "digests")
+
+    def __init__(self) -> None:
+        self.blobs: dict[int, bytes] = {}
+        self.digests: dict[int, bytes] = {}
+        self.digest: bytes | None = None
+
+    def subpage_digests(self) -> dict[int, bytes]:
+        digests = self.digests
+        if len(digests) != len(self.blobs):
+            for number, blob in self.blobs.items():
+                if number not in digests:
+                    digests[number] = blake2b(blob, digest_size=DIGEST_BYTES, person=b"subpage").digest()
+        return digests
+
+    def root(self) -> bytes:
+        if self.digest is None:
+            self.digest = _hash_numbered(self.subpage_digests(), b"page")
+        return self.digest
+
+
+class _Partition:
+    """Pages by number, how many entries they hold, and the root if known."""
+
+    __slots__ = ("count", "digest", "pages")
+
+    def __init__(self) -> None:
+        self.pages: dict[int, _Page] = {}
+        self.count = 0
+        self.digest: bytes | None = None
+
+    def page_digests(self) -> dict[int, bytes]:
+        return {number: page.root() for number, page in self.pages.items()}
+
+    def root(self) -> bytes:
+        if self.digest is None:
+            self.digest = _hash_numbered(self.page_digests(), b"partition")
+        return self.digest
+
+    def set_blob(self, bucket: int, blob: bytes) -> None:
+        number, subpage = bucket >> 8, bucket & 0xFF
+        page = self.pages.get(number)
+        if page is None:
+            if not blob:
+                return
+            page = self.pages[number] = _Page()
+        page.digests.pop(subpage, None)
+        page.digest = self.digest = None
+        if blob:
+            page.blobs[subpage] = blob
+            return
+        page.blobs.pop(subpage, None)
+        if not page.blobs:
+            del self.pages[number]
+
+
+class Forest:
+    """The index of one store. Classes are ``r``, ``l`` and ``c``; the caller leaves ``c`` out of public roots."""
+
+    def __init__(self) -> None:
+        self._partitions: dict[str, dict[str, _Partition]] = {}
+
+    def apply(self, changes: Iterable[tuple[str, bytes | None]]) -> None:
+        """Set the digest of each key, or remove the key where the digest is None. Keys must be well-formed."""
+        for key, digest in changes:
+            cls, partition, path = key.split("/", 2)
+            self.change(cls, partition, path, digest)
+
+    def change(self, cls: str, partition: str, path: str, digest: bytes | None) -> int:
+        """Set or remove (None) one entry; returns its bucket. Raises ValueError for a path over 65,535 bytes."""
+        name = path.encode()
+        if len(name) > PATH_BYTES_MAX:
+            raise ValueError(f"a path of {len(name)} bytes, the index takes {PATH_BYTES_MAX}")
+        head = blake2b(name, digest_size=DIGEST_BYTES).digest()
+        bucket = head[0] << 8 | head[1]
+        tree = self._partitions.setdefault(cls, {}).get(partition)
+        if tree is None:
+            if digest is None:
+                return bucket
+            tree = self._partitions[cls][partition] = _Partition()
+        page = tree.pages.get(head[0])
+        blob = page.blobs.get(head[1], b"") if page is not None else b""
+        start, stop = _locate(blob, name)
+        entry = b"" if digest is None else len(name).to_bytes(2, "big") + name + digest
+        if start == stop:
+            if digest is None:
+                return bucket
+            tree.count += 1
+        elif digest is None:
+            tree.count -= 1
+        tree.set_blob(bucket, blob[:start] + entry + blob[stop:])
+        if not tree.pages:
+            del self._partitions[cls][partition]
+        return bucket
+
+    def digest_of(self, key: str) -> bytes | None:
+        """The entry digest of a key, or None: the key does not exist."""
+        cls, partition, path = key.split("/", 2)
+        tree = self._find(cls, partition)
+        if tree is None:
+            return None
+        name = path.encode()
+        head = blake2b(name, digest_size=DIGEST_BYTES).digest()
+        page = tree.pages.get(head[0])
+        blob = page.blobs.get(head[1]) if page is not None else None
+        if blob is None:
+            return None
+        start, stop = _locate(blob, name)
+        return blob[stop - DIGEST_BYTES : stop] if stop > start else None
+
+    def root(self, cls: str) -> bytes:
+        """The root over every partition of a class."""
+        return self.root_of((cls, partition) for partition in self._partitions.get(cls, ()))
+
+    def root_of(self, pairs: Iterable[tuple[str, str]]) -> bytes:
+        """The root over the given (class, partition) pairs; those that hold nothing do not count."""
+        total = blake2b(digest_size=DIGEST_BYTES, person=b"set")
+        for cls, partition in sorted(set(pairs)):
+            tree = self._find(cls, partition)
+            if tree is not None:
+                name = f"{cls}/{partition}".encode()
+                total.update(len(name).to_bytes(2, "big") + name + tree.root())
+        return total.digest()
+
+    def partitions(self, cls: str) -> dict[str, bytes]:
+        """The roots of the class's partitions that hold anything."""
+        return {partition: tree.root() for partition, tree in self._partitions.get(cls, {}).items()}
+
+    def page_digests(self, cls: str, partition: str) -> dict[int, bytes]:
+        """The digests of a partition's non-empty pages."""
+        tree = self._find(cls, partition)
+        return tree.page_digests() if tree is not None else {}
+
+    def subpage_digests(self, cls: str, partition: str, page: int) -> dict[int, bytes]:
+        """The digests of a page's non-empty subpages."""
+        tree = self._find(cls, partition)
+        found = tree.pages.get(page) if tree is not None else None
+        return dict(found.subpage_digests()) if found is not None else {}
+
+    def entries(self, cls: str, partition: str, page: int, subpage: int) -> list[tuple[str, bytes]]:
+        """The (path, entry digest) pairs of a subpage, sorted by the path's UTF-8."""
+        tree = self._find(cls, partition)
+        found = tree.pages.get(page) if tree is not None else None
+        return list(unpack_entries(found.blobs.get(subpage, b""))) if found is not None else []
+
+    def count(self, cls: str, partition: str) -> int:
+        """How many entries a partition holds."""
+        tree = self._find(cls, partition)
+        return tree.count if tree is not None else 0
+
+    def keys(self, cls: str, partition: str) -> Iterator[tuple[str, bytes]]:
+        """Every (path, entry digest) of a partition, by bucket. Do not change the partition meanwhile."""
+        for _, blob in self.blobs(cls, partition, 0, BUCKETS):
+            yield from unpack_entries(blob)
+
+    def names(self, cls: str) -> list[str]:
+        """The partitions of a class that hold anything, without computing a digest."""
+        return list(self._partitions.get(cls, ()))
+
+    def blobs(self, cls: str, partition: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        """The non-empty subpages of the buckets ``start`` to ``stop`` (exclusive), in order: (bucket, packed bytes)."""
+        tree = self._find(cls, partition)
+        if tree is None:
+            return
+        for number in range(start >> 8, (stop + 0xFF) >> 8):
+            page = tree.pages.get(number)
+            if page is None:
+                continue
+            base = number << 8
+            for subpage in sorted(page.blobs):
+                if start <= base + subpage < stop:
+                    yield base + subpage, page.blobs[subpage]
+
+    def load_blob(self, cls: str, partition: str, bucket: int, blob: bytes) -> None:
+        """Put a stored subpage in place of what the bucket holds. Raises Corrupt for malformed bytes."""
+        trees = self._partitions.setdefault(cls, {})
+        tree = trees.get(partition)
+        if tree is None:
+            tree = trees[partition] = _Partition()
+        page = tree.pages.get(bucket >> 8)
+        old = page.blobs.get(bucket & 0xFF, b"") if page is not None else b""
+        tree.count += count_entries(blob) - count_entries(old)
+        tree.set_blob(bucket, blob)
+        if not tree.pages:
+            del trees[partition]
+
+    def _find(self, cls: str, partition: str) -> _Partition | None:
+        trees = self._partitions.get(cls)
+        return trees.get(partition) if trees is not None else None
+
+
+def count_entries(blob: bytes) -> int:
+    """How many entries a subpage's bytes hold. Raises Corrupt for malformed bytes."""
+    position, end, count = 0, len(blob), 0
+    while position + 1 < end:
+        position += _FRAME_BYTES + (blob[position] << 8 | blob[position + 1])
+        count += 1
+    if position != end:
+        raise Corrupt("a subpage of the merkle index is malformed")
+    return count
+
+
+def _locate(blob: bytes, name: bytes) -> tuple[int, int]:
+    """Where the entry of ``name`` starts and stops in a subpage; equal numbers are the place where it would go."""
+    position, end = 0, len(blob)
+    while position < end:
+        cut = position + 2 + (blob[position] << 8 | blob[position + 1])
+        path = blob[position + 2 : cut]
+        if path >= name:
+            return (position, cut + DIGEST_BYTES) if path == name else (position, position)
+        position = cut + DIGEST_BYTES
+    return end, end
+
+
+def _hash_numbered(digests: dict[int, bytes], person: bytes) -> bytes:
+    parts = [bytes((number,)) + digests[number] for number in sorted(digests)]
+    return blake2b(b"".join(parts), digest_size=DIGEST_BYTES, person=person).digest()

@@ -1,0 +1,336 @@
+"""The physical store in real Consul.
+
+Two rules decide everything here. *A write is sent once*: what is known to have been refused has its own error, anything
+else is OutcomeUnknown, and only the caller can resolve that. *Nothing is not nothing*: Consul answers a token without
+rights with less, so absence is believed only when ``check-not-exists`` says it, which hidden keys refuse.
+
+Values go by ``/v1/txn`` alone. ``/v1/kv`` cleans paths and redirects to another key; with names in our alphabet its two
+read-only uses here (names below a prefix, waiting for one key) are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import msgspec
+import tenacity
+
+from consul_backend.config import ConsulConfig
+from consul_backend.errors import (
+    BackendError,
+    Conflict,
+    OutcomeUnknown,
+    PermissionDenied,
+    SentinelMissing,
+    TooLarge,
+    Unavailable,
+)
+from consul_backend.limits import BODY_BYTES_MIN, Limits, require_fit, require_key, require_prefix
+from consul_backend.physical import SENTINEL_KEY, Item, TxnResult, writes_sentinel
+from consul_backend.sessions import Sessions
+from consul_backend.transport import ANSWER_BYTES_MAX, Answer, AnswerTooBig, Transport
+from consul_backend.txn import CheckNotExists, Get, Op
+from consul_backend.wire import (
+    Entry,
+    clean,
+    client_error,
+    decode_entries,
+    decode_names,
+    decode_results,
+    encode_txn,
+    refusal,
+)
+
+WRITE_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 5.0
+READ_DEADLINE_S = 15.0
+READ_ANSWER_BYTES_MAX = 2 * 2**20
+"""Of one read of many keys: what is decoded at once must not hold up the event loop."""
+PROBED_OPS_MAX = 128
+"""Consul 1.14 and newer take this many operations, older ones 64."""
+ABSENCE_ROUNDS_MAX = 10
+WATCH_MARGIN_S = 5.0
+
+T = TypeVar("T")
+
+
+class ConsulStore:
+    """See ``physical.py`` for the rules. ``request_timeout_s`` bounds a single write."""
+
+    def __init__(self, config: ConsulConfig, *, request_timeout_s: float = WRITE_TIMEOUT_S) -> None:
+        self._config = config
+        self._prefix = config.path
+        self._timeout_s = request_timeout_s
+        self._limits = Limits(prefix_bytes=len(config.path))
+        self._query = f"dc={config.datacenter}" if config.datacenter else ""
+        self._transport_now: Transport | None = None
+        self._sessions_now: Sessions | None = None
+        self._sentinel_seen = False
+
+    @property
+    def kind(self) -> str:
+        return "consul"
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    async def open(self) -> None:
+        if self._transport_now is not None:
+            return
+        self._transport_now = Transport(self._config)
+        self._sessions_now = Sessions(self._config, self._transport_now)
+        try:
+            self._limits = replace(
+                self._limits, ops_max=await self._probe_ops_max(), body_bytes_max=await self._probe_body_bytes_max()
+            )
+            await self.get(SENTINEL_KEY)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Idempotent."""
+        transport, self._transport_now = self._transport_now, None
+        sessions, self._sessions_now = self._sessions_now, None
+        if sessions is not None:
+            await sessions.close()
+        if transport is not None:
+            await transport.close()
+
+    # -- reading
+
+    async def get(self, key: str, *, consistent: bool = False) -> Item | None:
+        return (await self._read_keys([require_key(key)], consistent))[0]
+
+    async def get_many(self, keys: Sequence[str], *, consistent: bool = False) -> list[Item | None]:
+        for key in keys:
+            require_key(key)
+        items = list[Item | None]()
+        step = self._limits.ops_max
+        while len(items) < len(keys):
+            chunk = keys[len(items) : len(items) + step]
+            try:
+                items.extend(await self._read_keys(chunk, consistent))
+            except AnswerTooBig:
+                if len(chunk) == 1:
+                    raise
+                step = len(chunk) // 2
+        return items
+
+    async def list(self, prefix: str, *, consistent: bool = False) -> list[str]:
+        if prefix and not prefix.endswith("/"):
+            raise ValueError(f"a list prefix ends in a slash: {prefix!r}")
+        full = self._prefix + require_prefix(prefix)
+        query = self._with_query("keys&separator=/", consistent)
+
+        async def read() -> list[str]:
+            answer = await self._read("GET", f"/v1/kv/{full}", query)
+            if answer.status == 404:
+                return []
+            return [name[len(full) :] for name in _decoded(decode_names, answer)]
+
+        names = await _again(read)
+        # After the scan: a token that lost its rights in between cannot show the sentinel either.
+        if await self.get(SENTINEL_KEY, consistent=True) is None and self._sentinel_seen:
+            raise SentinelMissing("the sentinel is gone: an empty or short list proves nothing")
+        return sorted(name for name in names if name)
+
+    async def watch(self, key: str, index: int, wait_s: float) -> tuple[Item | None, int]:
+        query = f"index={index}&wait={math.ceil(wait_s * 1000)}ms" if index > 0 else ""
+        answer = await self._read(
+            "GET",
+            f"/v1/kv/{self._prefix}{require_key(key)}",
+            self._with_query(query, consistent=False),
+            timeout_s=wait_s * 17 / 16 + WATCH_MARGIN_S,  # Consul adds up to a sixteenth to the wait
+        )
+        entries: list[Entry] = [] if answer.status == 404 else _decoded(decode_entries, answer)
+        item = entries[0].item(self._prefix) if entries else None
+        return item, answer.index if answer.index >= index else 0
+
+    async def _read_keys(self, keys: Sequence[str], consistent: bool) -> list[Item | None]:
+        query = self._with_query("", consistent)
+        answer_bytes_max = READ_ANSWER_BYTES_MAX if len(keys) > 1 else ANSWER_BYTES_MAX
+        absent: set[str] = set()
+        for _ in range(ABSENCE_ROUNDS_MAX):
+            ops = [CheckNotExists(key) if key in absent else Get(key) for key in keys]
+            body = encode_txn(ops, self._prefix)
+            answer = await _again(
+                lambda body=body: self._read("PUT", "/v1/txn", query, body, answer_bytes_max=answer_bytes_max)
+            )
+            if answer.status == 200:
+                return self._items(keys, absent, ops, answer)
+            self._note_absence(keys, absent, answer)
+        raise Unavailable("keys appear and vanish faster than they can be read")
+
+    def _items(self, keys: Sequence[str], absent: set[str], ops: Sequence[Op], answer: Answer) -> list[Item | None]:
+        try:
+            _, entries = decode_results(ops, answer.body)
+        except msgspec.DecodeError as error:
+            raise Unavailable(f"Consul's answer makes no sense: {error}") from None
+        found = iter(entries)
+        items = [None if key in absent else next(found).item(self._prefix) for key in keys]
+        if any(item is not None and item.key != key for item, key in zip(items, keys, strict=True)):
+            raise Unavailable("Consul answered with other keys than were asked for")
+        self._sentinel_seen = self._sentinel_seen or (SENTINEL_KEY in keys and SENTINEL_KEY not in absent)
+        return items
+
+    def _note_absence(self, keys: Sequence[str], absent: set[str], answer: Answer) -> None:
+        refused = _decoded(refusal, answer)
+        if isinstance(refused, PermissionDenied):
+            raise refused
+        for failure in refused.failures:
+            if not failure.what.endswith("exist") and not failure.what.endswith("exists"):
+                raise Unavailable(f"Consul could not read a key: {failure.what}")
+            absent ^= {keys[failure.op_index]}  # a get found nothing, or what was absent has appeared
+
+    async def _read(
+        self,
+        method: str,
+        path: str,
+        query: str,
+        body: bytes | None = None,
+        *,
+        timeout_s: float = READ_TIMEOUT_S,
+        answer_bytes_max: int = ANSWER_BYTES_MAX,
+    ) -> Answer:
+        """One read: 200, 404 or 409. Raises Unavailable or PermissionDenied."""
+        try:
+            answer = await self._transport.request(
+                method, path, query=query, body=body, timeout_s=timeout_s, answer_bytes_max=answer_bytes_max
+            )
+        except OutcomeUnknown as error:
+            raise Unavailable(str(error)) from error
+        if answer.status not in {200, 404, 409}:
+            raise self._failure(answer)
+        return answer
+
+    # -- writing
+
+    async def txn(self, ops: Sequence[Op]) -> TxnResult:
+        require_fit(ops, self._limits)
+        body = encode_txn(ops, self._prefix)
+        answer = await self._transport.request(
+            "PUT", "/v1/txn", query=self._query, body=body, timeout_s=self._timeout_s
+        )
+        if answer.status != 200:
+            raise self._txn_failure(answer)
+        try:
+            index, entries = decode_results(ops, answer.body)
+        except msgspec.DecodeError as error:
+            raise OutcomeUnknown(f"Consul's answer to a transaction makes no sense: {error}") from None
+        if writes_sentinel(ops):
+            self._sentinel_seen = True
+        return TxnResult(index, tuple([entry.item(self._prefix) for entry in entries]))
+
+    def _txn_failure(self, answer: Answer) -> BackendError:
+        if answer.status == 409:
+            try:
+                return refusal(answer.body)
+            except msgspec.DecodeError:
+                return Conflict("Consul refused the transaction and does not say why")
+        if answer.status >= 500:
+            # Also a lost leadership "while committing the log" comes as 500, and may have been committed.
+            return OutcomeUnknown(f"Consul answered a transaction with {answer.status}: {_text(answer)}")
+        return self._failure(answer)
+
+    def _failure(self, answer: Answer) -> BackendError:
+        failure = client_error(answer.status, answer.body)
+        if failure is None:
+            failure = Unavailable(f"Consul answered {answer.status}: {_text(answer)}")
+        if isinstance(failure, PermissionDenied):
+            self._transport.token.suspect()
+        return failure
+
+    # -- sessions
+
+    async def create_session(self, name: str, *, beat_ttl_s: float, lock_delay_s: float) -> str:
+        return await self._sessions.create(name, beat_ttl_s=beat_ttl_s, lock_delay_s=lock_delay_s)
+
+    async def beat(self) -> None:
+        await self._sessions.beat()
+
+    async def renew_session(self, session: str) -> bool:
+        return await self._sessions.renew(session)
+
+    async def destroy_session(self, session: str) -> None:
+        await self._sessions.destroy(session)
+
+    async def stop_beat(self) -> None:
+        await self._sessions.stop()
+
+    # -- inside
+
+    async def _probe_ops_max(self) -> int:
+        answer = await _again(lambda: self._probe(encode_txn([CheckNotExists("probe")] * PROBED_OPS_MAX, self._prefix)))
+        return Limits.ops_max if answer is None else PROBED_OPS_MAX
+
+    async def _probe_body_bytes_max(self) -> int:
+        """What the server takes, our default at most; a body is padded with spaces, which JSON ignores."""
+        body = encode_txn([CheckNotExists("probe")], self._prefix)
+        size = Limits().body_bytes_max
+        while await _again(lambda: self._probe(body.ljust(size))) is None:  # noqa: B023 - awaited before size changes
+            size //= 2
+            if size < BODY_BYTES_MIN:
+                raise Unavailable(f"this Consul takes no transaction of {BODY_BYTES_MIN} bytes: raise txn_max_req_len")
+        return size
+
+    async def _probe(self, body: bytes) -> Answer | None:
+        """A read-only transaction: None if the server finds it too large. It must be allowed to see our keys."""
+        try:
+            answer = await self._read("PUT", "/v1/txn", self._query, body)
+        except TooLarge:
+            return None
+        if answer.status == 409 and isinstance(refused := _decoded(refusal, answer), PermissionDenied):
+            raise refused
+        return answer
+
+    def _with_query(self, query: str, consistent: bool) -> str:
+        parts = [query, self._query, "consistent" if consistent else ""]
+        return "&".join([part for part in parts if part])
+
+    @property
+    def _transport(self) -> Transport:
+        if self._transport_now is None:
+            raise Unavailable("the Consul store is not open")
+        return self._transport_now
+
+    @property
+    def _sessions(self) -> Sessions:
+        if self._sessions_now is None:
+            raise Unavailable("the Consul store is not open")
+        return self._sessions_now
+
+
+def _text(answer: Answer) -> str:
+    return clean(answer.body[:1000].decode("utf-8", "replace"))
+
+
+def _decoded(decode: Callable[[bytes], T], answer: Answer) -> T:
+    try:
+        return decode(answer.body)
+    except msgspec.DecodeError as error:
+        raise Unavailable(f"Consul's answer makes no sense: {error}") from None
+
+
+def _worth_another_try(error: BaseException) -> bool:
+    return isinstance(error, Unavailable) and not isinstance(error, AnswerTooBig)
+
+
+async def _again(read: Callable[[], Awaitable[T]]) -> T:
+    """A read, repeated with jitter while Consul is unavailable, READ_DEADLINE_S at most."""
+    try:
+        return await read()
+    except Unavailable as error:
+        if not _worth_another_try(error):
+            raise
+    retrying = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception(_worth_another_try),
+        wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
+        stop=tenacity.stop_after_delay(READ_DEADLINE_S),
+        reraise=True,
+    )
+    return await retrying(read)

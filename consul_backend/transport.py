@@ -1,0 +1,214 @@
+"""HTTP to one Consul agent: one pooled session, no redirect, no silent second try.
+
+aiohttp sends an idempotent request (PUT counts as one) a second time when a reused connection closes without an answer.
+For a lock or a conditional write that hides a lost answer, so it is switched off here, and a test pins it. Nothing in
+this file retries: whether a failed call may be repeated is known only to the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import aiohttp
+from multidict import CIMultiDictProxy
+from yarl import URL
+
+from consul_backend.config import ConsulConfig
+from consul_backend.errors import OutcomeUnknown, Unavailable
+
+CONNECT_TIMEOUT_S = 5.0
+TOKEN_CHECK_INTERVAL_S = 1.0
+CONNECTIONS_MAX = 32
+"""Consul takes 200 connections per client address by default and closes the next without a word; nodes share that."""
+KEEPALIVE_S = 55.0
+"""Below the idle time-outs of the usual proxies, so that we close first."""
+ANSWER_BYTES_MAX = 64 * 2**20
+"""No answer we ask for comes near; a stray one must not fill memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A complete HTTP answer. The body may hold stored values: it is never logged."""
+
+    status: int
+    headers: CIMultiDictProxy[str]
+    body: bytes = field(repr=False)
+
+    @property
+    def index(self) -> int:
+        """``X-Consul-Index``, or 0."""
+        text = self.headers.get("X-Consul-Index", "0")
+        return int(text) if text.isdigit() else 0
+
+
+class AnswerTooBig(Unavailable):
+    """The answer exceeds the size the caller takes; ask for less at once."""
+
+
+class Token:
+    """The ACL token to send: fixed, or in a file that is read again when it changes."""
+
+    def __init__(self, config: ConsulConfig) -> None:
+        self._fixed = config.token
+        self._path = Path(config.token_file) if config.token_file and not config.token else None
+        self._text = config.token
+        self._stamp: tuple[int, int, int] | None = None
+        self._next_check_s = float("-inf")
+
+    def current(self) -> str:
+        """The token now; the file is looked at once a second at most. A file that vanished keeps the last token."""
+        if self._path is not None and time.monotonic() >= self._next_check_s:
+            self._next_check_s = time.monotonic() + TOKEN_CHECK_INTERVAL_S
+            self._reread(self._path)
+        return self._text
+
+    def suspect(self) -> None:
+        """Consul refused the token: look at the file again before the next request."""
+        self._next_check_s = float("-inf")
+
+    def _reread(self, path: Path) -> None:
+        try:
+            found = path.stat()
+            stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if stamp != self._stamp:
+                self._text = path.read_text().strip()
+                self._stamp = stamp
+        except OSError as error:
+            if self._stamp is None:
+                raise Unavailable(f"consul token file: {error}") from error
+
+
+class Transport:
+    """``connections_max`` connections at most; make one per purpose that must not wait for another. Close it."""
+
+    def __init__(self, config: ConsulConfig, *, connections_max: int = CONNECTIONS_MAX) -> None:
+        base, socket_path = config.endpoint()
+        self._config = config
+        self._base = base
+        self._token = Token(config)
+        self._server_name = config.tls_server_name or None
+        self._fixed_headers = {"Accept-Encoding": "identity"}
+        if config.namespace:
+            self._fixed_headers["X-Consul-Namespace"] = config.namespace
+        self._session = aiohttp.ClientSession(
+            connector=_connector(config, base, socket_path, connections_max),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._fixed_headers,
+            skip_auto_headers=("User-Agent", "Content-Type"),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        )
+        _never_resend(self._session)
+
+    @property
+    def token(self) -> Token:
+        """The token that every request carries."""
+        return self._token
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._session.close()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: str = "",
+        body: bytes | None = None,
+        timeout_s: float,
+        answer_bytes_max: int = ANSWER_BYTES_MAX,
+    ) -> Answer:
+        """One request, sent once. ``path`` and ``query`` are sent as they are: encode them.
+
+        Raises Unavailable when it certainly never left, OutcomeUnknown when its answer is lost or late, AnswerTooBig.
+        """
+        url = URL(f"{self._base}{path}?{query}" if query else self._base + path, encoded=True)
+        token = self._token.current()
+        headers = {"X-Consul-Token": token} if token else None
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with self._session.request(
+                    method, url, data=body, headers=headers, allow_redirects=False, server_hostname=self._server_name
+                ) as response:
+                    content = await _read(response, answer_bytes_max)
+        except (aiohttp.ClientError, OSError) as error:
+            _translate(error, self._base)
+        return Answer(response.status, response.headers, content)
+
+
+async def _read(response: aiohttp.ClientResponse, answer_bytes_max: int) -> bytes:
+    if (response.content_length or 0) > answer_bytes_max:
+        response.close()
+        raise AnswerTooBig(f"the answer has {response.content_length} bytes, {answer_bytes_max} are taken")
+    if response.content_length is not None:
+        return await response.read()
+    chunks, size = [], 0
+    async for chunk in response.content.iter_any():
+        size += len(chunk)
+        if size > answer_bytes_max:
+            response.close()
+            raise AnswerTooBig(f"the answer has more than the {answer_bytes_max} bytes that are taken")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+# Raised before a byte of the request is written.
+_NEVER_SENT = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ClientConnectorCertificateError,
+    aiohttp.ClientConnectorSSLError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.InvalidURL,
+)
+
+
+def _translate(error: aiohttp.ClientError | OSError, base: str) -> NoReturn:
+    if isinstance(error, _NEVER_SENT):
+        raise Unavailable(f"cannot connect to Consul at {base}: {_reason(error)}") from error
+    raise OutcomeUnknown(f"no answer from Consul at {base}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    cause: BaseException = getattr(error, "os_error", error)
+    number = getattr(cause, "errno", None)
+    return os.strerror(number) if isinstance(number, int) and number > 0 else type(error).__name__
+
+
+def _never_resend(session: aiohttp.ClientSession) -> None:
+    # aiohttp has no public switch for this; a release that renames it must fail here, not resend.
+    if not isinstance(getattr(session, "_retry_connection", None), bool):
+        raise RuntimeError("this aiohttp cannot be told not to resend requests")
+    session._retry_connection = False
+
+
+def _connector(config: ConsulConfig, base: str, socket_path: str, connections_max: int) -> aiohttp.BaseConnector:
+    if socket_path:
+        return aiohttp.UnixConnector(socket_path, limit=connections_max, keepalive_timeout=KEEPALIVE_S)
+    context: ssl.SSLContext | bool = True
+    if base.startswith("https:"):
+        context = tls_context(config)
+    return aiohttp.TCPConnector(limit=connections_max, keepalive_timeout=KEEPALIVE_S, ssl=context)
+
+
+def tls_context(config: ConsulConfig) -> ssl.SSLContext:
+    """TLS 1.2 or newer by the configured authority and client certificate. Raises Unavailable for unreadable files."""
+    try:
+        context = ssl.create_default_context(cafile=config.ca_file or None, capath=config.ca_path or None)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if config.tls_skip_verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if config.client_cert:
+            context.load_cert_chain(config.client_cert, config.client_key or None)
+    except OSError as error:
+        raise Unavailable(f"consul TLS files: {error}") from error
+    return context

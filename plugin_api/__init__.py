@@ -1,0 +1,1 @@
+"""What plugin authors and the sidecar agree on; a leaf that imports nothing of ours."""

@@ -1,0 +1,78 @@
+"""The contract of a secrets engine or auth method that runs inside the sidecar.
+
+A class is registered by the entry-point groups ``outrider.secrets`` and ``outrider.auth`` under its type name. One instance
+serves one mount. Every call runs on the active node of a cluster; writes to replicated storage on a performance
+secondary raise :class:`~plugin_api.errors.ReadOnlyStorage`, which an engine lets pass: the sidecar then forwards the
+request to the primary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from plugin_api.request import Request, Response
+from plugin_api.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class MountInfo:
+    """The mount an engine serves. ``path`` ends in ``/``; auth mounts begin with ``auth/``. TTLs in seconds."""
+
+    path: str
+    type: str
+    uuid: str
+    accessor: str
+    local: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
+    default_lease_ttl_s: int = 2764800
+    max_lease_ttl_s: int = 2764800
+
+
+@dataclass(frozen=True, slots=True)
+class EngineContext:
+    """What an engine is given. ``now`` returns unix seconds. ``local_storage`` reaches DR secondaries only.
+
+    ``writable`` tells whether ``storage`` may be written here; False on a performance secondary, where the answer of a
+    read-modify-write must come from the primary's copy and not from this cluster's, which may be behind.
+    """
+
+    mount: MountInfo
+    storage: Storage
+    local_storage: Storage
+    now: Callable[[], float]
+    writable: Callable[[], bool] = lambda: True
+
+
+class Engine(ABC):
+    """One mounted engine.
+
+    ``unauthenticated`` and ``sudo`` list paths relative to the mount that need no token, or the sudo capability;
+    a trailing ``*`` matches any rest.
+    """
+
+    type_name: ClassVar[str]
+    unauthenticated: ClassVar[tuple[str, ...]] = ()
+    sudo: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, context: EngineContext) -> None:
+        self.context = context
+
+    @abstractmethod
+    async def handle(self, request: Request) -> Response | None:
+        """Answer one request. None becomes 204 (or 404 for a read). Raises PluginError and its children."""
+
+    async def exists(self, request: Request) -> bool | None:
+        """Whether a write to this path would update (True) or create (False); None where the path makes no
+        difference, which counts as update."""
+        return None
+
+    async def invalidate(self, path: str) -> None:
+        """Replication changed ``path`` in this mount's storage: forget what was cached of it."""
+        return None
+
+    def help(self, path: str) -> str:
+        """A line or two for ``?help=1``."""
+        return ""

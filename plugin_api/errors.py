@@ -1,0 +1,62 @@
+"""Errors an engine raises; each carries the HTTP status the client sees. Messages must never hold secrets."""
+
+from __future__ import annotations
+
+
+class PluginError(Exception):
+    """Root of the errors that become an answer to the client."""
+
+    status = 500
+
+
+class InvalidRequest(PluginError):
+    """400: the client's input is wrong."""
+
+    status = 400
+
+
+class PermissionDenied(PluginError):
+    """403."""
+
+    status = 403
+
+    def __init__(self, message: str = "permission denied") -> None:
+        super().__init__(message)
+
+
+class NotFound(PluginError):
+    """404; without a message the body is ``{"errors":[]}``."""
+
+    status = 404
+
+
+class UnsupportedPath(PluginError):
+    """404 ``unsupported path`` (as a multi-error)."""
+
+    status = 404
+
+    def __init__(self) -> None:
+        super().__init__("unsupported path")
+
+
+class UnsupportedOperation(PluginError):
+    """405 ``unsupported operation`` (as a multi-error)."""
+
+    status = 405
+
+    def __init__(self) -> None:
+        super().__init__("unsupported operation")
+
+
+class ReadOnlyStorage(PluginError):
+    """This cluster may not write replicated storage. The sidecar forwards the whole request to the primary; so an
+    engine must write storage before any effect that could not be repeated."""
+
+    def __init__(self) -> None:
+        super().__init__("cannot write to readonly storage")
+
+
+class Unavailable(PluginError):
+    """503: try again later."""
+
+    status = 503

@@ -1,0 +1,82 @@
+"""What an engine is asked and what it answers. Pure values; no token ever reaches an engine."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Operation(enum.Enum):
+    """What a client wants done at a path. CREATE and UPDATE are one HTTP verb, told apart by the existence check."""
+
+    CREATE = "create"
+    READ = "read"
+    UPDATE = "update"
+    PATCH = "patch"
+    DELETE = "delete"
+    LIST = "list"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, as far as an engine may know. ``remote_address`` is the client's, also through forwarding hops."""
+
+    display_name: str = ""
+    accessor: str = ""
+    policies: tuple[str, ...] = ()
+    entity_id: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    remote_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call. ``path`` is relative to the mount; ``data`` is the decoded body (queries merged in for reads)."""
+
+    operation: Operation
+    path: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+    mount_point: str = ""
+    caller: Caller = field(default_factory=Caller)
+    id: str = ""
+
+
+@dataclass(slots=True)
+class Auth:
+    """A successful login: the sidecar makes the token from it. TTLs in seconds, 0 means the mount's default."""
+
+    display_name: str = ""
+    policies: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+    ttl_s: int = 0
+    max_ttl_s: int = 0
+    explicit_max_ttl_s: int = 0
+    period_s: int = 0
+    num_uses: int = 0
+    renewable: bool = True
+    token_type: str = "default"
+    no_default_policy: bool = False
+    bound_cidrs: list[str] = field(default_factory=list)
+    alias: str = ""
+
+
+@dataclass(slots=True)
+class Response:
+    """An answer. ``data`` None and no auth, warnings or lease becomes 204. ``status`` overrides 200 (kv-v2 answers a
+    deleted version with 404 *and* data)."""
+
+    data: dict[str, Any] | None = None
+    auth: Auth | None = None
+    warnings: list[str] = field(default_factory=list)
+    lease_duration_s: int = 0
+    renewable: bool = False
+    status: int = 200
+
+
+def list_response(keys: list[str]) -> Response:
+    """The answer to LIST: an empty list is 404 with an empty error list, as clients expect."""
+    if not keys:
+        return Response(status=404)
+    return Response(data={"keys": keys})

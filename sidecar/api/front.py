@@ -1,0 +1,243 @@
+"""The first to see a request on any node, whatever its role: raw endpoints, sealed answers, hand-over to the active node.
+
+Everything here is answered without a token and without the store of a tenure; the rest goes to
+:meth:`~sidecar.api.node_view.NodeView.dispatch`.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from multidict import CIMultiDict
+
+from plugin_api.errors import InvalidRequest, PluginError
+from plugin_api.formats import format_time
+from sidecar.api import envelopes, json_codec
+from sidecar.api.decoding import MethodNotAllowed, client_token
+from sidecar.api.health import health_code
+from sidecar.api.node_view import InitOptions, NodeView, NotForwarded, SealStatus
+from sidecar.api.statuses import refusal
+from sidecar.core.seal import SealConfig, decode_share
+from sidecar.request.fields import Fields
+from sidecar.request.types import HttpRequest, HttpResponse
+
+FEATURES = ("Performance Replication",)
+"""What ``sys/license/features`` lists; the web UI shows its replication pages by it."""
+_WRITE_METHODS = frozenset({"PUT", "POST"})
+
+RawHandler = Callable[[HttpRequest], Awaitable[HttpResponse]]
+
+
+class Front:
+    """One per node, for its whole life."""
+
+    def __init__(self, node: NodeView, *, now: Callable[[], float] = time.time) -> None:
+        self._node = node
+        self._now = now
+        self._raw: dict[str, RawHandler] = {
+            "sys/health": self._health,
+            "sys/seal-status": self._seal_status,
+            "sys/leader": self._leader,
+            "sys/init": self._init,
+            "sys/unseal": self._unseal,
+            "sys/license/features": self._features,
+            "sys/internal/ui/feature-flags": self._feature_flags,
+        }
+
+    async def handle(self, request: HttpRequest) -> HttpResponse:
+        """Answer ``request``; never raises an error of ours."""
+        try:
+            raw = self._raw.get(request.path)
+            if raw is not None:
+                return await raw(request)
+            _check_directives(request)
+            health = await self._node.health()
+            if not health.initialized or health.sealed:
+                return _errors(503, "Vault is sealed")
+            if request.path == "sys/seal" and not self._node.is_active():
+                return self._seal_on_standby(request)
+            return await self._dispatch(request)
+        except (PluginError, json_codec.JSONRefused) as error:
+            answer = refusal(error)
+            return _errors(answer.status, *answer.texts)
+
+    async def _dispatch(self, request: HttpRequest) -> HttpResponse:
+        if self._node.is_active():
+            return await self._hand_over(request)
+        if request.headers.get("X-Vault-No-Request-Forwarding"):
+            return await self._redirect(request)
+        return await self._hand_over(request)
+
+    async def _hand_over(self, request: HttpRequest) -> HttpResponse:
+        try:
+            return await self._node.dispatch(request)
+        except NotForwarded:
+            return await self._redirect(request)
+
+    async def _redirect(self, request: HttpRequest) -> HttpResponse:
+        """307 to the active node: the client keeps method and body."""
+        leader = await self._node.leader()
+        if not leader.leader_address or leader.is_self:
+            return _errors(503, "local node not active but active cluster node not found")
+        location = leader.leader_address.rstrip("/") + (request.raw_target or f"/v1/{request.path}")
+        return HttpResponse(307, CIMultiDict({"Location": location}))
+
+    def _seal_on_standby(self, request: HttpRequest) -> HttpResponse:
+        _require(request, "PUT", "POST")
+        if not client_token(request):
+            return _errors(403, "permission denied")
+        return _errors(400, "error performing token check: Vault is in standby mode")
+
+    async def _health(self, request: HttpRequest) -> HttpResponse:
+        _require(request, "GET", "HEAD")
+        health = await self._node.health()
+        status = health_code(health, request.query)
+        body: dict[str, Any] = {
+            "initialized": health.initialized,
+            "sealed": health.sealed,
+            "standby": health.standby,
+            "performance_standby": False,
+            "replication_performance_mode": health.performance_mode,
+            "replication_dr_mode": health.dr_mode,
+            "server_time_utc": int(self._now()),
+            "version": self._node.version,
+            "enterprise": True,
+        }
+        if not health.sealed:
+            body.update(cluster_name=health.cluster_name, cluster_id=health.cluster_id)
+        if health.last_wal:
+            body["last_wal"] = health.last_wal
+        return _json(status, body)
+
+    async def _seal_status(self, request: HttpRequest) -> HttpResponse:
+        _require(request, "GET")
+        return _json(200, self._seal_body(await self._node.seal_status()))
+
+    def _seal_body(self, status: SealStatus) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "type": status.type,
+            "initialized": status.initialized,
+            "sealed": status.sealed,
+            "t": status.t,
+            "n": status.n,
+            "progress": status.progress,
+            "nonce": status.nonce,
+            "version": self._node.version,
+            "migration": False,
+            "recovery_seal": False,
+            "storage_type": self._node.storage_type,
+        }
+        if not status.sealed:
+            body.update(cluster_name=status.cluster_name, cluster_id=status.cluster_id)
+        if status.warnings:
+            body["warnings"] = list(status.warnings)
+        return body
+
+    async def _leader(self, request: HttpRequest) -> HttpResponse:
+        _require(request, "GET")
+        health = await self._node.health()
+        if not health.initialized or health.sealed:
+            return _errors(503, "Vault is sealed")
+        leader = await self._node.leader()
+        known = leader.ha_enabled
+        active_since_s = leader.active_since_s if known else 0
+        body: dict[str, Any] = {
+            "ha_enabled": leader.ha_enabled,
+            "is_self": leader.is_self and known,
+            "active_time": format_time(active_since_s) if active_since_s else envelopes.ZERO_TIME,
+            "leader_address": leader.leader_address if known else "",
+            "leader_cluster_address": leader.leader_cluster_address if known else "",
+            "performance_standby": False,
+            "performance_standby_last_remote_wal": 0,
+        }
+        if leader.last_wal and known:
+            body["last_wal"] = leader.last_wal
+        return _json(200, body)
+
+    async def _init(self, request: HttpRequest) -> HttpResponse:
+        if request.method == "GET":
+            return _json(200, {"initialized": (await self._node.health()).initialized})
+        _require(request, "PUT", "POST")
+        options = _init_options(Fields(json_codec.decode_object(request.body)))
+        outcome = await self._node.init(options)
+        return _json(
+            200,
+            {
+                "keys": [key.hex() for key in outcome.keys],
+                "keys_base64": [base64.b64encode(key).decode() for key in outcome.keys],
+                "root_token": outcome.root_token,
+            },
+        )
+
+    async def _unseal(self, request: HttpRequest) -> HttpResponse:
+        _require(request, "PUT", "POST")
+        fields = Fields(json_codec.decode_object(request.body))
+        reset, text = fields.boolean("reset"), fields.string("key")
+        health = await self._node.health()
+        if not health.initialized:
+            raise InvalidRequest("Vault is not initialized")
+        if reset:
+            return _json(200, self._seal_body(await self._node.reset_unseal()))
+        if not text:
+            raise InvalidRequest("'key' must be specified in request body as JSON, or 'reset' set to true")
+        return _json(200, self._seal_body(await self._node.unseal(decode_share(text))))
+
+    async def _features(self, request: HttpRequest) -> HttpResponse:
+        _require(request, "GET")
+        return _json(200, {"features": list(FEATURES)})
+
+    async def _feature_flags(self, request: HttpRequest) -> HttpResponse:
+        _require(request, "GET")
+        return _json(200, {"feature_flags": None})
+
+
+def _init_options(fields: Fields) -> InitOptions:
+    for name in ("pgp_keys", "recovery_pgp_keys", "root_token_pgp_key"):
+        if fields.given(name) and fields.strings(name):
+            raise InvalidRequest("encrypting keys or tokens with PGP is not supported")
+    if fields.integer("recovery_shares") or fields.integer("recovery_threshold"):
+        raise InvalidRequest("parameters recovery_shares,recovery_threshold not applicable to seal type shamir")
+    if fields.integer("stored_shares"):
+        raise InvalidRequest("parameters stored_shares not applicable to seal type shamir")
+    config = SealConfig(fields.integer("secret_shares"), fields.integer("secret_threshold"))
+    config.validate()
+    return InitOptions(config.shares, config.threshold)
+
+
+def _check_directives(request: HttpRequest) -> None:
+    """Headers that ask for a routing this server does not offer are refused, not ignored: ignoring one would answer
+    from another state, or another namespace, than the client asked for."""
+    headers = request.headers
+    if headers.get("X-Vault-Forward"):
+        raise InvalidRequest("forwarding via header X-Vault-Forward disabled in configuration")
+    if headers.get("X-Vault-Inconsistent") == "forward-active-node":
+        raise InvalidRequest(
+            "forwarding via header X-Vault-Inconsistent=forward-active-node disabled in configuration"
+        )
+    if headers.get("X-Vault-Namespace", "").strip("/") not in ("", "root"):
+        raise NamespacesNotEnabled
+
+
+class NamespacesNotEnabled(PluginError):
+    """403."""
+
+    status = 403
+
+    def __init__(self) -> None:
+        super().__init__("namespaces feature not enabled")
+
+
+def _require(request: HttpRequest, *methods: str) -> None:
+    if request.method not in methods:
+        raise MethodNotAllowed
+
+
+def _json(status: int, body: dict[str, Any]) -> HttpResponse:
+    return HttpResponse(status, body=json_codec.encode(body))
+
+
+def _errors(status: int, *texts: str) -> HttpResponse:
+    return _json(status, envelopes.errors(texts))

@@ -1,0 +1,122 @@
+"""What the API needs of the node it runs on, whatever the node's role. Implemented by ``sidecar/node.py``.
+
+Everything answers from memory or with one bounded store read; nothing here waits for another node except
+:meth:`NodeView.dispatch`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sidecar.request.types import HttpRequest, HttpResponse
+
+
+@dataclass(frozen=True, slots=True)
+class SealStatus:
+    """``sys/seal-status`` (contract 4.3). ``n``, ``t`` are 0 when uninitialised; names are empty while sealed."""
+
+    initialized: bool
+    sealed: bool
+    t: int = 0
+    n: int = 0
+    progress: int = 0
+    nonce: str = ""
+    type: str = "shamir"
+    cluster_name: str = ""
+    cluster_id: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeHealth:
+    """``sys/health`` (contract 4.1). Modes: disabled, primary, secondary, bootstrapping, unknown. Uninitialised and
+    sealed nodes report ``standby`` True. ``last_wal`` is 0 where it is not known."""
+
+    initialized: bool
+    sealed: bool
+    standby: bool
+    performance_mode: str = "unknown"
+    dr_mode: str = "unknown"
+    cluster_name: str = ""
+    cluster_id: str = ""
+    last_wal: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderStatus:
+    """``sys/leader`` (contract 4.2). ``active_since_s``: unix seconds, 0 when this node is not active; addresses are
+    URLs or empty when no leader is known."""
+
+    ha_enabled: bool
+    is_self: bool
+    active_since_s: float = 0.0
+    leader_address: str = ""
+    leader_cluster_address: str = ""
+    last_wal: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InitOptions:
+    """A checked ``sys/init`` request."""
+
+    shares: int
+    threshold: int
+
+
+@dataclass(frozen=True, slots=True)
+class InitOutcome:
+    """The unseal shares and the root token, shown once."""
+
+    keys: tuple[bytes, ...] = field(repr=False)
+    root_token: str = field(repr=False)
+
+
+class NotForwarded(Exception):
+    """:meth:`NodeView.dispatch` could not hand the request on and it was certainly not handled: the front answers with
+    a redirect, or 503 where no active node is known."""
+
+
+class NodeView(Protocol):
+    """The node as the un-authenticated local endpoints see it."""
+
+    @property
+    def version(self) -> str:
+        """As in ``sys/health``."""
+
+    @property
+    def storage_type(self) -> str:
+        """``consul``, ``embedded`` or ``inmem``."""
+
+    async def health(self) -> NodeHealth:
+        """Never raises for a sealed or unreachable store: it reports what is known."""
+
+    async def seal_status(self) -> SealStatus:
+        """Same rule."""
+
+    async def leader(self) -> LeaderStatus:
+        """Called on unsealed nodes only."""
+
+    async def init(self, options: InitOptions) -> InitOutcome:
+        """Raises InvalidRequest ``Vault is already initialized``, Unavailable."""
+
+    async def unseal(self, key: bytes) -> SealStatus:
+        """Take one share (32 or 33 bytes). Raises InvalidRequest for a wrong combination (progress back to 0). A
+        repeated share and a node unsealed already change nothing. Returns once the node is unsealed, not active."""
+
+    async def reset_unseal(self) -> SealStatus:
+        """Forget the shares given so far. Raises InvalidRequest ``vault is unsealed``."""
+
+    async def seal(self) -> None:
+        """Forget every key; returns once sealed is what :meth:`health` says. May be called from inside
+        :meth:`dispatch`: it must not wait for the request that called it."""
+
+    async def step_down(self) -> None:
+        """Start to give up leadership and return; a no-op without HA. Same rule as :meth:`seal`."""
+
+    def is_active(self) -> bool:
+        """Whether :meth:`dispatch` runs requests here."""
+
+    async def dispatch(self, request: HttpRequest) -> HttpResponse:
+        """Run the request on this node's Service if active, else forward it over the cluster port. Raises
+        :class:`NotForwarded`, plugin_api Unavailable, or PluginError for an unknown outcome."""

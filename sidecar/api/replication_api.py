@@ -1,0 +1,43 @@
+"""What the ``sys/replication`` endpoints need of replication. Implemented by ``sidecar.replication.manager``, by shape:
+that package imports nothing from here.
+
+``mode`` is ``"performance"`` or ``"dr"``. Refusals are plugin_api errors with the contract's texts; warnings travel in
+the returned :class:`~plugin_api.request.Response`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from plugin_api.request import Response
+from sidecar.request.types import Upstream
+
+
+class ReplicationAPI(Upstream, Protocol):
+    """Roles and status of this cluster; the calls run on the active node."""
+
+    async def status(self, mode: str | None) -> dict[str, Any]:
+        """The ``data`` of one mode, or ``{"dr": …, "performance": …}`` for None (contract 1.2)."""
+
+    async def primary_enable(self, mode: str, primary_cluster_addr: str) -> Response:
+        """Become a primary (contract 1.3)."""
+
+    async def primary_disable(self, mode: str) -> Response:
+        """Stop being a primary (contract 1.5)."""
+
+    async def secondary_token(
+        self, mode: str, id: str, ttl_s: int, public_key: str  # noqa: A002 - the API's own name
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The activation bundle for a new secondary: (payload to wrap, extra JWT claims such as ``ca_sha256``). The
+        payload holds a private key and is never logged."""
+
+    async def revoke_secondary(self, mode: str, id: str) -> None:  # noqa: A002 - the API's own name
+        """Cut a secondary off for good (contract 1.7)."""
+
+    async def secondary_enable(
+        self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str
+    ) -> Response:
+        """Become a secondary of the token's issuer; wipes this cluster (contract 1.9)."""
+
+    async def secondary_disable(self, mode: str) -> Response:
+        """Stop being a secondary; the data stays (contract 1.11)."""

@@ -1,0 +1,221 @@
+"""The API port: bytes from a socket become an :class:`~sidecar.request.types.HttpRequest`, its answer becomes bytes.
+
+Every bound of a request is here: size of the line, of headers and of the body, memory for all bodies together, and time.
+A body is refused by its announced length before a byte of it is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from sidecar.api import envelopes, json_codec, paths
+from sidecar.request.types import HttpRequest, HttpResponse
+
+log = logging.getLogger("http")
+
+JSON_TYPE = "application/json"
+_BODY_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE", "LIST"})
+_METHODS = _BODY_METHODS | {"GET", "HEAD"}
+# Set by hops inside the cluster, never by a client: what the cluster port knows travels in its own frame.
+_INTERNAL_PREFIX = "x-vault-internal-"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """Bounds of one listener. ``buffered_bytes_max`` is for all bodies in memory together."""
+
+    body_bytes_max: int = 32 * 1024 * 1024
+    buffered_bytes_max: int = 256 * 1024 * 1024
+    line_bytes_max: int = 8190
+    field_bytes_max: int = 8190
+    body_timeout_s: float = 60.0
+    request_timeout_s: float = 90.0
+    idle_timeout_s: float = 75.0
+    require_request_header: bool = False
+
+
+Handler = Callable[[HttpRequest], Awaitable[HttpResponse]]
+Fallback = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class _Refused(Exception):
+    """The request ends here with this status and these texts."""
+
+    def __init__(self, status: int, *texts: str, close: bool = False) -> None:
+        super().__init__(status)
+        self.status = status
+        self.texts = texts
+        self.close = close
+
+
+class ApiServer:
+    """Serves ``/v1/`` with ``handler``; other paths go to ``fallback`` (the web UI) or get 404.
+
+    One object may listen on several addresses. :meth:`close` drains connections.
+    """
+
+    def __init__(
+        self, handler: Handler, *, limits: ServerLimits | None = None, fallback: Fallback | None = None
+    ) -> None:
+        self._handler = handler
+        self._limits = limits or ServerLimits()
+        self._fallback = fallback
+        self._buffered_bytes = 0
+        self._runner: web.ServerRunner | None = None
+
+    async def listen(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> tuple[str, int]:
+        """Open one more listening socket; returns its (host, port), which matters for port 0. Raises OSError."""
+        runner = await self._started()
+        site = web.TCPSite(runner, host, port, ssl_context=tls)
+        await site.start()
+        return self.addresses()[-1]
+
+    def addresses(self) -> list[tuple[str, int]]:
+        """(host, port) of every socket."""
+        return [(address[0], address[1]) for address in (self._runner.addresses if self._runner else [])]
+
+    async def close(self) -> None:
+        """Stop listening and wait briefly for answers under way."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _started(self) -> web.ServerRunner:
+        if self._runner is None:
+            server = web.Server(
+                self._serve,
+                access_log=None,
+                logger=log,
+                # A compressed body is not inflated: a small one could unpack to gigabytes.
+                auto_decompress=False,
+                keepalive_timeout=self._limits.idle_timeout_s,
+                max_line_size=self._limits.line_bytes_max,
+                max_field_size=self._limits.field_bytes_max,
+            )
+            self._runner = web.ServerRunner(server, shutdown_timeout=2.0)
+            await self._runner.setup()
+        return self._runner
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        held_bytes = 0
+        try:
+            path, query = paths.split_target(request.raw_path)
+            if not path.startswith("/v1/"):
+                return await self._other(request, path)
+            self._check_head(request)
+            held_bytes = self._reserve(request)
+            body = await self._read_body(request)
+            message = self._message(request, path, query, body)
+            async with asyncio.timeout(self._limits.request_timeout_s):
+                answer = await self._handler(message)
+            return _to_web(answer)
+        except paths.PathRefused:
+            return _error(400)
+        except _Refused as refused:
+            return await self._refuse(request, refused)
+        except TimeoutError:
+            return _error(503, "the request took too long and was given up; a write may still have been applied")
+        except Exception:  # the edge: a defect must not reach the client as a trace, nor end the server
+            incident = str(uuid.uuid4())
+            log.exception("request failed: incident=%s", incident)
+            return _error(500, f"internal error (incident {incident})")
+        finally:
+            self._buffered_bytes -= held_bytes
+
+    async def _other(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        if self._fallback is None:
+            return _error(404)
+        paths.decode_path(path)
+        return await self._fallback(request)
+
+    def _check_head(self, request: web.BaseRequest) -> None:
+        if request.method not in _METHODS:
+            raise _Refused(405)
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise _Refused(415, "a compressed request body is not accepted", close=True)
+        if self._limits.require_request_header and request.headers.get("X-Vault-Request") != "true":
+            raise _Refused(412, "missing 'X-Vault-Request' header", close=True)
+
+    def _reserve(self, request: web.BaseRequest) -> int:
+        """Account for the body before reading it: its announced length, or the maximum when it is chunked."""
+        length = request.content_length
+        if length is None:
+            length = self._limits.body_bytes_max if request.body_exists else 0
+        if length > self._limits.body_bytes_max:
+            raise _Refused(413, "request body too large", close=True)
+        if self._buffered_bytes + length > self._limits.buffered_bytes_max:
+            raise _Refused(503, "too many large requests at once; try again", close=True)
+        self._buffered_bytes += length
+        return length
+
+    async def _read_body(self, request: web.BaseRequest) -> bytes:
+        if not request.body_exists:
+            return b""
+        parts: list[bytes] = []
+        size_bytes = 0
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                async for part in request.content.iter_any():
+                    size_bytes += len(part)
+                    if size_bytes > self._limits.body_bytes_max:
+                        raise _Refused(413, "request body too large", close=True)
+                    parts.append(part)
+        except TimeoutError:
+            raise _Refused(408, "the request body did not arrive in time", close=True) from None
+        return b"".join(parts)
+
+    def _message(self, request: web.BaseRequest, path: str, query: str, body: bytes) -> HttpRequest:
+        headers: CIMultiDict[str] = CIMultiDict(
+            (name, value) for name, value in request.headers.items() if not name.lower().startswith(_INTERNAL_PREFIX)
+        )
+        return HttpRequest(
+            method=request.method,
+            path=paths.decode_path(path)[len("v1/") :],
+            query=paths.decode_query(query),
+            headers=headers,
+            body=body,
+            remote_address=request.remote or "",
+            raw_target=request.raw_path,
+        )
+
+    async def _refuse(self, request: web.BaseRequest, refused: _Refused) -> web.StreamResponse:
+        response = _error(refused.status, *refused.texts)
+        if refused.close:
+            # The rest of the body is not read: the connection cannot carry another request.
+            response.force_close()
+            with suppress(ConnectionError):
+                await response.prepare(request)
+                await response.write_eof()
+            if request.transport is not None:
+                request.transport.close()
+        return response
+
+
+def _to_web(answer: HttpResponse) -> web.Response:
+    headers = CIMultiDict(answer.headers)
+    # On every answer, also an empty one: clients compare the content type by equality.
+    headers.setdefault("Content-Type", JSON_TYPE)
+    headers.setdefault("Cache-Control", "no-store")
+    return web.Response(status=answer.status, reason=_reason(answer.status), body=answer.body, headers=headers)
+
+
+def _error(status: int, *texts: str) -> web.Response:
+    return _to_web(HttpResponse(status, body=json_codec.encode(envelopes.errors(texts))))
+
+
+def _reason(status: int) -> str:
+    """A phrase also for the numbers this API made up."""
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Status"

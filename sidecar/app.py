@@ -1,0 +1,228 @@
+"""Wires one node together and runs it. Constructors and their order, no behaviour: what starts last stops first.
+
+The API port opens before the node is unsealed and closes after it has stepped down; the store closes last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import signal
+import ssl
+import sys
+import uuid
+from urllib.parse import urlsplit
+
+from consul_backend.clock import SystemClock
+from consul_backend.config import ConsulConfig
+from consul_backend.election import ElectionOptions
+from consul_backend.embedded import EmbeddedStore
+from consul_backend.errors import BackendError
+from consul_backend.physical import PhysicalStore
+from consul_backend.replicated import StoreOptions
+from consul_backend.store import ConsulStore
+from sidecar.api.front import Front
+from sidecar.api.server import ApiServer, ServerLimits
+from sidecar.config import (
+    ConsulStorage,
+    DevOptions,
+    EmbeddedStorage,
+    Listener,
+    ServerConfig,
+    load,
+    split_address,
+)
+from sidecar.dev import DevServer, print_dev_banner
+from sidecar.leading import ScopeParts
+from sidecar.mesh.registration import NoRegistration, Registrar, ServiceRegistration
+from sidecar.node import Node, NodeIdentity
+from sidecar.roles import RoleOptions, Roles
+from sidecar.sealing import Sealing
+from sidecar.telemetry import configure_logging, set_level
+from sidecar.transport.listener import ClusterListener
+from sidecar.version import __version__
+
+log = logging.getLogger("core")
+
+
+def run_server(config: ServerConfig, dev: DevOptions | None, config_paths: tuple[str, ...] = ()) -> int:
+    """Run until SIGINT or SIGTERM; returns the exit code. ``config_paths`` are read again on SIGHUP."""
+    configure_logging(config.log_level, config.log_format)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    try:
+        asyncio.run(_serve(config, dev, config_paths))
+    except BackendError as error:
+        print(f"Error initializing storage: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"Error initializing listener: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tuple[str, ...]) -> None:
+    clock = SystemClock()
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    async with contextlib.AsyncExitStack() as stack:
+        physical = make_physical(config)
+        await physical.open()
+        stack.push_async_callback(physical.close)
+        identity = NodeIdentity(str(uuid.uuid4()), config.api_addr, config.cluster_addr)
+        sealing = Sealing(physical, node_id=identity.node_id, cluster_name=config.cluster_name, clock=clock)
+        ha_enabled = isinstance(config.storage, ConsulStorage)
+        node = Node(identity, sealing, storage_type=physical.kind, ha_enabled=ha_enabled)
+        front = Front(node)
+        cluster_listener = ClusterListener(*split_address(config.listeners[0].cluster_address))
+        await cluster_listener.start()
+        stack.push_async_callback(cluster_listener.close)
+        registration = make_registration(config, identity)
+        stack.push_async_callback(registration.close)
+        tls = await open_listeners(config.listeners, front, stack)
+        print_banner(config, physical.kind)
+        loop.add_signal_handler(signal.SIGHUP, reload_settings, config_paths, tls)
+        roles = Roles(
+            node,
+            physical,
+            cluster_listener,
+            registration,
+            ScopeParts.of(config),
+            clock=clock,
+            election_options=election_options(config),
+            store_options=store_options(config),
+            options=RoleOptions(),
+        )
+        async with asyncio.TaskGroup() as tasks:
+            running = [
+                tasks.create_task(roles.run(), name="roles"),
+                tasks.create_task(registration.run(), name="service registration"),
+            ]
+            if dev is not None:
+                print_dev_banner(config, await DevServer(node, front).prepare(dev))
+            await stopping.wait()
+            log.info("shutdown triggered")
+            for task in running:
+                task.cancel()
+
+
+def make_physical(config: ServerConfig) -> PhysicalStore:
+    """The store that the configuration names, not opened yet."""
+    storage = config.storage
+    if isinstance(storage, ConsulStorage):
+        return ConsulStore(ConsulConfig.from_env({**storage.connection.explicit(), "path": storage.path}))
+    return EmbeddedStore(storage.path if isinstance(storage, EmbeddedStorage) else None)
+
+
+def make_registration(config: ServerConfig, identity: NodeIdentity) -> Registrar:
+    """Consul's catalog, where the cluster lives on Consul or the configuration says where else to register."""
+    settings = config.service_registration
+    connection = settings.connection
+    if connection is None and isinstance(config.storage, ConsulStorage):
+        connection = config.storage.connection
+    if settings.disable or connection is None:
+        return NoRegistration()
+    api = urlsplit(identity.api_addr)
+    return ServiceRegistration.of(
+        ConsulConfig.from_env(connection.explicit()),
+        service=settings.service,
+        tags=settings.tags,
+        meta=settings.meta,
+        address=settings.address or api.hostname or "",
+        port=api.port or 8200,
+        check_ttl_s=settings.check_timeout_s,
+    )
+
+
+def election_options(config: ServerConfig) -> ElectionOptions:
+    """The election's times as configured."""
+    settings = config.election
+    return ElectionOptions(
+        beat_ttl_s=settings.beat_ttl_s,
+        beat_interval_s=settings.beat_interval_s,
+        lock_delay_s=settings.lock_delay_s,
+        step_down_grace_s=settings.step_down_grace_s,
+    )
+
+
+def store_options(config: ServerConfig) -> StoreOptions:
+    """The replicated store's bounds as configured."""
+    settings = config.store
+    return StoreOptions(
+        cache_bytes_max=settings.cache_bytes,
+        wal_keep_records=settings.wal_keep_records,
+        wal_keep_bytes=settings.wal_keep_bytes,
+        flush_interval_s=settings.flush_interval_s,
+    )
+
+
+async def open_listeners(
+    listeners: tuple[Listener, ...], front: Front, stack: contextlib.AsyncExitStack
+) -> list[tuple[Listener, ssl.SSLContext]]:
+    """Open every API listener; returns the TLS contexts, whose certificates SIGHUP reads again."""
+    contexts = []
+    for listener in listeners:
+        limits = ServerLimits(
+            body_bytes_max=listener.max_request_size_bytes,
+            request_timeout_s=listener.max_request_duration_s,
+            require_request_header=listener.require_request_header,
+        )
+        server = ApiServer(front.handle, limits=limits)
+        stack.push_async_callback(server.close)
+        tls = None
+        if not listener.tls_disable:
+            tls = api_tls(listener)
+            contexts.append((listener, tls))
+        await server.listen(*split_address(listener.address), tls=tls)
+    return contexts
+
+
+def api_tls(listener: Listener) -> ssl.SSLContext:
+    """The server context of one API listener. Raises OSError, ssl.SSLError for unusable files."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3 if listener.tls_min_version == "tls13" else ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(listener.tls_cert_file, listener.tls_key_file or None)
+    if listener.tls_disable_client_certs:
+        return context
+    if listener.tls_client_ca_file:
+        context.load_verify_locations(listener.tls_client_ca_file)
+        context.verify_mode = ssl.CERT_OPTIONAL
+    if listener.tls_require_and_verify_client_cert:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def reload_settings(config_paths: tuple[str, ...], contexts: list[tuple[Listener, ssl.SSLContext]]) -> None:
+    """SIGHUP: the log level, and the certificates of the API listeners for new connections."""
+    print("==> Outrider reload triggered", flush=True)
+    try:
+        if config_paths:
+            set_level(load(config_paths).log_level)
+        for listener, context in contexts:
+            context.load_cert_chain(listener.tls_cert_file, listener.tls_key_file or None)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError, ConfigError a ValueError
+        log.error("the reload failed, what was loaded before stays in force: %s", error)
+
+
+def print_banner(config: ServerConfig, storage_kind: str) -> None:
+    """What the server runs with, in the shape operators know."""
+    listener = config.listeners[0]
+    rows = {
+        "Api Address": config.api_addr,
+        "Cluster Address": config.cluster_addr,
+        "Listener 1": f'tcp (addr: "{listener.address}", cluster address: "{listener.cluster_address}", '
+        f'max_request_duration: "{listener.max_request_duration_s:g}s", '
+        f'max_request_size: "{listener.max_request_size_bytes}", '
+        f'tls: "{"disabled" if listener.tls_disable else "enabled"}")',
+        "Log Level": config.log_level,
+        "Storage": storage_kind + (" (HA available)" if storage_kind == "consul" else ""),
+        "Version": f"Outrider v{__version__}",
+    }
+    print("==> Outrider server configuration:\n")
+    for name, value in rows.items():
+        print(f"{name:>20}: {value}")
+    print("\n==> Outrider server started! Log data will stream in below:\n", flush=True)

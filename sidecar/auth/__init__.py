@@ -1,0 +1,1 @@
+"""Auth methods that come with the sidecar. They import ``plugin_api`` only, like any other plugin."""

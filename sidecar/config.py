@@ -1,0 +1,146 @@
+"""The server's configuration: Vault's stanzas, read from HCL or JSON files, with environment overrides.
+
+Precedence: environment, then files (a later file wins over an earlier one, listeners add up), then defaults.
+``OUTRIDER_*`` wins over ``VAULT_*``. Flags are applied by the command line on top of the result.
+
+A key that Vault knows and that means nothing here gives a warning; a key that would change what is promised (another
+seal, a proxy protocol) is refused; a key that nobody knows is refused with the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sidecar import config_stanzas as stanzas
+from sidecar import hcl
+from sidecar.config_reader import ConfigError, Reader
+from sidecar.config_types import (
+    ConsulConnection,
+    ConsulStorage,
+    DevOptions,
+    ElectionSettings,
+    EmbeddedStorage,
+    InmemStorage,
+    Listener,
+    ReplicationSettings,
+    ServerConfig,
+    ServiceRegistrationSettings,
+    StoreSettings,
+    join_address,
+    split_address,
+)
+
+__all__ = [
+    "ConfigError",
+    "ConsulConnection",
+    "ConsulStorage",
+    "DevOptions",
+    "ElectionSettings",
+    "EmbeddedStorage",
+    "InmemStorage",
+    "Listener",
+    "ReplicationSettings",
+    "ServerConfig",
+    "ServiceRegistrationSettings",
+    "StoreSettings",
+    "join_address",
+    "load",
+    "load_dev",
+    "load_text",
+    "split_address",
+]
+
+
+def load(paths: Sequence[str], environ: Mapping[str, str] = os.environ) -> ServerConfig:
+    """Read files, and every ``.hcl`` and ``.json`` of directories, in order. Raises ConfigError."""
+    return _read(_bodies(paths), environ, None)
+
+
+def load_dev(options: DevOptions, paths: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> ServerConfig:
+    """The configuration of ``-dev``: in memory, one listener without TLS; files may add to it. Raises ConfigError."""
+    return _read(_bodies(paths), environ, options)
+
+
+def load_text(text: str, filename: str = "<text>", environ: Mapping[str, str] | None = None) -> ServerConfig:
+    """One file's content; without ``environ`` the environment has no say. Raises ConfigError."""
+    return _read([_parse(text, filename)], environ or {}, None)
+
+
+def _bodies(paths: Sequence[str]) -> list[hcl.Body]:
+    bodies: list[hcl.Body] = []
+    for name in paths:
+        path = Path(name)
+        files = [path]
+        try:
+            if path.is_dir():
+                files = sorted(each for each in path.iterdir() if each.suffix in (".hcl", ".json"))
+                if not files:
+                    raise ConfigError(f"{path}: the directory holds no .hcl or .json file")
+            bodies.extend(_parse(each.read_text(encoding="utf-8"), str(each)) for each in files)
+        except OSError as error:
+            raise ConfigError(f"{error.filename or path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: the file is not UTF-8 text") from error
+    return bodies
+
+
+def _parse(text: str, filename: str) -> hcl.Body:
+    try:
+        return hcl.parse_any(text, filename)
+    except hcl.HCLError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _environment(environ: Mapping[str, str], name: str) -> str:
+    return environ.get(f"OUTRIDER_{name}") or environ.get(f"VAULT_{name}") or ""
+
+
+def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOptions | None) -> ServerConfig:
+    warnings: list[str] = []
+    top = Reader(bodies, "", warnings)
+    storage, registration = stanzas.read_storage_and_registration(top, dev=dev is not None)
+    listeners = stanzas.read_listeners(top, dev)
+    api_addr, cluster_addr = top.text("api_addr"), top.text("cluster_addr")
+    default_ttl_s, max_ttl_s = stanzas.read_lease_ttls(top)
+    election, store = stanzas.read_sidecar(top)
+    replication = stanzas.read_replication(top)
+    log_level = stanzas.log_level(top.text("log_level", "info", stanzas.LOG_LEVEL_WORDS))
+    log_format = top.text("log_format", "standard", stanzas.LOG_FORMATS)
+    cluster_name = top.text("cluster_name")
+    stanzas.read_the_rest(top)
+    top.finish()
+    if storage is None:
+        raise ConfigError('no storage is configured; add storage "consul" {...} or storage "embedded" {...}')
+    if not listeners:
+        raise ConfigError('no listener is configured; add listener "tcp" {...}')
+    api_addr, cluster_addr = stanzas.advertised(
+        listeners[0],
+        _environment(environ, "API_ADDR") or api_addr,
+        _environment(environ, "CLUSTER_ADDR") or cluster_addr,
+        several_nodes=isinstance(storage, ConsulStorage),
+    )
+    return ServerConfig(
+        storage=storage,
+        listeners=listeners,
+        api_addr=api_addr,
+        cluster_addr=cluster_addr,
+        cluster_name=cluster_name,
+        default_lease_ttl_s=default_ttl_s,
+        max_lease_ttl_s=max_ttl_s,
+        log_level=_environment_choice(environ, "LOG_LEVEL", stanzas.LOG_LEVEL_WORDS) or log_level,
+        log_format=_environment_choice(environ, "LOG_FORMAT", stanzas.LOG_FORMATS) or log_format,
+        service_registration=registration,
+        replication=replication,
+        election=election,
+        store=store,
+        warnings=tuple(warnings),
+    )
+
+
+def _environment_choice(environ: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
+    word = _environment(environ, name).lower()
+    if word and word not in choices:
+        raise ConfigError(f"environment {name}: must be one of {', '.join(choices)}")
+    return stanzas.log_level(word)

@@ -1,0 +1,182 @@
+"""The server's configuration as values. Times in seconds, sizes in bytes; an address is ``host:port``.
+
+Read by :mod:`sidecar.config`; import the names from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+DEFAULT_LEASE_TTL_S = 2764800
+API_PORT = 8200
+
+
+@dataclass(frozen=True, slots=True)
+class ConsulConnection:
+    """How to reach Consul. An empty text or None is "not configured": there ``CONSUL_*`` or a default applies."""
+
+    address: str = ""
+    scheme: str = ""
+    token: str = field(default="", repr=False)
+    token_file: str = ""
+    datacenter: str = ""
+    namespace: str = ""
+    tls_ca_file: str = ""
+    tls_ca_path: str = ""
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    tls_server_name: str = ""
+    tls_skip_verify: bool | None = None
+
+    def explicit(self) -> dict[str, str]:
+        """What was configured, under the names of ``consul_backend``'s ConsulConfig. Holds the token."""
+        skip = "" if self.tls_skip_verify is None else str(self.tls_skip_verify).lower()
+        named = {
+            "address": self.address,
+            "scheme": self.scheme,
+            "token": self.token,
+            "token_file": self.token_file,
+            "datacenter": self.datacenter,
+            "namespace": self.namespace,
+            "ca_file": self.tls_ca_file,
+            "ca_path": self.tls_ca_path,
+            "client_cert": self.tls_cert_file,
+            "client_key": self.tls_key_file,
+            "tls_server_name": self.tls_server_name,
+            "tls_skip_verify": skip,
+        }
+        return {name: value for name, value in named.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class ConsulStorage:
+    """``storage "consul"``. ``path`` is the key prefix; it ends in a slash and does not begin with one."""
+
+    connection: ConsulConnection = field(default_factory=ConsulConnection)
+    path: str = "outrider/"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedStorage:
+    """``storage "embedded"``: SQLite in the directory ``path``, for one node."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class InmemStorage:
+    """``storage "inmem"``: gone with the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """``listener "tcp"``. Addresses are ``host:port``; TLS 1.2 or newer unless ``tls_disable``."""
+
+    address: str
+    cluster_address: str
+    tls_disable: bool = False
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    tls_client_ca_file: str = ""
+    tls_require_and_verify_client_cert: bool = False
+    tls_disable_client_certs: bool = False
+    tls_min_version: str = "tls12"
+    max_request_size_bytes: int = 33554432
+    max_request_duration_s: float = 90.0
+    require_request_header: bool = False
+    x_forwarded_for_authorized_addrs: tuple[str, ...] = ()
+    x_forwarded_for_hop_skips: int = 0
+    x_forwarded_for_reject_not_authorized: bool = True
+    x_forwarded_for_reject_not_present: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRegistrationSettings:
+    """How the node shows itself in Consul's catalog. ``connection`` None means the storage's own; ``address`` replaces
+    the host of ``api_addr``."""
+
+    disable: bool = False
+    service: str = "outrider"
+    tags: tuple[str, ...] = ()
+    meta: Mapping[str, str] = field(default_factory=dict)
+    address: str = ""
+    check_timeout_s: float = 5.0
+    connection: ConsulConnection | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicationSettings:
+    """``replication {}``. ``best_effort_wal_wait_duration_s`` bounds the wait for one's own forwarded write."""
+
+    best_effort_wal_wait_duration_s: float = 2.0
+    logshipper_buffer_length: int = 16384
+    heartbeat_interval_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ElectionSettings:
+    """From ``sidecar {}``; see ``consul_backend.election.ElectionOptions`` for what each means."""
+
+    beat_ttl_s: float = 3.0
+    beat_interval_s: float = 1.0
+    lock_delay_s: float = 0.5
+    step_down_grace_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """From ``sidecar {}``: the bounds of the replicated store. ``wal_keep_bytes`` and ``wal_keep_records`` are soft, up
+    to four times as much is kept for a secondary that lags."""
+
+    cache_bytes: int = 64 * 2**20
+    wal_keep_records: int = 16384
+    wal_keep_bytes: int = 256 * 2**20
+    flush_interval_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Everything ``outrider server`` needs to know. ``warnings`` are shown by the command before it starts the
+    server."""
+
+    storage: ConsulStorage | EmbeddedStorage | InmemStorage
+    listeners: tuple[Listener, ...]
+    api_addr: str
+    cluster_addr: str
+    cluster_name: str = ""
+    default_lease_ttl_s: int = DEFAULT_LEASE_TTL_S
+    max_lease_ttl_s: int = DEFAULT_LEASE_TTL_S
+    log_level: str = "info"
+    log_format: str = "standard"
+    service_registration: ServiceRegistrationSettings = field(default_factory=ServiceRegistrationSettings)
+    replication: ReplicationSettings = field(default_factory=ReplicationSettings)
+    election: ElectionSettings = field(default_factory=ElectionSettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DevOptions:
+    """What ``-dev`` was told. ``root_token_id`` None lets the server choose one."""
+
+    root_token_id: str | None = field(default=None, repr=False)
+    listen_address: str = "127.0.0.1:8200"
+
+
+def join_address(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_address(text: str, default_port: int = API_PORT) -> tuple[str, int]:
+    """Host and port of ``host:port``, ``host``, ``:port``, ``[v6]:port``. No host is every IPv4 address. Raises
+    ValueError."""
+    if "{{" in text:
+        raise ValueError("address templates are not available")
+    parts = urlsplit(f"//{text}")
+    if not text.strip() or parts.path or parts.query or parts.fragment or "@" in text or any(map(str.isspace, text)):
+        raise ValueError("not host:port")
+    port = parts.port
+    return parts.hostname or "0.0.0.0", default_port if port is None else port  # noqa: S104 - as Vault reads ":8200"

@@ -1,0 +1,35 @@
+"""The logical keys the core writes, in one place: who looks for an entry finds its name here.
+
+``r`` is replicated, ``l`` reaches DR secondaries only, ``c`` never leaves the cluster (architecture, section 1).
+"""
+
+from __future__ import annotations
+
+SEAL = "c/core/seal"
+REPLICATED_KEYRING = "r/core/keyring"
+LOCAL_KEYRING = "l/core/keyring"
+CLUSTER = "l/core/cluster"
+JWT_KEY = "r/core/jwtkey"
+
+# These entries protect themselves with the root key or the unseal key: the barrier cannot open what it is made from.
+RAW_KEYS = frozenset({SEAL, REPLICATED_KEYRING, LOCAL_KEYRING})
+
+POLICIES = "r/policy/acl/"
+
+TOKEN_SALT = "l/token/salt"  # noqa: S105 - a name, not a secret
+TOKEN_IDS = "l/token/id/"  # noqa: S105
+TOKEN_ACCESSORS = "l/token/accessor/"  # noqa: S105
+TOKEN_PARENTS = "l/token/parent/"  # noqa: S105
+TOKEN_EXPIRY = "l/token/expiry/"  # noqa: S105
+TOKEN_REVOKING = "l/token/revoking/"  # noqa: S105
+CUBBYHOLES = "l/cubbyhole/"
+
+
+def keyring(storage_class: str) -> str:
+    """Where the ring that seals ``storage_class`` is kept."""
+    return REPLICATED_KEYRING if storage_class == "r" else LOCAL_KEYRING
+
+
+def partition_of(key: str) -> str:
+    """``class/partition``: as much of a key as an error text may name."""
+    return "/".join(key.split("/", 2)[:2])

@@ -1,0 +1,103 @@
+"""Names of tokens: how they are drawn, how they are hashed into keys, and the keys one token has. Pure."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+
+import msgspec
+
+from consul_backend.wal import Write
+from sidecar.core.keys import (
+    CUBBYHOLES,
+    TOKEN_ACCESSORS,
+    TOKEN_EXPIRY,
+    TOKEN_IDS,
+    TOKEN_PARENTS,
+    TOKEN_REVOKING,
+)
+from sidecar.core.token_entry import TokenEntry
+
+SERVICE_PREFIX = "hvs."
+BATCH_PREFIX = "hvb."
+RANDOM_LENGTH = 24
+SALT_BYTES = 32
+# Expiry is indexed by minute: coarse enough for few folders, fine enough that a sweep finds little in each.
+BUCKET_S = 60
+_BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_HASH_BYTES = 20
+
+
+class AccessorEntry(msgspec.Struct, frozen=True):
+    """What an accessor leads to."""
+
+    accessor: str
+    id_hash: str
+
+
+def base62(length: int, random_bytes: Callable[[int], bytes]) -> str:
+    """``length`` uniformly random characters of 0-9, A-Z, a-z."""
+    characters: list[str] = []
+    while len(characters) < length:
+        # 248 is the greatest multiple of 62 that a byte can hold: above it the first letters would come more often.
+        characters.extend(_BASE62[byte % 62] for byte in random_bytes(length) if byte < 248)
+    return "".join(characters[:length])
+
+
+def keyed_hash(salt: bytes, text: str) -> str:
+    """The name under which a token or accessor is stored: 160 bits of HMAC-SHA-256, in hex."""
+    return hmac.digest(salt, text.encode("utf-8", "surrogatepass"), "sha256")[:_HASH_BYTES].hex()
+
+
+def expiry_folder(bucket: int) -> str:
+    """The folder of tokens that expire within one minute."""
+    return f"{TOKEN_EXPIRY}{bucket:012d}/"
+
+
+def expiry_key(entry: TokenEntry) -> str:
+    """Where the expiry of ``entry`` (which expires) is indexed."""
+    return expiry_folder(entry.expires_s // BUCKET_S) + entry.id_hash
+
+
+def parent_key(entry: TokenEntry) -> str:
+    """Where ``entry`` (which has a parent) is indexed below its parent."""
+    return f"{TOKEN_PARENTS}{entry.parent}/{entry.id_hash}"
+
+
+def cubbyhole_folder(id_hash: str) -> str:
+    """Everything a token keeps for itself is below this key."""
+    return f"{CUBBYHOLES}{id_hash}/"
+
+
+def creation(entry: TokenEntry, salt: bytes) -> list[Write]:
+    """Everything that makes a service token exist, for one commit."""
+    accessor = AccessorEntry(entry.accessor, entry.id_hash)
+    writes = [
+        store(entry),
+        Write(TOKEN_ACCESSORS + keyed_hash(salt, entry.accessor), msgspec.msgpack.encode(accessor)),
+    ]
+    if entry.parent:
+        writes.append(Write(parent_key(entry), b""))
+    if entry.expires_s:
+        writes.append(Write(expiry_key(entry), b""))
+    return writes
+
+
+def removal(entry: TokenEntry, salt: bytes) -> list[Write]:
+    """Everything that takes a service token away again, but its cubbyhole."""
+    writes = [
+        Write(TOKEN_IDS + entry.id_hash, None),
+        Write(TOKEN_ACCESSORS + keyed_hash(salt, entry.accessor), None),
+    ]
+    if entry.parent:
+        writes.append(Write(parent_key(entry), None))
+    if entry.expires_s:
+        writes.append(Write(expiry_key(entry), None))
+    if entry.spent:
+        writes.append(Write(TOKEN_REVOKING + entry.id_hash, None))
+    return writes
+
+
+def store(entry: TokenEntry) -> Write:
+    """``entry`` as it is stored."""
+    return Write(TOKEN_IDS + entry.id_hash, msgspec.msgpack.encode(entry))

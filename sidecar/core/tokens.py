@@ -1,0 +1,452 @@
+"""The token store: every token of this cluster, in local storage, writable whatever role the cluster has.
+
+One token is up to five entries (token, accessor, place below its parent, expiry, a mark while it is being revoked);
+each change of a token is one commit of all of them. Entries are cached parsed. The cache is exact because this object
+is the only writer of these keys while its node leads; replication tells it of others by :meth:`TokenStore.invalidate`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from consul_backend.wal import Write
+from plugin_api.errors import InvalidRequest, PermissionDenied
+from sidecar.core.barrier import DecryptionFailed
+from sidecar.core.keys import TOKEN_ACCESSORS, TOKEN_IDS, TOKEN_PARENTS, TOKEN_REVOKING, TOKEN_SALT
+from sidecar.core.locks import KeyedLocks
+from sidecar.core.policies import normalize_policies
+from sidecar.core.store_view import SealedStore, View, always, read_many, walk
+from sidecar.core.token_entry import (
+    BATCH,
+    ROOT_POLICY,
+    SERVICE,
+    CreateToken,
+    IssuedToken,
+    Renewed,
+    TokenEntry,
+    check_spec,
+    first_ttl,
+    renewed_expiry,
+)
+from sidecar.core.token_expiry import ExpirySweep
+from sidecar.core.token_ids import (
+    BATCH_PREFIX,
+    BUCKET_S,
+    RANDOM_LENGTH,
+    SALT_BYTES,
+    SERVICE_PREFIX,
+    AccessorEntry,
+    base62,
+    creation,
+    cubbyhole_folder,
+    expiry_key,
+    keyed_hash,
+    parent_key,
+    removal,
+    store,
+)
+
+__all__ = ["CreateToken", "IssuedToken", "Renewed", "TokenEntry", "TokenStore", "cubbyhole"]
+
+# A transaction has room for 61 operations; what a revocation deletes beyond this goes in further commits.
+WRITES_MAX = 48
+_TOKEN_BYTES_MAX = 8192
+_BATCH_KEYS = ("r/token/batch", "l/token/batch")
+
+
+class TokenStore:
+    """Create, look up, use, renew and revoke tokens. ``now`` returns unix seconds.
+
+    Methods that take a token answer None (or do nothing) for one that is unknown, expired, spent or revoked, all alike.
+    """
+
+    def __init__(
+        self,
+        sealed: SealedStore,
+        now: Callable[[], float],
+        *,
+        writable: Callable[[], bool] = always,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+        cache_max: int = 50_000,
+    ) -> None:
+        self._sealed = sealed
+        self._now = now
+        self._writable = writable
+        self._random_bytes = random_bytes
+        self._cache_max = cache_max
+        self._salt = b""
+        self._cache: OrderedDict[str, TokenEntry] = OrderedDict()
+        self._loading: dict[str, object] = {}
+        self._locks = KeyedLocks()
+        self._sweep = ExpirySweep(sealed, now, self._expire, self._revoke_hash)
+
+    async def load(self) -> None:
+        """Read the salt and the index of expiries. Once, before anything else."""
+        salt = await self._sealed.get(TOKEN_SALT)
+        if salt is None:
+            salt = self._random_bytes(SALT_BYTES)
+            await self._sealed.put(TOKEN_SALT, salt)
+        self._salt = salt
+        await self._sweep.load()
+
+    async def run(self) -> None:
+        """Remove expired tokens and finish interrupted revocations, until cancelled."""
+        await self._sweep.run()
+
+    async def sweep(self) -> None:
+        """One pass of what :meth:`run` repeats."""
+        await self._sweep.sweep()
+
+    # -- creation
+
+    async def create(self, spec: CreateToken) -> IssuedToken:
+        """Make a token in one commit. Raises InvalidRequest, and PermissionDenied where the parent has gone."""
+        return await self.create_with(spec, lambda entry: ())
+
+    async def create_with(self, spec: CreateToken, also: Callable[[TokenEntry], Sequence[Write]]) -> IssuedToken:
+        """:meth:`create`, with further writes in the same commit."""
+        check_spec(spec)
+        if spec.type == BATCH:
+            return self._create_batch(spec)
+        issued = self.prepare(spec)
+        writes = [*creation(issued.entry, self._salt), *also(issued.entry)]
+        guard = issued.entry.parent or issued.entry.id_hash
+        # Under the parent's lock: a revocation of the parent either sees this child, or is seen here.
+        async with self._locks.hold(guard):
+            if issued.entry.parent and await self._live(issued.entry.parent) is None:
+                raise PermissionDenied("parent token lookup failed")
+            if spec.id is not None and await self._load(issued.entry.id_hash) is not None:
+                raise InvalidRequest("cannot create a token with a duplicate ID")
+            await self._sealed.commit(writes)
+            self.adopt(issued.entry)
+        return issued
+
+    def prepare(self, spec: CreateToken) -> IssuedToken:
+        """A service token that does not exist yet: :meth:`creation` has its writes, :meth:`adopt` follows their
+        commit."""
+        token = spec.id or SERVICE_PREFIX + base62(RANDOM_LENGTH, self._random_bytes)
+        accessor = base62(RANDOM_LENGTH, self._random_bytes)
+        ttl_s, warnings = first_ttl(spec)
+        entry = self._entry(spec, self._hash(token), accessor, ttl_s)
+        return IssuedToken(token, entry, warnings)
+
+    def creation(self, entry: TokenEntry) -> list[Write]:
+        """The writes that make ``entry`` exist."""
+        return creation(entry, self._salt)
+
+    def adopt(self, entry: TokenEntry) -> None:
+        """``entry`` has been committed: cache it and watch its expiry."""
+        self._remember(entry)
+        if entry.expires_s:
+            self._sweep.add(entry.expires_s // BUCKET_S)
+
+    async def create_root(self, token: str | None = None) -> IssuedToken:
+        """A root token that never expires; ``token`` is a custom id (as for a development server)."""
+        path = "auth/token/root"
+        return await self.create(
+            CreateToken(policies=(ROOT_POLICY,), path=path, display_name="root", renewable=False, id=token),
+        )
+
+    def _entry(self, spec: CreateToken, id_hash: str, accessor: str, ttl_s: int) -> TokenEntry:
+        now_s = int(self._now())
+        return TokenEntry(
+            id_hash=id_hash,
+            accessor=accessor,
+            policies=tuple(normalize_policies(spec.policies, default=False)),
+            path=spec.path,
+            created_s=now_s,
+            display_name=spec.display_name,
+            meta=dict(spec.meta) if spec.meta else None,
+            num_uses=spec.num_uses,
+            parent=spec.parent.id_hash if spec.parent is not None else "",
+            type=spec.type,
+            expires_s=now_s + ttl_s if ttl_s else 0,
+            ttl_s=ttl_s,
+            explicit_max_ttl_s=spec.explicit_max_ttl_s,
+            max_ttl_s=spec.max_ttl_s,
+            period_s=spec.period_s,
+            renewable=spec.renewable and ttl_s > 0 and spec.type == SERVICE,
+            entity_id=spec.entity_id,
+            bound_cidrs=tuple(spec.bound_cidrs),
+            role=spec.role,
+        )
+
+    def _create_batch(self, spec: CreateToken) -> IssuedToken:
+        """A batch token is its own storage. Sealed with the replicated ring it is good on every cluster of the set;
+        a secondary, which may not use that ring, makes tokens for itself."""
+        ttl_s, warnings = first_ttl(spec)
+        entry = self._entry(spec, "", "", ttl_s)
+        key = _BATCH_KEYS[0] if self._writable() else _BATCH_KEYS[1]
+        blob = self._sealed.barrier.seal(key, msgspec.msgpack.encode(entry))
+        token = BATCH_PREFIX + base64.urlsafe_b64encode(blob).decode().rstrip("=")
+        return IssuedToken(token, msgspec.structs.replace(entry, id_hash=self._hash(token)), warnings)
+
+    # -- looking up and using
+
+    async def lookup(self, token: str) -> TokenEntry | None:
+        """The entry of a token that may be used now. Consumes nothing."""
+        if not token or len(token) > _TOKEN_BYTES_MAX:
+            return None
+        if token.startswith(BATCH_PREFIX):
+            return await self._lookup_batch(token)
+        return await self._live(self._hash(token))
+
+    async def use(self, token: str) -> TokenEntry | None:
+        """:meth:`lookup`, and consume one of its uses if they are counted. The consumption is committed when this
+        returns. After the last use the entry is ``spent``: call :meth:`finish` when the request is done."""
+        entry = await self.lookup(token)
+        if entry is None or entry.num_uses == 0:
+            return entry
+        async with self._locks.hold(entry.id_hash):
+            entry = await self._live(entry.id_hash)
+            if entry is None:
+                return None
+            used = msgspec.structs.replace(entry, num_uses=entry.num_uses - 1, spent=entry.num_uses == 1)
+            writes = [store(used)]
+            if used.spent:
+                writes.append(Write(TOKEN_REVOKING + used.id_hash, str(int(self._now())).encode()))
+            await self._change(used, writes)
+            return used
+
+    async def finish(self, entry: TokenEntry) -> None:
+        """Remove a spent token, with its children and cubbyhole."""
+        await self._revoke_hash(entry.id_hash)
+
+    async def lookup_accessor(self, accessor: str) -> TokenEntry | None:
+        """The entry that ``accessor`` stands for."""
+        raw = await self._sealed.get(TOKEN_ACCESSORS + self._hash(accessor)) if accessor else None
+        if raw is None:
+            return None
+        return await self._live(msgspec.msgpack.decode(raw, type=AccessorEntry).id_hash)
+
+    async def list_accessors(self) -> list[str]:
+        """Sorted accessors of all service tokens; a token that expired within the last minutes may be among them."""
+        names = await self._sealed.list(TOKEN_ACCESSORS)
+        raws = await read_many(self._sealed, [TOKEN_ACCESSORS + name for name in names])
+        return sorted(msgspec.msgpack.decode(raw, type=AccessorEntry).accessor for raw in raws)
+
+    async def _lookup_batch(self, token: str) -> TokenEntry | None:
+        text = token.removeprefix(BATCH_PREFIX)
+        try:
+            blob = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        except (binascii.Error, ValueError):
+            return None
+        for key in _BATCH_KEYS:
+            try:
+                plain = self._sealed.barrier.open(key, blob)
+            except DecryptionFailed:
+                continue
+            entry = msgspec.msgpack.decode(plain, type=TokenEntry)
+            if not entry.alive(self._now()) or (entry.parent and await self._live(entry.parent) is None):
+                return None
+            return msgspec.structs.replace(entry, id_hash=self._hash(token))
+        return None
+
+    # -- renewal
+
+    async def renew(self, token: str, increment_s: int = 0) -> Renewed:
+        """Let the token live longer, within its maxima. Raises InvalidRequest ``lease is not renewable``, and
+        PermissionDenied ``bad token`` for an unknown one."""
+        entry = await self.lookup(token)
+        if entry is None:
+            raise PermissionDenied("bad token")
+        return await self._renew(entry, increment_s)
+
+    async def renew_accessor(self, accessor: str, increment_s: int = 0) -> Renewed:
+        """:meth:`renew` by accessor. Raises InvalidRequest ``invalid accessor`` for an unknown one."""
+        return await self._renew(await self._by_accessor(accessor), increment_s)
+
+    async def _renew(self, entry: TokenEntry, increment_s: int) -> Renewed:
+        if entry.type == BATCH:
+            raise InvalidRequest("batch tokens cannot be renewed")
+        async with self._locks.hold(entry.id_hash):
+            current = await self._live(entry.id_hash)
+            if current is None:
+                raise PermissionDenied("bad token")
+            if not current.renewable or not current.expires_s:
+                raise InvalidRequest("lease is not renewable")
+            now_s = int(self._now())
+            expires_s, warnings = renewed_expiry(current, increment_s, now_s)
+            renewed = msgspec.structs.replace(current, expires_s=expires_s, last_renewal_s=now_s)
+            writes = [store(renewed)]
+            if expiry_key(renewed) != expiry_key(current):
+                writes += [Write(expiry_key(current), None), Write(expiry_key(renewed), b"")]
+            await self._change(renewed, writes)
+            self._sweep.add(expires_s // BUCKET_S)
+            return Renewed(renewed, warnings)
+
+    # -- revocation
+
+    async def revoke(self, token: str) -> None:
+        """Revoke a token and everything below it. Raises InvalidRequest for a batch token."""
+        entry = await self.lookup(token)
+        if entry is not None:
+            await self.revoke_entry(entry)
+
+    async def revoke_entry(self, entry: TokenEntry) -> None:
+        """:meth:`revoke` of the token that ``entry`` describes."""
+        if entry.type == BATCH:
+            raise InvalidRequest("batch tokens cannot be revoked")
+        await self._revoke_hash(entry.id_hash)
+
+    async def revoke_accessor(self, accessor: str) -> None:
+        """:meth:`revoke` by accessor. Raises InvalidRequest ``invalid accessor`` for an unknown one."""
+        await self.revoke_entry(await self._by_accessor(accessor))
+
+    async def revoke_orphan(self, token: str) -> None:
+        """Revoke a token but not its children, which become orphans. Raises InvalidRequest for a batch token."""
+        entry = await self.lookup(token)
+        if entry is None:
+            return
+        if entry.type == BATCH:
+            raise InvalidRequest("batch tokens cannot be revoked")
+        # No child can be added while the lock is held. A crash half way leaves a valid token with fewer children.
+        async with self._locks.hold(entry.id_hash):
+            for name in await self._sealed.list(f"{TOKEN_PARENTS}{entry.id_hash}/"):
+                await self._orphan(name)
+        await self._revoke_hash(entry.id_hash)
+
+    async def take(
+        self,
+        token: str,
+        paths: Sequence[str],
+        also: Callable[[list[bytes | None]], Sequence[Write]],
+    ) -> list[bytes | None] | None:
+        """Read ``paths`` of the token's cubbyhole and revoke the token, in one commit with the writes ``also`` gives.
+        Of any number of callers exactly one gets the values; the others get None. The token must have no children."""
+        entry = await self.lookup(token)
+        if entry is None or entry.type == BATCH:
+            return None
+        async with self._locks.hold(entry.id_hash):
+            entry = await self._live(entry.id_hash)
+            if entry is None:
+                return None
+            folder = cubbyhole_folder(entry.id_hash)
+            values = [await self._sealed.get(folder + path) for path in paths]
+            deletes = [Write(folder + path, None) for path in paths]
+            await self._drop(entry, [*deletes, *also(values)])
+            return values
+
+    async def _revoke_hash(self, id_hash: str) -> None:
+        """Leaves first, with the root unusable from the start; the mark it gets lets a restart finish the work."""
+        pending = [id_hash]
+        while pending:
+            children = await self._revoke_one(pending[-1])
+            if children is None:
+                pending.pop()
+            else:
+                pending.extend(children)
+
+    async def _revoke_one(self, id_hash: str) -> list[str] | None:
+        """Remove one token (None), or make it unusable and return the children that have to go before the next try."""
+        folder = f"{TOKEN_PARENTS}{id_hash}/"
+        async with self._locks.hold(id_hash):
+            entry = await self._load(id_hash)
+            if entry is None:
+                return None
+            children = await self._sealed.list(folder)
+            kept = await walk(self._sealed, cubbyhole_folder(id_hash), WRITES_MAX + 1)
+            if not children and len(kept) <= WRITES_MAX:
+                await self._drop(entry, [Write(key, None) for key in kept])
+                return None
+            if not entry.spent:
+                mark = Write(TOKEN_REVOKING + id_hash, str(int(self._now())).encode())
+                spent = msgspec.structs.replace(entry, spent=True)
+                await self._change(spent, [store(spent), mark])
+            while len(kept) > WRITES_MAX:
+                await self._sealed.commit([Write(key, None) for key in kept[:WRITES_MAX]])
+                kept = await walk(self._sealed, cubbyhole_folder(id_hash), WRITES_MAX + 1)
+            gone = [child for child in children if await self._load(child) is None]
+            for start in range(0, len(gone), WRITES_MAX):
+                await self._sealed.commit([Write(folder + child, None) for child in gone[start : start + WRITES_MAX]])
+            return [child for child in children if child not in gone]
+
+    async def _orphan(self, id_hash: str) -> None:
+        async with self._locks.hold(id_hash):
+            child = await self._load(id_hash)
+            if child is not None:
+                orphan = msgspec.structs.replace(child, parent="")
+                await self._change(orphan, [store(orphan), Write(parent_key(child), None)])
+
+    async def _by_accessor(self, accessor: str) -> TokenEntry:
+        entry = await self.lookup_accessor(accessor)
+        if entry is None:
+            raise InvalidRequest("invalid accessor")
+        return entry
+
+    async def _expire(self, id_hash: str, bucket: int) -> bool:
+        """Remove the token if it has expired. False where nothing expires in this minute: the index entry is stale."""
+        entry = await self._load(id_hash)
+        if entry is None or entry.expires_s // BUCKET_S != bucket:
+            return False
+        if self._now() >= entry.expires_s:
+            await self._revoke_hash(id_hash)
+        return True
+
+    # -- the cache
+
+    def invalidate(self, keys: Iterable[str]) -> None:
+        """Replication changed these logical keys."""
+        for key in keys:
+            if key.startswith(TOKEN_IDS):
+                self._forget(key.removeprefix(TOKEN_IDS))
+
+    async def _live(self, id_hash: str) -> TokenEntry | None:
+        entry = await self._load(id_hash)
+        return entry if entry is not None and entry.alive(self._now()) else None
+
+    async def _load(self, id_hash: str) -> TokenEntry | None:
+        cached = self._cache.get(id_hash)
+        if cached is not None:
+            self._cache.move_to_end(id_hash)
+            return cached
+        # A change during the read takes the mark away, so that what was read before it never enters the cache.
+        mark = object()
+        self._loading[id_hash] = mark
+        try:
+            raw = await self._sealed.get(TOKEN_IDS + id_hash)
+            entry = None if raw is None else msgspec.msgpack.decode(raw, type=TokenEntry)
+            if entry is not None and self._loading.get(id_hash) is mark:
+                self._remember(entry)
+            return entry
+        finally:
+            if self._loading.get(id_hash) is mark:
+                del self._loading[id_hash]
+
+    async def _change(self, entry: TokenEntry, writes: Sequence[Write]) -> None:
+        """Commit a change of an existing token; whatever happens, the cache holds no older entry afterwards."""
+        self._forget(entry.id_hash)
+        await self._sealed.commit(writes)
+        self._remember(entry)
+
+    async def _drop(self, entry: TokenEntry, also: Sequence[Write]) -> None:
+        self._forget(entry.id_hash)
+        await self._sealed.commit([*removal(entry, self._salt), *also])
+        self._forget(entry.id_hash)
+
+    def _remember(self, entry: TokenEntry) -> None:
+        self._loading.pop(entry.id_hash, None)
+        self._cache[entry.id_hash] = entry
+        self._cache.move_to_end(entry.id_hash)
+        if len(self._cache) > self._cache_max:
+            self._cache.popitem(last=False)
+
+    def _forget(self, id_hash: str) -> None:
+        self._loading.pop(id_hash, None)
+        self._cache.pop(id_hash, None)
+
+    def _hash(self, text: str) -> str:
+        if not self._salt:
+            raise RuntimeError("the token store is used before load()")
+        return keyed_hash(self._salt, text)
+
+
+def cubbyhole(sealed: SealedStore, entry: TokenEntry) -> View:
+    """What the token of ``entry`` keeps for itself; it goes when the token goes."""
+    return View(sealed, "l", "cubbyhole", f"{entry.id_hash}/")

@@ -1,0 +1,232 @@
+"""Between the nodes of one cluster: a standby hands requests to the active node over the cluster port.
+
+Each tenure has its own trust root. Its client certificate reaches the standbys through the store, encrypted by the
+barrier, so whoever can open it is an unsealed node of this cluster; its SNI name stands in the lock's value.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import msgspec
+from aiohttp import web
+from multidict import CIMultiDict
+
+from consul_backend.election import LeaderInfo
+from consul_backend.physical import PhysicalStore
+from consul_backend.replicated import read_entry
+from plugin_api.errors import PluginError
+from sidecar.api.node_view import NotForwarded
+from sidecar.core.barrier import load_barrier
+from sidecar.request.types import HttpRequest, HttpResponse
+from sidecar.sealing import Opened
+from sidecar.transport.certificates import Credentials, issue_client, issue_server, make_authority
+from sidecar.transport.forwarding import (
+    ECHO_PATH,
+    FORWARD_PATH,
+    Echo,
+    EchoReply,
+    ForwardNotSent,
+    ForwardOutcomeUnknown,
+    ForwardRequest,
+    ForwardResponse,
+    MalformedMessage,
+    decode,
+    encode,
+    send_echo,
+    send_forward,
+)
+from sidecar.transport.listener import Purpose
+from sidecar.transport.peer import PeerClient, PeerIdentity
+from sidecar.transport.trail import INNER, LoopRefused, arrived, extend, trail_of
+
+log = logging.getLogger("core.request-forwarding")
+
+ALPN = "req_fw_sb-act_v1"
+LEADER_KEY = "c/core/leader"
+PEER_TTL_S = 15.0
+"""A standby not heard of for this long is no longer named as an address of this cluster."""
+
+
+class LeaderRecord(msgspec.Struct, frozen=True):
+    """What a standby needs to dial the active node of one tenure; PEM."""
+
+    sni: str
+    authority_pem: bytes
+    certificate_pem: bytes
+    key_pem: bytes
+
+    def __repr__(self) -> str:
+        return f"LeaderRecord({self.sni})"
+
+
+@dataclass(frozen=True, slots=True)
+class TenureCredentials:
+    """One tenure's forwarding trust: the server half stays here, the record goes to the standbys."""
+
+    sni: str
+    authority_pem: bytes = field(repr=False)
+    server: Credentials = field(repr=False)
+    record: LeaderRecord
+
+    @classmethod
+    def make(cls) -> TenureCredentials:
+        """A fresh trust root, P-521 throughout."""
+        sni = f"fw-{uuid.uuid4()}"
+        authority = make_authority(sni)
+        client = issue_client(authority, "standby")
+        record = LeaderRecord(sni, authority.certificate_pem, client.certificate_pem, client.key_pem)
+        return cls(sni, authority.certificate_pem, issue_server(authority, sni), record)
+
+
+def to_message(request: HttpRequest, cluster_id: str, kind: str) -> ForwardRequest:
+    """``request`` with the hop that ``cluster_id`` makes now. Raises LoopRefused."""
+    return ForwardRequest(
+        method=request.method,
+        path=request.path,
+        query={name: list(values) for name, values in request.query.items()},
+        headers=list(request.headers.items()),
+        body=request.body,
+        remote_address=request.remote_address,
+        trail=extend(trail_of(request.trail), cluster_id, kind),
+        raw_target=request.raw_target,
+    )
+
+
+def from_message(message: ForwardRequest) -> HttpRequest:
+    """The request as the sender had it; identity and trail come from the message, never from a header."""
+    return HttpRequest(
+        method=message.method,
+        path=message.path,
+        query=message.query,
+        headers=CIMultiDict(message.headers),
+        body=message.body,
+        remote_address=message.remote_address,
+        raw_target=message.raw_target,
+        trail=tuple((hop.cluster_id, hop.kind) for hop in message.trail),
+    )
+
+
+class ForwardingServer:
+    """The active node's end: runs forwarded requests, and keeps the list of this cluster's nodes."""
+
+    def __init__(
+        self,
+        credentials: TenureCredentials,
+        *,
+        cluster_id: str,
+        own_cluster_addr: str,
+        handle: Callable[[HttpRequest], Awaitable[HttpResponse]],
+        modes: Callable[[], tuple[str, str]],
+        head_index: Callable[[], int],
+    ) -> None:
+        self._credentials = credentials
+        self._cluster_id = cluster_id
+        self._own_cluster_addr = own_cluster_addr
+        self._handle = handle
+        self._modes = modes
+        self._head_index = head_index
+        self._standbys: dict[str, tuple[Echo, float]] = {}
+
+    def purpose(self) -> Purpose:
+        """What the cluster port serves for the standbys of this tenure."""
+        return Purpose(
+            sni=self._credentials.sni,
+            alpn=ALPN,
+            credentials=self._credentials.server,
+            trust_root_pem=self._credentials.authority_pem,
+            handler=self._serve,
+            allow=lambda _fingerprint: True,
+        )
+
+    def cluster_addresses(self) -> list[str]:
+        """This node's cluster address first, then those of the standbys heard of lately."""
+        cutoff = time.monotonic() - PEER_TTL_S
+        self._standbys = {name: seen for name, seen in self._standbys.items() if seen[1] >= cutoff}
+        return [self._own_cluster_addr, *(echo.cluster_addr for echo, _ in self._standbys.values())]
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.method != "POST":
+            return web.Response(status=405)
+        try:
+            if request.path == FORWARD_PATH:
+                message = decode(await request.read(), ForwardRequest)
+                arrived(message.trail, self._cluster_id, INNER)
+                answer = await self._handle(from_message(message))
+                reply = ForwardResponse(answer.status, list(answer.headers.items()), answer.body)
+                return web.Response(body=encode(reply))
+            if request.path == ECHO_PATH:
+                return web.Response(body=encode(self._echo(decode(await request.read(), Echo))))
+        except MalformedMessage as error:
+            return web.Response(status=400, text=str(error))
+        except LoopRefused as error:
+            return web.Response(status=error.status, text=str(error))
+        return web.Response(status=404)
+
+    def _echo(self, echo: Echo) -> EchoReply:
+        self._standbys[echo.node_id] = (echo, time.monotonic())
+        performance, disaster = self._modes()
+        return EchoReply(self.cluster_addresses(), performance, disaster, self._head_index())
+
+
+class StandbyForwarder:
+    """A standby's end, for one leader. Made when its record can be read; closed when the leader changes."""
+
+    def __init__(self, leader: LeaderInfo, record: LeaderRecord, cluster_id: str, *, timeout_s: float) -> None:
+        identity = PeerIdentity(
+            sni=record.sni,
+            alpn=ALPN,
+            credentials=Credentials(record.certificate_pem, record.key_pem),
+            authority_pem=record.authority_pem,
+        )
+        self.leader = leader
+        self.cluster_id = cluster_id
+        self._timeout_s = timeout_s
+        self._client = PeerClient(identity, leader.cluster_addr)
+
+    async def forward(self, request: HttpRequest) -> HttpResponse:
+        """Run ``request`` on the active node, once. Raises NotForwarded (certainly not handled), PluginError (unknown
+        outcome)."""
+        try:
+            answer = await send_forward(
+                self._client, to_message(request, self.cluster_id, INNER), timeout_s=self._timeout_s
+            )
+        except LoopRefused as error:
+            raise PluginError(str(error)) from error
+        except ForwardNotSent as error:
+            raise NotForwarded(f"the active node {self.leader.node_id} did not take the request: {error}") from error
+        except ForwardOutcomeUnknown as error:
+            raise PluginError(
+                f"the request was forwarded and its answer was lost ({error}): the outcome is unknown, "
+                "read before you repeat it"
+            ) from error
+        return HttpResponse(answer.status, CIMultiDict(answer.headers), answer.body)
+
+    async def echo(self, echo: Echo) -> EchoReply:
+        """One heartbeat. Raises ForwardNotSent."""
+        return await send_echo(self._client, echo)
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._client.close()
+
+
+async def read_leader_record(physical: PhysicalStore, opened: Opened, sni: str) -> LeaderRecord | None:
+    """The record of the tenure named ``sni``, or None while the new leader has not written it yet.
+
+    Raises BackendError, and DecryptionFailed where the entry is not this cluster's.
+    """
+
+    async def read(key: str) -> bytes | None:
+        return await read_entry(physical, opened.generation.id, key)
+
+    blob = await read(LEADER_KEY)
+    if blob is None:
+        return None
+    barrier = await load_barrier(read, opened.root_key)
+    record = msgspec.msgpack.decode(barrier.open(LEADER_KEY, blob), type=LeaderRecord)
+    return record if record.sni == sni else None

@@ -1,0 +1,231 @@
+"""One node: its seal, the role it plays now, and where a request goes because of both.
+
+The role is a value put here by ``roles.py`` for as long as its scope runs; nothing else changes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from consul_backend.election import LeaderInfo
+from plugin_api.errors import PluginError
+from sidecar.api.node_view import InitOptions, InitOutcome, LeaderStatus, NodeHealth, NotForwarded, SealStatus
+from sidecar.core.cluster import ClusterInfo
+from sidecar.forwarding import StandbyForwarder
+from sidecar.request.types import HttpRequest, HttpResponse
+from sidecar.sealing import Sealing
+from sidecar.version import __version__
+
+
+class Handler(Protocol):
+    """The active node's service."""
+
+    async def handle(self, request: HttpRequest) -> HttpResponse:
+        """Answer one request."""
+
+
+class RoleView(Protocol):
+    """What the active role reports of its store and replication."""
+
+    def head_index(self) -> int:
+        """The newest WAL index."""
+
+    def modes(self) -> tuple[str, str]:
+        """Performance and DR mode, as in sys/health."""
+
+
+@dataclass(eq=False, slots=True)
+class ActiveRole:
+    """This node runs requests. ``admitting`` turns False on the way down; :meth:`drain` waits for what still runs."""
+
+    service: Handler
+    view: RoleView
+    cluster: ClusterInfo
+    since_s: float
+    admitting: bool = True
+    in_flight: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self, request: HttpRequest) -> HttpResponse:
+        """Answer ``request``."""
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            return await self.service.handle(request)
+        finally:
+            self.in_flight -= 1
+            if self.in_flight == 0:
+                self._idle.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Stop admitting and wait for running requests, but not longer than ``timeout_s``."""
+        self.admitting = False
+        if self.in_flight:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                return
+
+
+@dataclass(eq=False, slots=True)
+class StandbyRole:
+    """This node forwards requests to ``leader``, once there is one and its credentials could be read."""
+
+    leader: LeaderInfo | None = None
+    forwarder: StandbyForwarder | None = None
+    modes: tuple[str, str] = ("unknown", "unknown")
+    cluster: ClusterInfo | None = None
+    ready: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NodeIdentity:
+    """How this process is known: a UUID per start, and the addresses others reach it at."""
+
+    node_id: str
+    api_addr: str
+    cluster_addr: str
+
+
+class Node:
+    """Implements :class:`sidecar.api.node_view.NodeView`. ``leader_wait_s`` bounds how long a request is held while the
+    cluster has no active node; only requests that certainly reached no handler are held."""
+
+    version = __version__
+
+    def __init__(
+        self,
+        identity: NodeIdentity,
+        sealing: Sealing,
+        *,
+        storage_type: str,
+        ha_enabled: bool,
+        leader_wait_s: float = 5.0,
+    ) -> None:
+        self.identity = identity
+        self.sealing = sealing
+        self.storage_type = storage_type
+        self._ha_enabled = ha_enabled
+        self._leader_wait_s = leader_wait_s
+        self._role: ActiveRole | StandbyRole | None = None
+        self._role_changed = asyncio.Event()
+        self.step_down_asked = asyncio.Event()
+
+    @property
+    def role(self) -> ActiveRole | StandbyRole | None:
+        """The role of this moment; None while sealed or between roles."""
+        return self._role
+
+    def take_role(self, role: ActiveRole | StandbyRole | None) -> None:
+        """Called by the role loop alone, also to announce that something inside the role changed."""
+        self._role = role
+        changed, self._role_changed = self._role_changed, asyncio.Event()
+        changed.set()
+
+    def is_active(self) -> bool:
+        return isinstance(self._role, ActiveRole)
+
+    async def health(self) -> NodeHealth:
+        role = self._role
+        if self.sealing.opened is None:
+            status = await self.sealing.status()
+            return NodeHealth(initialized=status.initialized, sealed=True, standby=True)
+        if isinstance(role, ActiveRole):
+            performance, disaster = role.view.modes()
+            return NodeHealth(
+                initialized=True,
+                sealed=False,
+                standby=False,
+                performance_mode=performance,
+                dr_mode=disaster,
+                cluster_name=role.cluster.cluster_name,
+                cluster_id=role.cluster.cluster_id,
+                last_wal=role.view.head_index(),
+            )
+        performance, disaster = role.modes if role else ("unknown", "unknown")
+        cluster = role.cluster if role else None
+        return NodeHealth(
+            initialized=True,
+            sealed=False,
+            standby=True,
+            performance_mode=performance,
+            dr_mode=disaster,
+            cluster_name=cluster.cluster_name if cluster else "",
+            cluster_id=cluster.cluster_id if cluster else "",
+        )
+
+    async def seal_status(self) -> SealStatus:
+        status = await self.sealing.status()
+        cluster = self._role.cluster if self._role else None
+        if status.sealed or cluster is None:
+            return status
+        return SealStatus(
+            initialized=True,
+            sealed=False,
+            t=status.t,
+            n=status.n,
+            cluster_name=cluster.cluster_name,
+            cluster_id=cluster.cluster_id,
+        )
+
+    async def leader(self) -> LeaderStatus:
+        if not self._ha_enabled:
+            return LeaderStatus(ha_enabled=False, is_self=False)
+        role = self._role
+        if isinstance(role, ActiveRole):
+            return LeaderStatus(
+                ha_enabled=True,
+                is_self=True,
+                active_since_s=role.since_s,
+                leader_address=self.identity.api_addr,
+                leader_cluster_address=self.identity.cluster_addr,
+                last_wal=role.view.head_index(),
+            )
+        leader = role.leader if role else None
+        if leader is None:
+            return LeaderStatus(ha_enabled=True, is_self=False)
+        return LeaderStatus(
+            ha_enabled=True, is_self=False, leader_address=leader.api_addr, leader_cluster_address=leader.cluster_addr
+        )
+
+    async def init(self, options: InitOptions) -> InitOutcome:
+        return await self.sealing.init(options)
+
+    async def unseal(self, key: bytes) -> SealStatus:
+        await self.sealing.unseal(key)
+        return await self.seal_status()
+
+    async def reset_unseal(self) -> SealStatus:
+        await self.sealing.reset()
+        return await self.seal_status()
+
+    async def seal(self) -> None:
+        self.sealing.seal()
+
+    async def step_down(self) -> None:
+        if self._ha_enabled and self.is_active():
+            self.step_down_asked.set()
+
+    async def dispatch(self, request: HttpRequest) -> HttpResponse:
+        deadline = time.monotonic() + self._leader_wait_s
+        refused: NotForwarded | None = None
+        while True:
+            changed, role = self._role_changed, self._role
+            if isinstance(role, ActiveRole) and role.admitting:
+                return await role.run(request)
+            if isinstance(role, StandbyRole) and role.forwarder is not None:
+                if request.trail:
+                    raise PluginError("this node is not active: a forwarded request is not forwarded again")
+                try:
+                    return await role.forwarder.forward(request)
+                except NotForwarded as error:
+                    refused = error
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await changed.wait()
+            except TimeoutError:
+                raise refused or NotForwarded("no active node is known") from None

@@ -1,0 +1,341 @@
+"""The secondary's side of the stream: records in order, applied exactly once, merged into this cluster's own commits.
+
+The position is in the same record as the data, so a crash loses both or neither, and the next hello asks for what
+follows. One task reads the connection into a bounded inbox, one applies; the commit in flight never depends on the
+connection: when that breaks, what was received is still applied.
+
+Roots are compared at one exact index: *complete up to n* comes in order, when everything up to n is committed and
+nothing after it, and class ``r`` here is written by nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from consul_backend.clock import Clock
+from consul_backend.errors import TooLarge
+from consul_backend.limits import Limits
+from consul_backend.position import Position
+from sidecar.replication.channel import Channel, ChannelClosed
+from sidecar.replication.committer import commit, stored_position
+from sidecar.replication.hello import Identity, Source, fork_problem, hello_of, source_of
+from sidecar.replication.inbox import Inbox
+from sidecar.replication.intake import REPLICATED, Batch, Budget, Intake
+from sidecar.replication.progress import ClockOffset, Lag
+from sidecar.replication.protocol import (
+    Ack,
+    Bye,
+    CompleteUpTo,
+    FromPrimary,
+    Heartbeat,
+    HelloReply,
+    ProtocolViolation,
+    RecordFrame,
+    Skip,
+    decode_from_primary,
+    decode_hello_reply,
+    encode,
+)
+from sidecar.replication.shipper import Advertised
+from sidecar.replication.states import Event
+from sidecar.replication.store_view import SecondaryStore
+
+log = logging.getLogger("replication.applier")
+
+
+class End(enum.Enum):
+    """How a stream ended; values are events of the state machine."""
+
+    LOST = Event.LOST
+    NEED_DIFF = Event.NEED_DIFF
+    REFUSED = Event.REFUSED
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """``end.value`` goes into ``states.step``, with ``reason``. ``alarm``: the primary sent what no honest one does."""
+
+    end: End
+    reason: str
+    alarm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ApplierOptions:
+    """``queue_bytes_max`` bounds what is received and not yet applied. A position that moved over skipped records only
+    is made durable every ``position_interval_s``. ``limits`` are those of this cluster's store."""
+
+    beat_s: float = 5.0
+    silent_beats_max: int = 3
+    hello_timeout_s: float = 10.0
+    queue_bytes_max: int = 8 * 1024 * 1024
+    position_interval_s: float = 5.0
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(slots=True)
+class Upstream:
+    """The primary as this secondary knows it, for the status."""
+
+    connected: bool = False
+    source: Source | None = None
+    advertised: Advertised = Advertised()
+    head_index: int = 0
+    heard_at_s: float | None = None
+
+
+class _NeedDiff(Exception):
+    """The stream cannot bring this cluster in step."""
+
+
+class Applier:
+    """One per tenure as secondary; :meth:`run` once per connection, again and again."""
+
+    def __init__(
+        self,
+        store: SecondaryStore,
+        position: Position | None,
+        on_applied: Callable[[Sequence[str]], Awaitable[None]],
+        clock: Clock,
+        options: ApplierOptions,
+        *,
+        identity: Identity,
+        advertise: Callable[[], Advertised] = Advertised,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self._store = store
+        self._on_applied = on_applied
+        self._clock = clock
+        self._options = options
+        self._advertise = advertise
+        self._on_event = on_event
+        self._position = position
+        self._durable = stored_position(store)
+        self._advanced = asyncio.Event()
+        self._lag = Lag()
+        self.identity = identity
+        self.upstream = Upstream()
+
+    @property
+    def position(self) -> Position | None:
+        """What is applied, skipped records included."""
+        return self._position
+
+    def lag_s(self) -> float | None:
+        """Age of the newest instant whose every write is applied here; None before the first."""
+        return self._lag.lag_s(self._clock.monotonic())
+
+    async def wait_applied(self, index: int, timeout_s: float) -> bool:
+        """Whether the primary's record ``index`` is applied within the time: the stall of a forwarded write."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._position is None or self._position.index < index:
+                    await self._advanced.wait()
+                return True
+        return False
+
+    async def run(self, channel: Channel) -> Outcome:
+        """Say hello and apply until the stream ends; closes the channel. ``on_event`` hears ACCEPTED and IN_STEP
+        meanwhile. Raises BackendError when this cluster's own store fails in a way that ends the tenure."""
+        self._adopt_stored()
+        try:
+            outcome = await self._run(channel)
+        finally:
+            self.upstream.connected = False
+        level = logging.ERROR if outcome.alarm else logging.INFO
+        log.log(level, "stream from the primary ended (%s): %s", outcome.end.name.lower(), outcome.reason)
+        await channel.close(outcome.reason)
+        return outcome
+
+    def _adopt_stored(self) -> None:
+        """A sync, or a commit that outlived a cancelled run, may have moved the position."""
+        stored = stored_position(self._store)
+        if stored != self._durable:
+            self._moved(stored)
+            self._durable = stored
+
+    async def _run(self, channel: Channel) -> Outcome:
+        try:
+            async with asyncio.timeout(self._options.hello_timeout_s):
+                await channel.send(encode(hello_of(self.identity, self._position, self._options.limits)))
+                reply = decode_hello_reply(await channel.recv())
+        except TimeoutError:
+            return Outcome(End.LOST, "the primary did not answer the hello in time")
+        except ChannelClosed as closed:
+            return Outcome(End.LOST, str(closed))
+        except ProtocolViolation as violation:
+            return Outcome(End.LOST, str(violation), alarm=True)
+        source = source_of(reply)
+        if problem := self._problem(reply, source):
+            return problem
+        if self._position is None:
+            return Outcome(End.LOST, "the primary accepted a stream without a position", alarm=True)
+        self.upstream.connected, self.upstream.source = True, source
+        self._on_event(Event.ACCEPTED)
+        return await _Reception(self, channel, self._position).run()
+
+    def _problem(self, reply: HelloReply, source: Source) -> Outcome | None:
+        known = self.identity
+        if fork := fork_problem(known.set_id, known.epoch, known.epoch_id, source):
+            return Outcome(End.REFUSED, fork)
+        if reply.mode == "refuse":
+            return Outcome(End.REFUSED, reply.reason)
+        if reply.mode == "need-diff":
+            return Outcome(End.NEED_DIFF, reply.reason)
+        return None
+
+    def _moved(self, position: Position | None) -> None:
+        self._position = position
+        self._advanced.set()
+        self._advanced = asyncio.Event()
+
+    async def _apply(self, batch: Batch, *, durable_now: bool) -> None:
+        """Make one batch true here, and then known to the readers. Raises TooLarge when it is not one commit."""
+        if batch.writes or durable_now:
+            await commit(self._store, batch.writes, batch.position)
+            self._durable = batch.position
+        if batch.writes:
+            await self._on_applied([write.key for write in batch.writes])
+        self._moved(batch.position)
+
+
+class _Reception:
+    """One connection."""
+
+    def __init__(self, applier: Applier, channel: Channel, position: Position) -> None:
+        self._applier = applier
+        self._channel = channel
+        self._clock = applier._clock
+        self._options = applier._options
+        self._intake = Intake(position, Budget.of(self._options.limits))
+        self._inbox: Inbox[RecordFrame | Skip | CompleteUpTo | Bye] = Inbox(self._options.queue_bytes_max)
+        self._offset = ClockOffset()
+        self._echo: tuple[int, float] | None = None
+        self._durable_at_s = self._clock.monotonic()
+
+    async def run(self) -> Outcome:
+        async with asyncio.TaskGroup() as tasks:
+            helpers = (tasks.create_task(self._read(), name="read"), tasks.create_task(self._beat(), name="beat"))
+            try:
+                return await self._act()
+            finally:
+                for helper in helpers:
+                    helper.cancel()
+
+    async def _read(self) -> None:
+        """Fill the inbox until the connection ends; what ended it reaches the other task behind the last frame."""
+        silence_s = self._options.beat_s * self._options.silent_beats_max
+        try:
+            while True:
+                async with asyncio.timeout(silence_s):
+                    raw = await self._channel.recv()
+                frame = decode_from_primary(raw)
+                self._applier.upstream.heard_at_s = self._clock.monotonic()
+                if isinstance(frame, Heartbeat):
+                    self._heard(frame)
+                else:
+                    await self._inbox.put(frame, len(raw))
+        except TimeoutError:
+            self._inbox.fail(ChannelClosed(f"no heartbeat for {silence_s:g} s"))
+        except (ChannelClosed, ProtocolViolation) as error:
+            self._inbox.fail(error)
+
+    def _heard(self, beat: Heartbeat) -> None:
+        now_ms = self._clock.time_ms()
+        self._offset.observe(
+            their_clock_ms=beat.clock_ms, echo_ms=beat.echo_ms, echo_age_ms=beat.echo_age_ms, now_ms=now_ms
+        )
+        self._echo = (beat.clock_ms, self._clock.monotonic())
+        self._applier.upstream.head_index = beat.head_index
+        self._applier.upstream.advertised = Advertised(beat.api_addr, beat.cluster_addrs)
+
+    async def _beat(self) -> None:
+        with contextlib.suppress(ChannelClosed):
+            while True:
+                advertised = self._applier._advertise()
+                now_s = self._clock.monotonic()
+                echo_ms, echo_age_ms = (self._echo[0], int((now_s - self._echo[1]) * 1000)) if self._echo else (0, 0)
+                position = self._applier.position
+                await self._channel.send(
+                    encode(
+                        Heartbeat(
+                            clock_ms=self._clock.time_ms(),
+                            echo_ms=echo_ms,
+                            echo_age_ms=echo_age_ms,
+                            head_index=position.index if position else 0,
+                            api_addr=advertised.api_addr,
+                            cluster_addrs=advertised.cluster_addrs,
+                        )
+                    )
+                )
+                await asyncio.sleep(self._options.beat_s)
+
+    async def _act(self) -> Outcome:
+        try:
+            while True:
+                frame = await self._inbox.get()
+                if isinstance(frame, RecordFrame | Skip):
+                    self._intake.accept(frame)
+                    if not (self._intake.wants_more() and self._inbox.next_is((RecordFrame, Skip))):
+                        await self._apply_accepted()
+                elif isinstance(frame, CompleteUpTo):
+                    await self._compare(frame)
+                else:
+                    return _farewell(frame)
+        except ProtocolViolation as violation:
+            with contextlib.suppress(TooLarge, ChannelClosed):  # what came before the bad frame is good
+                await self._apply_accepted()
+            return Outcome(End.LOST, str(violation), alarm=True)
+        except ChannelClosed as closed:
+            return Outcome(End.LOST, str(closed))
+        except _NeedDiff as need:
+            return Outcome(End.NEED_DIFF, str(need))
+
+    async def _apply_accepted(self) -> None:
+        steps_max = sys_steps_max = 1 << 20
+        while (batch := self._intake.take(steps_max=steps_max)) is not None:
+            now_s = self._clock.monotonic()
+            durable_now = now_s - self._durable_at_s >= self._options.position_interval_s
+            try:
+                await self._applier._apply(batch, durable_now=durable_now)
+            except TooLarge as too_large:
+                if len(batch.steps) == 1:
+                    # The sync carries entries one by one, with reads refused meanwhile; the stream never splits a record.
+                    raise _NeedDiff(f"record {batch.position.index} is no single commit here: {too_large}") from None
+                self._intake.give_back(batch)
+                steps_max = len(batch.steps) // 2
+                continue
+            steps_max = sys_steps_max
+            if batch.writes or durable_now:
+                self._durable_at_s = now_s
+            await self._acknowledge()
+
+    async def _acknowledge(self) -> None:
+        position, durable = self._applier.position, self._applier._durable
+        applied = position.index if position else 0
+        await self._channel.send(encode(Ack(applied, min(applied, durable.index if durable else 0))))
+
+    async def _compare(self, frame: CompleteUpTo) -> None:
+        position = self._applier.position
+        if position is None or (frame.index, frame.chain_hash) != (position.index, position.chain_hash):
+            raise ProtocolViolation(f"complete up to {frame.index} came out of order")
+        if self._applier._store.forest.root(REPLICATED) != frame.root:
+            raise _NeedDiff(f"roots differ at record {frame.index}")
+        self._applier._lag.complete(
+            source_time_ms=frame.source_time_ms,
+            now_ms=self._clock.time_ms(),
+            offset_ms=self._offset.offset_ms,
+            now_s=self._clock.monotonic(),
+        )
+        self._applier._on_event(Event.IN_STEP)
+        await self._acknowledge()
+
+
+def _farewell(bye: Bye) -> Outcome:
+    ends = {"need-diff": End.NEED_DIFF, "refuse": End.REFUSED}
+    return Outcome(ends.get(bye.code, End.LOST), bye.reason)

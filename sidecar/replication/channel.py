@@ -1,0 +1,89 @@
+"""The way frames travel: a small interface, and a websocket that keeps to it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from aiohttp import ClientConnectionError, ClientWebSocketResponse, WSMsgType, web
+
+from sidecar.replication.protocol import FRAME_BYTES_MAX
+
+CLOSE_TIMEOUT_S = 2.0
+
+
+class ChannelClosed(Exception):
+    """The peer is gone, or this side closed. What was sent before may or may not have arrived."""
+
+
+class Channel(Protocol):
+    """Whole frames in order, both ways. Any number of senders, one receiver."""
+
+    async def send(self, frame: bytes) -> None:
+        """Hand over one frame; waits while the peer reads slowly. Raises ChannelClosed."""
+
+    async def recv(self) -> bytes:
+        """The next frame. Raises ChannelClosed."""
+
+    async def close(self, reason: str) -> None:
+        """End the channel within a short bounded time; ``reason`` reaches the peer if it still listens."""
+
+
+class WebSocketChannel:
+    """One aiohttp websocket, server or client side; build it with :meth:`accept` or :meth:`WS_OPTIONS`.
+
+    Only binary messages of at most ``FRAME_BYTES_MAX`` bytes pass; anything else closes the channel. No compression: a
+    small message must not become a large one.
+    """
+
+    def __init__(self, socket: ClientWebSocketResponse | web.WebSocketResponse) -> None:
+        self._socket = socket
+        self._sending = asyncio.Lock()
+
+    @classmethod
+    async def accept(cls, request: web.BaseRequest) -> WebSocketChannel:
+        """The server side of an upgrade request. Raises aiohttp's HTTPBadRequest when it is not one."""
+        socket = web.WebSocketResponse(
+            max_msg_size=FRAME_BYTES_MAX, compress=False, autoping=True, timeout=CLOSE_TIMEOUT_S
+        )
+        await socket.prepare(request)
+        return cls(socket)
+
+    @property
+    def socket(self) -> ClientWebSocketResponse | web.WebSocketResponse:
+        """The response a server handler has to return after serving."""
+        return self._socket
+
+    async def send(self, frame: bytes) -> None:
+        if len(frame) > FRAME_BYTES_MAX:
+            raise ValueError(f"a frame of {len(frame)} bytes exceeds the limit of {FRAME_BYTES_MAX}")
+        try:
+            async with self._sending:
+                await self._socket.send_bytes(frame)
+        except (ClientConnectionError, ConnectionError, RuntimeError) as error:
+            raise ChannelClosed(f"the connection is gone ({type(error).__name__})") from error
+
+    async def recv(self) -> bytes:
+        try:
+            message = await self._socket.receive()
+        except (ClientConnectionError, ConnectionError, RuntimeError) as error:
+            raise ChannelClosed(f"the connection is gone ({type(error).__name__})") from error
+        if message.type is WSMsgType.BINARY:
+            return bytes(message.data)
+        if message.type is WSMsgType.CLOSE:
+            raise ChannelClosed(f"the peer closed the stream: {message.extra or message.data}")
+        if message.type is WSMsgType.TEXT:
+            await self.close("only binary messages are spoken here")
+        raise ChannelClosed(f"the stream ended ({message.type.name.lower()})")
+
+    async def close(self, reason: str) -> None:
+        message = reason.encode()[:120]  # a close frame holds at most 123 bytes of reason
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._socket.close(message=message)
+        except (TimeoutError, ClientConnectionError, ConnectionError, RuntimeError):
+            return
+
+
+CLIENT_OPTIONS = {"max_msg_size": FRAME_BYTES_MAX, "compress": 0, "autoping": True}
+"""Keyword arguments for ``ClientSession.ws_connect`` on the secondary's side."""

@@ -1,0 +1,243 @@
+"""What a performance primary offers on the cluster port, for as long as :meth:`PrimaryService.run` runs.
+
+=================  ====================================================  ===========================================
+``POST /bootstrap``  keys for a new secondary                              certificate known, not connected yet
+``GET /stream``      websocket: hello, then the write-ahead log            certificate and store known; pins the store
+``POST /diff``       first round trip of a merkle sync                     pinned
+``POST /fetch``      second round trip                                     pinned
+``POST /forward``    a request of the secondary's clients                  pinned
+=================  ====================================================  ===========================================
+
+The listener has checked that the client certificate is on the allow list before any of these runs, per connection and
+per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from consul_backend.clock import Clock
+from consul_backend.position import Position
+from plugin_api.errors import PermissionDenied
+from sidecar.replication import protocol
+from sidecar.replication.activation import BOOTSTRAP_PATH, VERSIONS, BootstrapReply, BootstrapRequest
+from sidecar.replication.channel import ChannelClosed, WebSocketChannel
+from sidecar.replication.hello import Source
+from sidecar.replication.protocol import HelloReply, ProtocolViolation
+from sidecar.replication.roles import ALPN, KnownSecondary, PrimaryRole, claim_store, connect, server_name
+from sidecar.replication.shipper import Advertised, Shipper, ShipperOptions
+from sidecar.replication.sync import answer_diff, answer_fetch
+from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions
+from sidecar.transport import certificates
+from sidecar.transport.forwarding import (
+    FORWARD_PATH,
+    REQUEST_BYTES_MAX,
+    ForwardRequest,
+    ForwardResponse,
+    MalformedMessage,
+    decode,
+    encode,
+)
+from sidecar.transport.listener import ClusterListener, Purpose, peer_of
+from sidecar.transport.trail import UPWARD, LoopRefused, arrived
+
+logger = logging.getLogger(__name__)
+
+STREAM_PATH = "/stream"
+DIFF_PATH = "/diff"
+FETCH_PATH = "/fetch"
+BOOTSTRAP_REQUEST_BYTES_MAX = 64 * 1024
+HELLO_TIMEOUT_S = 10.0
+FAREWELL_S = 0.5
+
+ChangeRole = Callable[[Callable[[PrimaryRole], PrimaryRole]], Awaitable[PrimaryRole]]
+"""Commit a change of the primary's role: applied to the newest one, one change at a time."""
+
+
+class PrimaryService:
+    """Serves the secondaries of one set during one tenure. ``role`` returns the newest committed role."""
+
+    def __init__(
+        self, store: ClusterStore, listener: ClusterListener, node: NodeInfo, callbacks: Callbacks, clock: Clock,
+        options: ReplicationOptions, *, role: Callable[[], PrimaryRole], change: ChangeRole,
+    ) -> None:
+        self._store = store
+        self._listener = listener
+        self._node = node
+        self._callbacks = callbacks
+        self._clock = clock
+        self._role = role
+        self._change = change
+        self._set_id = role().set_id
+        epoch = role().epoch
+        self.source = Source(node.local_cluster_id, self._set_id, store.generation, epoch.number, epoch.id)
+        self.shipper = Shipper(
+            store, self.source,
+            ShipperOptions(
+                beat_s=options.beat_s, silent_beats_max=options.silent_beats_max, limits=options.limits,
+                window_records=options.window_records, window_bytes=options.window_bytes,
+            ),
+            clock, advertise=self._advertised,
+        )
+        self.serving = asyncio.Event()
+        self._streams: dict[str, asyncio.Event] = {}
+        self._handlers: dict[tuple[str, str], Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]] = {
+            ("POST", BOOTSTRAP_PATH): self._bootstrap,
+            ("GET", STREAM_PATH): self._stream,
+            ("POST", DIFF_PATH): self._diff,
+            ("POST", FETCH_PATH): self._fetch,
+            ("POST", FORWARD_PATH): self._forward,
+        }
+
+    async def run(self) -> None:
+        """Serve until cancelled; then the purpose is withdrawn and every stream cut."""
+        role = self._role()
+        for secondary_id in role.secondaries:
+            self.shipper.expect(secondary_id)
+        name = server_name(self._set_id)
+        credentials = await asyncio.to_thread(certificates.issue_server, role.authority, name)
+        self._listener.add(Purpose(
+            sni=name, alpn=ALPN, credentials=credentials, trust_root_pem=role.authority_pem,
+            handler=self._dispatch, allow=self._allow,
+        ))
+        self.serving.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.serving.clear()
+            await self._listener.remove(name)
+
+    async def dismiss(self, secondary_id: str, fingerprint: str) -> None:
+        """After the role without it was committed: tell it, briefly, and cut what is open."""
+        self.shipper.forget(secondary_id)
+        ended = self._streams.get(fingerprint)
+        try:
+            async with asyncio.timeout(FAREWELL_S):
+                if ended is not None:
+                    await ended.wait()
+        except TimeoutError:
+            logger.info("replication: secondary %s did not take its farewell", secondary_id)
+        finally:
+            self._listener.cut(fingerprint)
+
+    def _allow(self, fingerprint: str) -> bool:
+        return self._role().by_fingerprint(fingerprint) is not None
+
+    def _advertised(self) -> Advertised:
+        return Advertised(self._node.api_addr, tuple(self._node.cluster_addresses()))
+
+    async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
+        handler = self._handlers.get((request.method, request.path))
+        if handler is None:
+            return web.Response(status=404, text="no such call on this protocol")
+        try:
+            return await handler(request)
+        except (ProtocolViolation, MalformedMessage) as error:
+            return web.Response(status=400, text=str(error))
+        except PermissionDenied as error:
+            return web.Response(status=403, text=str(error))
+
+    def _pinned(self, request: web.BaseRequest) -> KnownSecondary:
+        known = self._role().by_fingerprint(peer_of(request).fingerprint)
+        if known is None or not known.connected:
+            raise PermissionDenied("say hello on a stream first")
+        return known
+
+    async def _bootstrap(self, request: web.BaseRequest) -> web.StreamResponse:
+        asked = decode(await request.read(), BootstrapRequest, bytes_max=BOOTSTRAP_REQUEST_BYTES_MAX)
+        fingerprint = peer_of(request).fingerprint
+        version = max(set(asked.versions) & set(VERSIONS), default=0)
+        if not version:
+            raise PermissionDenied("no common protocol version: upgrade the secondary first")
+        now_ms = self._clock.time_ms()
+        role = await self._change(
+            lambda newest: claim_store(newest, fingerprint, asked.set_id, asked.epoch, asked.store_id, now_ms=now_ms),
+        )
+        material = await self._callbacks.secret_material()
+        reply = BootstrapReply(
+            version=version, set_id=role.set_id, epoch=role.epoch, root_key=material.root_key, keyring=material.keyring,
+            seal=material.seal, api_addr=self._node.api_addr, cluster_addrs=tuple(self._node.cluster_addresses()),
+        )
+        logger.info("replication: secondary %s received its keys", asked.secondary_id)
+        return _binary(encode(reply))
+
+    async def _stream(self, request: web.BaseRequest) -> web.StreamResponse:
+        fingerprint = peer_of(request).fingerprint
+        channel = await WebSocketChannel.accept(request)
+        reason = "no hello"
+        ended = self._streams[fingerprint] = asyncio.Event()
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = protocol.decode_hello(await channel.recv())
+            known = self._role().by_fingerprint(fingerprint)
+            if known is None or known.id != hello.secondary_id:
+                raise PermissionDenied("the hello names another secondary than the certificate does")
+            await self._change(lambda newest: connect(newest, fingerprint, hello.set_id, hello.store_id))
+            reason = await self.shipper.serve(channel, hello)
+        except PermissionDenied as refusal:
+            reason = str(refusal)
+            await self._refuse(channel, reason)
+        except (ChannelClosed, ProtocolViolation, TimeoutError) as error:
+            reason = str(error) or "no hello in time"
+        finally:
+            await channel.close(reason)
+            ended.set()
+            if self._streams.get(fingerprint) is ended:
+                del self._streams[fingerprint]
+        return channel.socket  # type: ignore[return-value]  # accept() made the server's kind
+
+    async def _refuse(self, channel: WebSocketChannel, reason: str) -> None:
+        head, source = self._store.head, self.source
+        reply = HelloReply(
+            version=protocol.PROTOCOL_VERSIONS[-1], mode="refuse", reason=reason, cluster_id=source.cluster_id,
+            set_id=source.set_id, generation=source.generation, epoch=source.epoch, epoch_id=source.epoch_id,
+            head_index=head.index, head_hash=head.chain_hash, ops_max=0, body_bytes_max=0, prefix_bytes=0,
+        )
+        try:
+            await channel.send(protocol.encode(reply))
+        except ChannelClosed:
+            return
+
+    async def _diff(self, request: web.BaseRequest) -> web.StreamResponse:
+        known = self._pinned(request)
+        asked = protocol.decode_diff_request(await request.read())
+        reply = await answer_diff(self._store, self.source, asked, hold_as=known.id)
+        return _binary(protocol.encode(reply))
+
+    async def _fetch(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._pinned(request)
+        asked = protocol.decode_fetch_request(await request.read())
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        await response.prepare(request)
+        async for chunk in answer_fetch(self._store, asked):
+            await response.write(chunk)
+        await response.write_eof()
+        return response
+
+    async def _forward(self, request: web.BaseRequest) -> web.StreamResponse:
+        known = self._pinned(request)
+        asked = decode(await request.read(), ForwardRequest, bytes_max=REQUEST_BYTES_MAX)
+        if asked.auth is None:
+            raise PermissionDenied("a forwarded request must say who its caller is")
+        try:
+            arrived(asked.trail, self._node.local_cluster_id, UPWARD)
+        except LoopRefused as refusal:
+            return web.Response(status=503, text=str(refusal))
+        done = await self._callbacks.execute(asked)
+        logger.debug("replication: %s %s for secondary %s: %d", asked.method, asked.path, known.id, done.status)
+        return _binary(encode(ForwardResponse(done.status, list(done.headers), done.body, self._at(done.wal_index))))
+
+    def _at(self, index: int) -> Position | None:
+        if not index:
+            return None
+        head = self._store.head
+        chain_hash = head.chain_hash if head.index == index else b""  # a forwarder waits for the index alone
+        return Position(self._set_id, self._store.generation, self.source.epoch, index, chain_hash)
+
+
+def _binary(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/octet-stream")

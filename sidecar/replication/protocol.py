@@ -1,0 +1,332 @@
+"""The messages two clusters exchange, as bytes. Pure. ``docs/cluster-port.md`` says what each is for.
+
+Every message is a *frame*: the CRC-32 of the payload, four bytes, big-endian; then the payload, one msgpack array whose
+first item numbers its type. TLS keeps strangers out; the checksum keeps out damage between TLS and the other codec.
+A frame is checked once, in :func:`decode_from_primary` and its siblings, which know the direction. Past them:
+
+1. the payload is what the sender encoded, and of a type its side may send;
+2. lengths, signs and hash sizes are right, no field is unknown, and nothing was allocated that the bytes did not fill;
+3. record bytes are *not* yet checked: :mod:`sidecar.replication.intake` does that, with the chain.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from consul_backend.position import Position
+
+PROTOCOL_VERSIONS = (1,)
+"""Versions of this protocol that this program speaks. A change of any frame is a new version."""
+
+FRAME_BYTES_MAX = 2 * 1024 * 1024
+"""One frame. A store transaction is 512 KiB by default and a record is smaller than that; four times as much leaves
+room for a store with raised limits."""
+
+DIFF_BYTES_MAX = 64 * 1024 * 1024
+"""A diff request, a diff answer or a fetch request, each of which is one HTTP body."""
+
+HASH_BYTES = 32
+DIGEST_BYTES = 20
+CHECKSUM_BYTES = 4
+LENGTH_BYTES = 4
+
+NONE_POSITION = Position(set_id="", generation="", epoch=0, index=0, chain_hash=bytes(HASH_BYTES))
+"""Where a secondary stands while its data is a mix, or nothing: it must diff before it may stream or serve reads."""
+
+
+def is_none(position: Position | None) -> bool:
+    """Whether a stored position says that a diff must come first."""
+    return position is None or position.index == 0
+
+
+class ProtocolViolation(Exception):
+    """The peer sent what nobody following this protocol sends. The connection is closed; nothing was applied."""
+
+
+Hash = Annotated[bytes, msgspec.Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
+Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+Index = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Bucket = Annotated[int, msgspec.Meta(ge=0, le=255)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Address = Annotated[str, msgspec.Meta(max_length=1024)]
+Text = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Root of all messages."""
+
+
+class Hello(Frame, frozen=True, tag=1):
+    """The secondary's first frame. ``position`` None: no data yet. ``epoch_id`` names the replication epoch beyond its
+    number; empty strings mean *not known yet*. Limits are those of the secondary's store."""
+
+    versions: tuple[Index, ...]
+    secondary_id: Name
+    store_id: Name
+    set_id: Name
+    epoch: Index
+    epoch_id: Name
+    position: Position | None
+    ops_max: Index
+    body_bytes_max: Index
+    prefix_bytes: Index
+    partition_filter: None = None
+
+
+class HelloReply(Frame, frozen=True, tag=2):
+    """The primary's first frame. ``mode`` is ``accept``, ``need-diff`` or ``refuse``; ``reason`` is for people. After
+    ``accept`` the stream begins with the record after the position in the hello; else the connection ends."""
+
+    version: Index
+    mode: Name
+    reason: Text
+    cluster_id: Name
+    set_id: Name
+    generation: Name
+    epoch: Index
+    epoch_id: Name
+    head_index: Index
+    head_hash: Hash
+    ops_max: Index
+    body_bytes_max: Index
+    prefix_bytes: Index
+
+
+class RecordFrame(Frame, frozen=True, tag=3):
+    """One record: header whole, bodies of class ``r`` only. Its index is the last one handled plus one."""
+
+    raw: bytes
+
+
+class Skip(Frame, frozen=True, tag=4):
+    """Records ``first``..``last`` hold nothing for this secondary; ``chain_hash`` is that of ``last``."""
+
+    first: Index
+    last: Index
+    chain_hash: Hash
+
+
+class CompleteUpTo(Frame, frozen=True, tag=5):
+    """In order with the records: at ``source_time_ms`` the primary's newest record was ``index`` and the root over this
+    secondary's partitions was ``root``. The lag canary, and the secondary's chance to compare."""
+
+    index: Index
+    chain_hash: Hash
+    root: Digest
+    source_time_ms: Milliseconds
+
+
+class Ack(Frame, frozen=True, tag=6):
+    """Every record up to ``applied`` is handled; up to ``durable`` the secondary would survive a crash without asking
+    again. They differ only across skipped records."""
+
+    applied: Index
+    durable: Index
+
+
+class Heartbeat(Frame, frozen=True, tag=7):
+    """Both ways, at any time. ``echo_ms`` is the ``clock_ms`` of the peer's last heartbeat, received ``echo_age_ms``
+    before this one was sent (0 and 0: none yet). ``head_index`` is the sender's newest record, or what it applied."""
+
+    clock_ms: Milliseconds
+    echo_ms: Milliseconds
+    echo_age_ms: Milliseconds
+    head_index: Index
+    api_addr: Address
+    cluster_addrs: Annotated[tuple[Address, ...], msgspec.Meta(max_length=64)]
+
+
+class Bye(Frame, frozen=True, tag=8):
+    """The sender's last frame. ``code`` is ``closing`` (come again), ``need-diff`` or ``refuse``."""
+
+    code: Name
+    reason: Text
+
+
+class PartitionDigests(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One partition of class ``r`` as the secondary has it."""
+
+    root: Digest
+    pages: dict[Bucket, Digest]
+
+
+class DiffRequest(Frame, frozen=True, tag=16):
+    """First round trip: what the secondary has."""
+
+    root: Digest
+    partitions: dict[Name, PartitionDigests]
+
+
+class DiffReply(Frame, frozen=True, tag=17):
+    """``base`` is the primary's newest record when the comparison began. ``equal``: roots were equal at exactly that
+    record, nothing else to do. Else ``whole``: partitions that the secondary lacks; ``gone``: partitions the primary
+    does not have; ``pages``: pages that only one side has; ``subpages``: digests of the primary's subpages in every
+    page that differs."""
+
+    cluster_id: Name
+    set_id: Name
+    generation: Name
+    epoch: Index
+    epoch_id: Name
+    base_index: Index
+    base_hash: Hash
+    equal: bool
+    whole: list[Name]
+    gone: list[Name]
+    pages: dict[Name, list[Bucket]]
+    subpages: dict[Name, dict[Bucket, dict[Bucket, Digest]]]
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A part of one partition and every entry (path, digest) the secondary has in it: one subpage; a page when
+    ``subpage`` is None; the partition when ``page`` is None too."""
+
+    partition: Name
+    page: Bucket | None
+    subpage: Bucket | None
+    entries: list[tuple[str, Digest]]
+
+
+class FetchRequest(Frame, frozen=True, tag=18):
+    """Second round trip. ``final``: after the entries, send the records since the base and the guard."""
+
+    base_index: Index
+    base_hash: Hash
+    final: bool
+    extents: list[Extent]
+
+
+class Entries(Frame, frozen=True, tag=19):
+    """Entries by logical key, with their whole ciphertext, and keys that the primary does not have."""
+
+    puts: list[tuple[str, bytes]]
+    deletes: list[str]
+
+
+class Guard(Frame, frozen=True, tag=20):
+    """The last frame of an answer to a fetch: everything asked for was sent. After a final fetch ``index`` is the last
+    record sent, and ``root`` the root of class ``r`` at exactly that record; else the base again, and zeros."""
+
+    index: Index
+    chain_hash: Hash
+    root: Digest
+
+
+FromPrimary = RecordFrame | Skip | CompleteUpTo | Heartbeat | Bye
+FromSecondary = Ack | Heartbeat | Bye
+FromFetch = Entries | RecordFrame | Skip | Guard | Bye
+
+_T = TypeVar("_T")
+_ENCODER = msgspec.msgpack.Encoder()
+_FROM_PRIMARY: msgspec.msgpack.Decoder[FromPrimary] = msgspec.msgpack.Decoder(FromPrimary)
+_FROM_SECONDARY: msgspec.msgpack.Decoder[FromSecondary] = msgspec.msgpack.Decoder(FromSecondary)
+_FROM_FETCH: msgspec.msgpack.Decoder[FromFetch] = msgspec.msgpack.Decoder(FromFetch)
+_HELLO = msgspec.msgpack.Decoder(Hello)
+_HELLO_REPLY = msgspec.msgpack.Decoder(HelloReply)
+_DIFF_REQUEST = msgspec.msgpack.Decoder(DiffRequest)
+_DIFF_REPLY = msgspec.msgpack.Decoder(DiffReply)
+_FETCH_REQUEST = msgspec.msgpack.Decoder(FetchRequest)
+
+
+def encode(frame: Frame) -> bytes:
+    """The frame as it travels."""
+    payload = _ENCODER.encode(frame)
+    return zlib.crc32(payload).to_bytes(CHECKSUM_BYTES, "big") + payload
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], raw: bytes, bytes_max: int = FRAME_BYTES_MAX) -> _T:
+    if not CHECKSUM_BYTES < len(raw) <= bytes_max:
+        raise ProtocolViolation(f"a frame of {len(raw)} bytes, allowed are up to {bytes_max}")
+    payload = memoryview(raw)[CHECKSUM_BYTES:]
+    if zlib.crc32(payload) != int.from_bytes(raw[:CHECKSUM_BYTES], "big"):
+        raise ProtocolViolation("a frame's checksum does not match its bytes")
+    try:
+        return decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        # The decoder's own text may quote the payload, which belongs in no log.
+        raise ProtocolViolation("a frame does not decode as any message allowed here") from None
+
+
+def decode_from_primary(raw: bytes) -> FromPrimary:
+    """What a secondary may receive after the hello. Raises ProtocolViolation, as all decoders here."""
+    return _decode(_FROM_PRIMARY, raw)
+
+
+def decode_from_secondary(raw: bytes) -> FromSecondary:
+    """What a primary may receive after the hello."""
+    return _decode(_FROM_SECONDARY, raw)
+
+
+def decode_from_fetch(raw: bytes) -> FromFetch:
+    """One frame of an answer to a fetch."""
+    return _decode(_FROM_FETCH, raw)
+
+
+def decode_hello(raw: bytes) -> Hello:
+    """The first frame on a stream, as the primary receives it."""
+    hello = _decode(_HELLO, raw)
+    position = hello.position
+    if position is not None and (len(position.chain_hash) != HASH_BYTES or not 0 <= position.index < 2**63):
+        raise ProtocolViolation("the position in a hello is malformed")
+    return hello
+
+
+def decode_hello_reply(raw: bytes) -> HelloReply:
+    """The first frame on a stream, as the secondary receives it."""
+    reply = _decode(_HELLO_REPLY, raw)
+    if reply.mode not in {"accept", "need-diff", "refuse"}:
+        raise ProtocolViolation("the primary answered the hello with an unknown mode")
+    return reply
+
+
+def decode_diff_request(raw: bytes) -> DiffRequest:
+    """The body of a diff request."""
+    return _decode(_DIFF_REQUEST, raw, DIFF_BYTES_MAX)
+
+
+def decode_diff_reply(raw: bytes) -> DiffReply:
+    """The body of the answer to a diff request."""
+    return _decode(_DIFF_REPLY, raw, DIFF_BYTES_MAX)
+
+
+def decode_fetch_request(raw: bytes) -> FetchRequest:
+    """The body of a fetch request."""
+    return _decode(_FETCH_REQUEST, raw, DIFF_BYTES_MAX)
+
+
+def with_length(frame: bytes) -> bytes:
+    """A frame inside an HTTP body: its length, four bytes, big-endian, goes before it."""
+    return struct.pack(">I", len(frame)) + frame
+
+
+class Unframer:
+    """Cuts a byte stream of :func:`with_length` frames. Holds at most one frame and one chunk."""
+
+    def __init__(self, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+        self._frame_bytes_max = frame_bytes_max
+        self._buffer = bytearray()
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """The frames that are complete now. Raises ProtocolViolation on a length over the limit, before its bytes."""
+        self._buffer += chunk
+        while len(self._buffer) >= LENGTH_BYTES:
+            length = int.from_bytes(self._buffer[:LENGTH_BYTES], "big")
+            if length > self._frame_bytes_max:
+                raise ProtocolViolation(f"a frame of {length} bytes, allowed are up to {self._frame_bytes_max}")
+            end = LENGTH_BYTES + length
+            if len(self._buffer) < end:
+                return
+            frame = bytes(self._buffer[LENGTH_BYTES:end])
+            del self._buffer[:end]
+            yield frame
+
+    def end(self) -> None:
+        """Call at the end of the body. Raises ProtocolViolation when a frame was cut."""
+        if self._buffer:
+            raise ProtocolViolation("the answer ended in the middle of a frame")

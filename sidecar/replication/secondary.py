@@ -1,0 +1,282 @@
+"""A performance secondary at work: dials the primary, drives the state machine, forwards requests upward.
+
+One task drives :mod:`sidecar.replication.states`; the machine says what is done and this module does it. Addresses are
+tried in order (those of the last heartbeat first, the one of the activation token last); between rounds it backs off
+with jitter, so that many secondaries do not come back in one instant. Reads stay gated until there is a position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+
+from consul_backend.clock import Clock
+from plugin_api.errors import PluginError, Unavailable
+from sidecar.replication import protocol
+from sidecar.replication.activation import secondary_identity
+from sidecar.replication.applier import Applier, ApplierOptions
+from sidecar.replication.channel import ChannelClosed, WebSocketChannel
+from sidecar.replication.committer import stored_position
+from sidecar.replication.hello import Identity
+from sidecar.replication.primary import DIFF_PATH, FETCH_PATH, STREAM_PATH
+from sidecar.replication.protocol import DiffReply, DiffRequest, FetchRequest, is_none
+from sidecar.replication.roles import SecondaryRole
+from sidecar.replication.shipper import Advertised
+from sidecar.replication.states import Action, Event, Machine, Phase, step
+from sidecar.replication.status import SyncFacts, SyncProgress
+from sidecar.replication.sync import Syncer
+from sidecar.replication.sync import SyncProgress as ExtentsProgress
+from sidecar.replication.upstream import answer_of, upward_request
+from sidecar.replication.wiring import (
+    AuthLike,
+    Callbacks,
+    ClusterStore,
+    ForwardAnswer,
+    NodeInfo,
+    ReplicationOptions,
+    RequestLike,
+)
+from sidecar.transport.forwarding import (
+    ForwardNotSent,
+    ForwardOutcomeUnknown,
+    ForwardRequest,
+    ForwardResponse,
+    send_forward,
+)
+from sidecar.transport.peer import PeerClient, PeerOutcomeUnknown, PeerRefused, PeerUnreachable
+from sidecar.transport.trail import LoopRefused
+
+logger = logging.getLogger(__name__)
+
+NOT_SYNCED = "replication: this secondary has not received its primary's data yet"
+DIFF_TIMEOUT_S = 60.0
+
+_RANDOM = secrets.SystemRandom()
+
+
+class SecondaryService:
+    """One tenure as secondary. ``role`` returns the newest role; ``learned`` is told the primary's addresses."""
+
+    def __init__(
+        self, store: ClusterStore, node: NodeInfo, callbacks: Callbacks, clock: Clock, options: ReplicationOptions, *,
+        role: Callable[[], SecondaryRole], learned: Callable[[tuple[str, ...]], Awaitable[None]],
+    ) -> None:
+        self._store = store
+        self._node = node
+        self._callbacks = callbacks
+        self._clock = clock
+        self._options = options
+        self._role = role
+        self._learned = learned
+        self._identity = secondary_identity(role())
+        self._clients: dict[str, PeerClient] = {}
+        self._failures = 0
+        self._preferred = ""
+        self.machine = Machine()
+        self.connected_to = ""
+        self.started_ms = clock.time_ms()
+        self.sync_progress: SyncProgress | None = None
+        self.last_sync: SyncFacts | None = None
+        self.applier = self._make_applier()
+
+    async def run(self) -> None:
+        """Follow the primary until cancelled. Raises what ends the tenure: errors of this cluster's own store."""
+        if is_none(self.applier.position):
+            self._callbacks.set_gate(NOT_SYNCED)
+        try:
+            action = self._step(Event.START)
+            while True:
+                action = await self._do(action)
+        finally:
+            self.connected_to = ""
+            for client in self._clients.values():
+                await client.close()
+            self._clients.clear()
+
+    @property
+    def state(self) -> str:
+        """The contract's word for the status: a secondary that cannot connect is idle."""
+        phase = self.machine.phase
+        return "idle" if phase is Phase.CONNECTING and self._failures else phase.value
+
+    @property
+    def connection_state(self) -> str:
+        """As gRPC names them: ready, connecting, transient_failure, or idle when nothing is tried."""
+        if self.machine.phase is Phase.IDLE:
+            return "idle"
+        if self.connected_to:
+            return "ready"
+        return "transient_failure" if self._failures else "connecting"
+
+    async def forward(self, request: RequestLike, auth: AuthLike) -> ForwardAnswer:
+        """Run ``request`` on the primary and hold the answer until its writes are applied here, bounded.
+
+        Raises Unavailable when it was certainly not handled, PluginError when that is not known.
+        """
+        try:
+            message = upward_request(request, auth, self._node.local_cluster_id)
+        except LoopRefused as refusal:
+            raise Unavailable(str(refusal)) from refusal
+        response = await self._send(message)
+        late = False
+        if response.position is not None:
+            late = not await self.applier.wait_applied(response.position.index, self._options.wal_wait_s)
+        return answer_of(response, late=late)
+
+    async def _send(self, message: ForwardRequest) -> ForwardResponse:
+        problem = "no cluster address of it is known"
+        for address in self._addresses():
+            try:
+                return await send_forward(self._client(address), message, timeout_s=self._options.forward_timeout_s)
+            except ForwardNotSent as error:
+                problem = str(error)
+                if error.status:  # it was reached and refused: another node of it would say the same
+                    break
+            except ForwardOutcomeUnknown as error:
+                raise PluginError(
+                    "the request was sent to the replication primary and its answer was lost: "
+                    f"it may have been carried out ({error})",
+                ) from error
+        raise Unavailable(f"the request was not carried out: the replication primary could not take it: {problem}")
+
+    async def _do(self, action: Action) -> Action:
+        if action is Action.REST:
+            await asyncio.get_running_loop().create_future()
+        if action is Action.BACK_OFF:
+            await asyncio.sleep(self._pause_s())
+            return Action.STREAM
+        if action is Action.STREAM:
+            return await self._stream()
+        return await self._sync()
+
+    async def _stream(self) -> Action:
+        problems: list[str] = []
+        for address in self._addresses():
+            try:
+                socket = await self._client(address).websocket(
+                    STREAM_PATH, message_bytes_max=protocol.FRAME_BYTES_MAX,
+                )
+            except (PeerUnreachable, PeerRefused) as error:
+                problems.append(str(error))
+                continue
+            return await self._follow(WebSocketChannel(socket), address)
+        return self._step(Event.LOST, "; ".join(problems) or "no address of the primary is known")
+
+    async def _follow(self, channel: WebSocketChannel, address: str) -> Action:
+        self.connected_to = self._preferred = address
+        try:
+            outcome = await self.applier.run(channel)
+        finally:
+            self.connected_to = ""
+            await channel.close("the secondary ended the stream")
+        await self._remember_addresses()
+        action = self._step(outcome.end.value, outcome.reason)
+        if outcome.alarm:
+            self.machine = replace(self.machine, alarm=True)
+        return action
+
+    async def _sync(self) -> Action:
+        syncer = Syncer(
+            self._store, self._ask_diff, self._ask_entries, on_applied=self._callbacks.on_applied,
+            gate=self._gate, on_event=self._heard, clock=self._clock,
+        )
+        result = await syncer.run()
+        self.sync_progress = None
+        if result.event in (Event.EQUAL, Event.SYNCED):
+            self.last_sync = SyncFacts("merkle", result.round_trips, result.bytes, result.keys, result.seconds)
+            logger.info(
+                "replication: merkle sync done: %d keys, %d bytes, %d round trips, %.3f s",
+                result.keys, result.bytes, result.round_trips, result.seconds,
+            )
+        return self._step(result.event, result.reason)
+
+    async def _ask_diff(self, request: DiffRequest) -> DiffReply:
+        try:
+            answer = await self._client(self._address()).post(
+                DIFF_PATH, protocol.encode(request), timeout_s=DIFF_TIMEOUT_S, answer_bytes_max=protocol.DIFF_BYTES_MAX,
+            )
+        except (PeerUnreachable, PeerOutcomeUnknown) as error:
+            raise ChannelClosed(str(error)) from error
+        if answer.status != 200:
+            raise ChannelClosed(f"the primary answered {answer.status} to the diff: {_text(answer.body)}")
+        return protocol.decode_diff_reply(answer.body)
+
+    async def _ask_entries(self, request: FetchRequest) -> AsyncIterator[bytes]:
+        client = self._client(self._address())
+        try:
+            async with client.stream(
+                FETCH_PATH, protocol.encode(request), idle_timeout_s=self._options.fetch_idle_timeout_s,
+            ) as answer:
+                if answer.status != 200:
+                    raise ChannelClosed(f"the primary answered {answer.status} to the fetch")
+                async for piece in answer.pieces:
+                    yield piece
+        except (PeerUnreachable, PeerOutcomeUnknown) as error:
+            raise ChannelClosed(str(error)) from error
+
+    def _step(self, event: Event, reason: str = "") -> Action:
+        before = self.machine.phase
+        self.machine, action = step(self.machine, event, reason)
+        if event is Event.LOST:
+            self._failures += 1
+        elif event is not Event.START:
+            self._failures = 0
+        if self.machine.phase is not before:
+            log = logger.error if self.machine.alarm else logger.info
+            log("replication: %s -> %s %s", before.value, self.machine.phase.value, reason)
+        return action
+
+    def _heard(self, event: Event) -> None:
+        """What applier and syncer report while they run: the machine follows, the driver goes on."""
+        self._step(event)
+
+    def _gate(self, progress: ExtentsProgress | None) -> None:
+        if progress is None:
+            self.sync_progress = None
+            self._callbacks.set_gate(None)
+            return
+        self.sync_progress = SyncProgress(progress.total, progress.done)
+        self._callbacks.set_gate(f"replication: merkle sync in progress, {progress.done} of {progress.total} done")
+
+    async def _remember_addresses(self) -> None:
+        addresses = self.applier.upstream.advertised.cluster_addrs
+        if addresses:
+            await self._learned(addresses)
+
+    def _address(self) -> str:
+        return self.connected_to or next(iter(self._addresses()), "")
+
+    def _addresses(self) -> tuple[str, ...]:
+        """Where to try, in order: where it worked last, what the primary advertises, what is stored."""
+        advertised = self.applier.upstream.advertised.cluster_addrs
+        order = dict.fromkeys([self._preferred, *advertised, *self._role().dial_order])
+        return tuple(address for address in order if address)
+
+    def _client(self, address: str) -> PeerClient:
+        client = self._clients.get(address)
+        if client is None:
+            client = PeerClient(self._identity, address, connect_timeout_s=self._options.connect_timeout_s)
+            self._clients[address] = client
+        return client
+
+    def _pause_s(self) -> float:
+        """Doubles with each failure, up to the maximum; half of it is chance."""
+        longest = min(self._options.reconnect_max_s, self._options.reconnect_min_s * 2 ** min(self._failures - 1, 16))
+        return longest * (0.5 + 0.5 * _RANDOM.random())
+
+    def _make_applier(self) -> Applier:
+        role, options = self._role(), self._options
+        return Applier(
+            self._store, stored_position(self._store), self._callbacks.on_applied, self._clock,
+            ApplierOptions(beat_s=options.beat_s, silent_beats_max=options.silent_beats_max, limits=options.limits),
+            identity=Identity(role.secondary_id, role.store_id, role.set_id, role.epoch.number, role.epoch.id),
+            advertise=lambda: Advertised(self._node.api_addr, tuple(self._node.cluster_addresses())),
+            on_event=self._heard,
+        )
+
+
+def _text(body: bytes) -> str:
+    return body[:300].decode("utf-8", "replace")

@@ -1,0 +1,360 @@
+"""The primary's side of the stream: a hello, then records in order, to any number of secondaries.
+
+The write path knows nothing of this. A stream waits until the head of the log passes what it sent, and reads for
+itself: from the store's ring of recent records, else from Consul. What a secondary costs the primary is its window
+(:mod:`sidecar.replication.progress`) and one read of ``chunk_records`` records.
+
+Only one task sends on a connection; it is woken by the head, by acknowledgements and by the beat. At each beat the head
+and the root are captured together, and the *complete up to* that says so leaves when that very record has been sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from consul_backend.clock import Clock
+from consul_backend.errors import BackendError
+from consul_backend.limits import Limits
+from consul_backend.wal import Record
+from sidecar.replication.channel import Channel, ChannelClosed
+from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello
+from sidecar.replication.intake import REPLICATED
+from sidecar.replication.progress import Progress
+from sidecar.replication.protocol import (
+    Ack,
+    Bye,
+    CompleteUpTo,
+    Heartbeat,
+    Hello,
+    HelloReply,
+    ProtocolViolation,
+    RecordFrame,
+    Skip,
+    decode_from_secondary,
+    encode,
+    is_none,
+)
+from sidecar.replication.store_view import PrimaryStore, RecordGone
+
+log = logging.getLogger("replication.shipper")
+
+
+@dataclass(frozen=True, slots=True)
+class Advertised:
+    """What a heartbeat tells the other cluster about this one."""
+
+    api_addr: str = ""
+    cluster_addrs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ShipperOptions:
+    """``beat_s``: how often heartbeats go out; a peer silent for ``silent_beats_max`` of them is gone. The window
+    bounds what one secondary may have in flight. ``limits`` are those of this cluster's store."""
+
+    beat_s: float = 5.0
+    silent_beats_max: int = 3
+    window_records: int = 1024
+    window_bytes: int = 4 * 1024 * 1024
+    chunk_records: int = 16
+    limits: Limits = field(default_factory=Limits)
+
+
+class Peer:
+    """One secondary, as this primary knows it. Indexes are 0 and times None until it was first heard."""
+
+    def __init__(self, secondary_id: str) -> None:
+        self.secondary_id = secondary_id
+        self.advertised = Advertised()
+        self.connected = False
+        self.reason = "not connected yet"
+        self.heard_at_s: float | None = None
+        self.progress: Progress | None = None
+
+    @property
+    def applied(self) -> int:
+        """The newest record it says it applied."""
+        return self.progress.applied if self.progress else 0
+
+    @property
+    def durable(self) -> int:
+        """The newest record it would not ask for again."""
+        return self.progress.durable if self.progress else 0
+
+    def lag_s(self, now_s: float) -> float | None:
+        """Age of the newest instant whose every write it has; goes on counting while it is away."""
+        return self.progress.lag_s(now_s) if self.progress else None
+
+
+class _Over(Exception):
+    """The stream ends with these last words."""
+
+    def __init__(self, bye: Bye) -> None:
+        super().__init__(bye.reason)
+        self.bye = bye
+
+
+class Shipper:
+    """One per tenure as primary."""
+
+    def __init__(
+        self,
+        store: PrimaryStore,
+        source: Source,
+        options: ShipperOptions,
+        clock: Clock,
+        *,
+        advertise: Callable[[], Advertised] = Advertised,
+    ) -> None:
+        self._store = store
+        self._source = source
+        self._options = options
+        self._clock = clock
+        self._advertise = advertise
+        self._peers: dict[str, Peer] = {}
+        self._streams: dict[str, _Stream] = {}
+
+    @property
+    def peers(self) -> Mapping[str, Peer]:
+        """By secondary id: every one expected or served in this tenure, connected or not."""
+        return self._peers
+
+    def expect(self, secondary_id: str) -> None:
+        """A known secondary, connected or not: its WAL is held from now on. Call for each when a tenure starts."""
+        if secondary_id not in self._peers:
+            self._peers[secondary_id] = Peer(secondary_id)
+            self._store.hold(secondary_id, self._store.oldest_index)
+
+    def forget(self, secondary_id: str) -> None:
+        """It was revoked: end its stream, and hold nothing for it."""
+        self._peers.pop(secondary_id, None)
+        stream = self._streams.pop(secondary_id, None)
+        if stream is not None:
+            stream.end("refuse", "this secondary was revoked")
+        self._store.unhold(secondary_id)
+
+    async def serve(self, channel: Channel, hello: Hello) -> str:
+        """Answer ``hello`` and stream until the connection ends; returns why it did. A new connection of a secondary
+        ends its old one. The caller has decoded the hello and checked certificate, revocation and store id. Errors of
+        the store end the stream and are in the reason: whether they end the tenure is not decided here."""
+        name = hello.secondary_id
+        try:
+            reply = await self._judge(hello)
+            await channel.send(encode(reply))
+        except (ChannelClosed, BackendError) as error:
+            await channel.close(str(error))
+            return str(error)
+        if reply.mode != "accept" or hello.position is None:
+            log.info("secondary %s: %s: %s", name, reply.mode, reply.reason)
+            await channel.close(reply.reason)
+            return reply.reason
+        self.expect(name)
+        older = self._streams.get(name)
+        if older is not None:
+            older.end("closing", "the secondary opened another stream")
+        peer = self._peers[name]
+        index = hello.position.index
+        stream = _Stream(self._store, self._options, self._clock, self._advertise, peer, channel, index)
+        self._streams[name] = stream
+        try:
+            reason = await stream.run()
+        finally:
+            if self._streams.get(name) is stream:
+                del self._streams[name]
+        await channel.close(reason)
+        log.info("secondary %s: stream ended at %d: %s", name, peer.applied, reason)
+        return reason
+
+    async def _judge(self, hello: Hello) -> HelloReply:
+        position = hello.position
+        there: bytes | None = None
+        head = self._store.head
+        if position is not None and not is_none(position) and position.index <= head.index:
+            there = await self._hash_at(position.index)
+            head = self._store.head
+        facts = LogFacts(head.index, head.chain_hash, there)
+        return answer_hello(hello, self._source, facts, self._options.limits)
+
+    async def _hash_at(self, index: int) -> bytes | None:
+        """The chain hash of record ``index``, which is not after the head; None when the log no longer tells."""
+        try:
+            if index == self._store.head.index:
+                return self._store.head.chain_hash
+            return (await self._store.records(index + 1, 1))[0].header.prev_hash
+        except RecordGone:
+            return None
+
+
+class _Stream:
+    """One connection of one secondary. Its tasks end by raising; the first to do so says why."""
+
+    def __init__(
+        self,
+        store: PrimaryStore,
+        options: ShipperOptions,
+        clock: Clock,
+        advertise: Callable[[], Advertised],
+        peer: Peer,
+        channel: Channel,
+        index: int,
+    ) -> None:
+        self._store = store
+        self._options = options
+        self._clock = clock
+        self._advertise = advertise
+        self._peer = peer
+        self._channel = channel
+        self._progress = Progress(index, window_records=options.window_records, window_bytes=options.window_bytes)
+        self._wake = asyncio.Event()
+        self._beat_due = True
+        self._canary: tuple[CompleteUpTo, float] | None = None
+        self._echo: tuple[int, float] | None = None  # the peer's clock in ms, when it arrived on ours
+        self._told: asyncio.Future[Bye] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> str:
+        """Stream until something ends it; returns what. The peer shows as connected meanwhile; the hold on its WAL
+        stays afterwards."""
+        peer = self._peer
+        peer.progress = self._progress
+        peer.connected, peer.reason, peer.heard_at_s = True, "", self._clock.monotonic()
+        self._store.hold(peer.secondary_id, self._progress.durable)
+        bye = Bye("closing", "the primary ended the stream")
+        try:
+            bye = await self._run()
+        finally:
+            if peer.progress is self._progress:
+                peer.connected, peer.reason = False, bye.reason
+        with contextlib.suppress(ChannelClosed, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._channel.send(encode(bye))
+        return bye.reason
+
+    async def _run(self) -> Bye:
+        ends: list[BaseException] = []
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._listen(), name="listen")
+                tasks.create_task(self._follow_head(), name="follow head")
+                tasks.create_task(self._beat(), name="beat")
+                tasks.create_task(self._obey(), name="obey")
+                tasks.create_task(self._send(), name="send")
+        except* (_Over, ChannelClosed, ProtocolViolation, BackendError) as group:
+            ends.extend(group.exceptions)
+        first = ends[0]
+        if isinstance(first, _Over):
+            return first.bye
+        if isinstance(first, RecordGone):
+            return Bye("need-diff", f"{NO_MATCHING_WALS}: record {self._progress.sent + 1} was collected")
+        if isinstance(first, ProtocolViolation):
+            log.warning("secondary %s: %s", self._peer.secondary_id, first)
+        return Bye("closing", str(first)[:512])
+
+    def end(self, code: str, reason: str) -> None:
+        """Make :meth:`run` say so to the peer and return."""
+        if not self._told.done():
+            self._told.set_result(Bye(code, reason))
+
+    async def _obey(self) -> NoReturn:
+        raise _Over(await self._told)
+
+    async def _send(self) -> NoReturn:
+        """The only task that sends, but for the last word."""
+        while True:
+            self._wake.clear()
+            if self._beat_due:
+                await self._send_beat()
+            if not await self._send_records():
+                await self._wake.wait()
+
+    async def _send_beat(self) -> None:
+        self._beat_due = False
+        advertised = self._advertise()
+        now_ms, now_s = self._clock.time_ms(), self._clock.monotonic()
+        echo_ms, echo_age_ms = (self._echo[0], int((now_s - self._echo[1]) * 1000)) if self._echo else (0, 0)
+        head = self._store.head
+        if self._canary is None:
+            root = self._store.forest.root(REPLICATED)  # no await since head was read: both are of one instant
+            self._canary = (CompleteUpTo(head.index, head.chain_hash, root, now_ms), now_s)
+        beat = Heartbeat(now_ms, echo_ms, echo_age_ms, head.index, advertised.api_addr, advertised.cluster_addrs)
+        await self._channel.send(encode(beat))
+
+    async def _send_records(self) -> bool:
+        """Send one chunk, or the canary that is due; whether there was anything to do."""
+        progress = self._progress
+        if self._canary is not None and self._canary[0].index <= progress.sent:
+            canary, captured_at_s = self._canary
+            self._canary = None
+            progress.promised(canary.index, captured_at_s)
+            await self._channel.send(encode(canary))
+            return True
+        target = self._canary[0].index if self._canary is not None else self._store.head.index
+        if progress.sent >= target or not progress.has_room():
+            return False
+        limit = min(self._options.chunk_records, target - progress.sent)
+        records = await self._store.records(progress.sent + 1, limit)
+        for frame, last in frames_of(records):
+            if not progress.has_room():
+                return False  # the rest is read again: holding it here would cost memory for as long as the peer is slow
+            raw = encode(frame)
+            progress.sending(last, len(raw))
+            await self._channel.send(raw)
+        return bool(records)
+
+    async def _follow_head(self) -> NoReturn:
+        seen = self._store.head.index
+        while True:
+            seen = (await self._store.wait_head(seen)).index
+            self._wake.set()
+
+    async def _beat(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(self._options.beat_s)
+            self._beat_due = True
+            self._wake.set()
+
+    async def _listen(self) -> NoReturn:
+        """Acknowledgements and heartbeats."""
+        silence_s = self._options.beat_s * self._options.silent_beats_max
+        while True:
+            try:
+                async with asyncio.timeout(silence_s):
+                    raw = await self._channel.recv()
+            except TimeoutError:
+                raise ChannelClosed(f"no heartbeat for {silence_s:g} s") from None
+            self._heard(decode_from_secondary(raw))
+
+    def _heard(self, frame: Ack | Heartbeat | Bye) -> None:
+        now_s = self._clock.monotonic()
+        self._peer.heard_at_s = now_s
+        if isinstance(frame, Ack):
+            self._progress.acked(frame.applied, frame.durable)
+            if not self._told.done():  # nothing is held for a secondary that was just revoked
+                self._store.hold(self._peer.secondary_id, frame.durable)
+            self._wake.set()
+        elif isinstance(frame, Heartbeat):
+            self._echo = (frame.clock_ms, now_s)
+            self._peer.advertised = Advertised(frame.api_addr, frame.cluster_addrs)
+        else:
+            raise ChannelClosed(f"the secondary ended the stream: {frame.reason}")
+
+
+def frames_of(records: Sequence[Record]) -> list[tuple[RecordFrame | Skip, int]]:
+    """Records as frames, each with the last index it covers: entries of class ``r`` only, and one skip for each run of
+    records that have none."""
+    frames: list[tuple[RecordFrame | Skip, int]] = []
+    first_skipped = 0
+    for record in records:
+        if any(head.cls == REPLICATED for head in record.header.groups):
+            frames.append((RecordFrame(record.only({REPLICATED}).encode()), record.index))
+            first_skipped = 0
+        elif first_skipped:
+            frames[-1] = (Skip(first_skipped, record.index, record.chain_hash), record.index)
+        else:
+            first_skipped = record.index
+            frames.append((Skip(record.index, record.index, record.chain_hash), record.index))
+    return frames

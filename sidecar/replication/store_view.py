@@ -1,0 +1,88 @@
+"""What replication needs of a replicated store. ``consul_backend.replicated.ReplicatedStore`` is both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from consul_backend.position import Position
+from consul_backend.wal import Record, Write
+
+
+class Head(Protocol):
+    """The newest record of a store."""
+
+    @property
+    def index(self) -> int:
+        """Its number."""
+
+    @property
+    def chain_hash(self) -> bytes:
+        """Its hash, 32 bytes."""
+
+
+class Forest(Protocol):
+    """The merkle forest, exact as of the store's head."""
+
+    def root(self, cls: str) -> bytes:
+        """20 bytes over all partitions of a class."""
+
+    def partitions(self, cls: str) -> Mapping[str, bytes]:
+        """Root by partition."""
+
+    def page_digests(self, cls: str, partition: str) -> Mapping[int, bytes]:
+        """Digest by page, non-empty pages only."""
+
+    def subpage_digests(self, cls: str, partition: str, page: int) -> Mapping[int, bytes]:
+        """Digest by subpage, non-empty subpages only."""
+
+    def entries(self, cls: str, partition: str, page: int, subpage: int) -> Sequence[tuple[str, bytes]]:
+        """Path and digest of each entry in one subpage."""
+
+    def keys(self, cls: str, partition: str) -> Iterator[tuple[str, bytes]]:
+        """Path and digest of each entry of a partition."""
+
+    def digest_of(self, key: str) -> bytes | None:
+        """The digest of one logical key."""
+
+
+class PrimaryStore(Protocol):
+    """The store that is shipped."""
+
+    @property
+    def head(self) -> Head:
+        """The newest committed record."""
+
+    @property
+    def forest(self) -> Forest:
+        """Exact as of :attr:`head` whenever no ``await`` lies between reading both."""
+
+    async def wait_head(self, after: int) -> Head:
+        """The head, once its index is greater than ``after``."""
+
+    async def records(self, start: int, limit: int) -> Sequence[Record]:
+        """At most ``limit`` records from ``start`` on. Raises RecordGone when ``start`` was collected."""
+
+    async def get(self, key: str) -> bytes | None:
+        """The whole ciphertext of one logical key."""
+
+    def hold(self, name: str, index: int) -> None:
+        """Keep records from ``index`` on for ``name``, within the store's hard bound."""
+
+    def unhold(self, name: str) -> None:
+        """Forget what :meth:`hold` promised to ``name``."""
+
+
+class SecondaryStore(Protocol):
+    """The store that follows."""
+
+    @property
+    def forest(self) -> Forest:
+        """Its class ``r`` is written by replication alone, so it is exact as of the position."""
+
+    @property
+    def positions(self) -> Mapping[str, Position]:
+        """The newest durable position of each mode."""
+
+    async def commit(self, writes: Sequence[Write], *, positions: Mapping[str, Position] | None = None) -> Head:
+        """All writes and the positions in one record, or nothing."""

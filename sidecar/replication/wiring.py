@@ -1,0 +1,161 @@
+"""What performance replication is given by whoever builds it: node facts, callbacks, options. No behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from consul_backend.limits import Limits
+from sidecar.replication.activation import ActivationResult
+from sidecar.replication.store_view import PrimaryStore, SecondaryStore
+from sidecar.transport.forwarding import ForwardRequest
+
+
+class ClusterStore(PrimaryStore, SecondaryStore, Protocol):
+    """The active node's replicated store; it is shipped or follows, as the role has it."""
+
+    @property
+    def generation(self) -> str:
+        """The store generation's id."""
+
+
+class SealedEntries(Protocol):
+    """Plaintext entries on logical keys, encrypted by the barrier. Class ``l`` only is used here."""
+
+    async def get(self, key: str) -> bytes | None:
+        """The entry, or None."""
+
+    async def put(self, key: str, value: bytes) -> object:
+        """Returns once the entry is durable."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """This node. ``local_cluster_id`` is this cluster's own id (sys/health), unlike the replication set's, which both
+    ends share. ``cluster_addresses`` returns the cluster addresses of all nodes of this cluster, the active first."""
+
+    node_id: str
+    local_cluster_id: str
+    api_addr: str
+    cluster_addr: str
+    cluster_addresses: Callable[[], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class SecretMaterial:
+    """What a new secondary receives: the bare root key, and the raw entries ``r/core/keyring`` and ``c/core/seal``."""
+
+    root_key: bytes = field(repr=False)
+    keyring: bytes = field(repr=False)
+    seal: bytes = field(repr=False)
+
+
+class Executed(NamedTuple):
+    """A forwarded request's answer; ``wal_index`` is its last write's record, 0 if it wrote nothing."""
+
+    status: int
+    headers: Sequence[tuple[str, str]]
+    body: bytes
+    wal_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """The rest of the node.
+
+    ``on_applied`` hears the logical keys of every applied batch, after the commit. ``set_gate`` closes reads of
+    replicated data with a text for people, None opens them. ``secret_material`` is asked at a bootstrap. ``flip``
+    builds a new store generation from an activation and points the cluster at it; when it returns, this tenure is about
+    to end. ``execute`` runs a forwarded request on this node's service; its errors are its answers.
+    """
+
+    on_applied: Callable[[Sequence[str]], Awaitable[None]]
+    set_gate: Callable[[str | None], None]
+    secret_material: Callable[[], Awaitable[SecretMaterial]]
+    flip: Callable[[ActivationResult], Awaitable[None]]
+    execute: Callable[[ForwardRequest], Awaitable[Executed]]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicationOptions:
+    """Times in seconds. ``wal_wait_s`` is Vault's ``best_effort_wal_wait_duration``."""
+
+    beat_s: float = 5.0
+    silent_beats_max: int = 3
+    wal_wait_s: float = 2.0
+    forward_timeout_s: float = 60.0
+    activation_timeout_s: float = 30.0
+    reconnect_min_s: float = 0.25
+    reconnect_max_s: float = 15.0
+    connect_timeout_s: float = 5.0
+    fetch_idle_timeout_s: float = 30.0
+    window_records: int = 1024
+    window_bytes: int = 4 * 1024 * 1024
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.reconnect_min_s <= self.reconnect_max_s:
+            raise ValueError("reconnect_min_s must be positive and at most reconnect_max_s")
+        if self.beat_s <= 0 or self.silent_beats_max < 1 or self.wal_wait_s < 0:
+            raise ValueError("beat_s must be positive, silent_beats_max at least 1, wal_wait_s not negative")
+
+
+class RequestLike(Protocol):
+    """An HTTP request below ``/v1/`` as the API port knows it (``sidecar.request.types.HttpRequest``)."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def query(self) -> Mapping[str, list[str]]: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def body(self) -> bytes: ...
+
+    @property
+    def remote_address(self) -> str: ...
+
+    @property
+    def raw_target(self) -> str: ...
+
+    @property
+    def trail(self) -> tuple[tuple[str, str], ...]: ...
+
+
+class AuthLike(Protocol):
+    """Who the caller is (``sidecar.request.types.ForwardedAuth``)."""
+
+    @property
+    def policies(self) -> tuple[str, ...]: ...
+
+    @property
+    def display_name(self) -> str: ...
+
+    @property
+    def accessor(self) -> str: ...
+
+    @property
+    def entity_id(self) -> str: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def cluster_id(self) -> str: ...
+
+
+@dataclass(slots=True)
+class ForwardAnswer:
+    """What came back from the primary, complete; any caller of ``forward_to_primary`` copies it to its client."""
+
+    status: int
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes = field(repr=False)
+    position: int = 0

@@ -1,0 +1,1 @@
+"""From a decoded request to an answer: token, policies, routing, engines. Knows nothing of HTTP servers."""

@@ -1,0 +1,127 @@
+"""One request inside the service, and its answer before it becomes bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from plugin_api.request import Caller, Operation
+from sidecar.core.policies import ACL
+from sidecar.core.tokens import TokenEntry
+from sidecar.request.types import ForwardedAuth
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A caller whose token was checked here, or on the performance secondary that forwarded the request (then
+    ``entry`` is None and ``token`` empty)."""
+
+    policies: tuple[str, ...]
+    acl: ACL = field(repr=False)
+    caller: Caller
+    entry: TokenEntry | None = None
+    token: str = field(default="", repr=False)
+
+    def forwarded(self, cluster_id: str) -> ForwardedAuth:
+        """What the primary is told about this caller."""
+        return ForwardedAuth(
+            policies=self.policies,
+            display_name=self.caller.display_name,
+            accessor=self.caller.accessor,
+            entity_id=self.caller.entity_id,
+            metadata=dict(self.caller.metadata),
+            cluster_id=cluster_id,
+        )
+
+
+@dataclass(slots=True)
+class Call:
+    """A decoded request. ``path`` is the full path below ``/v1/``, with a trailing slash for a list. ``identity`` is
+    set once the token was checked, also when the request is refused later. ``wrap_ttl_s`` is what the client asked
+    for, 0 for no wrapping."""
+
+    operation: Operation
+    path: str
+    data: Mapping[str, Any] = field(repr=False)
+    id: str
+    token: str = field(default="", repr=False)
+    remote_address: str = ""
+    wants_help: bool = False
+    wrap_ttl_s: int = 0
+    wrap_jwt: bool = False
+    forwarded_auth: ForwardedAuth | None = None
+    identity: Identity | None = None
+
+    @property
+    def known(self) -> Identity:
+        """The identity of a call that was authorised. Raises AssertionError before that."""
+        if self.identity is None:
+            raise AssertionError("the call was not authorised")
+        return self.identity
+
+
+@dataclass(frozen=True, slots=True)
+class Wrap:
+    """The answer must leave wrapped: as a JWT, for at most ``ttl_s``, with more claims."""
+
+    ttl_s: int
+    jwt: bool = False
+    claims: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a backend answers. ``raw`` replaces the envelope by a body of its own. ``stored`` is an unwrapped envelope,
+    which is repeated with a new request id. ``data`` None without auth, warnings or lease becomes 204."""
+
+    data: dict[str, Any] | None = field(default=None, repr=False)
+    auth: dict[str, Any] | None = field(default=None, repr=False)
+    warnings: list[str] = field(default_factory=list)
+    lease_duration_s: int = 0
+    renewable: bool = False
+    status: int = 200
+    raw: dict[str, Any] | None = field(default=None, repr=False)
+    stored: dict[str, Any] | None = field(default=None, repr=False)
+    wrap: Wrap | None = None
+    mount_type: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to put in an envelope."""
+        return self.data is None and self.auth is None and not self.warnings and not self.lease_duration_s
+
+
+class Backend(Protocol):
+    """What a mount path leads to: an engine, or a part of the core that needs more than an engine may know."""
+
+    @property
+    def type_name(self) -> str:
+        """The mount's type."""
+
+    def is_open(self, rest: str, operation: Operation) -> bool:
+        """Whether the path needs no token."""
+
+    def needs_sudo(self, rest: str) -> bool:
+        """Whether the path needs the sudo capability."""
+
+    async def exists(self, call: Call, rest: str) -> bool | None:
+        """Whether a write would update (True) or create (False); None where that makes no difference."""
+
+    async def handle(self, call: Call, rest: str) -> Answer | None:
+        """Answer; None is 204, or 404 for a read. Raises PluginError."""
+
+    def help(self, rest: str) -> str:
+        """A line or two."""
+
+
+def matches_any(patterns: tuple[str, ...], rest: str) -> bool:
+    """Whether ``rest`` is one of ``patterns``; a trailing ``*`` matches any rest, ``+`` a whole segment."""
+    return any(_matches(pattern, rest) for pattern in patterns)
+
+
+def _matches(pattern: str, rest: str) -> bool:
+    if "+" in pattern:
+        wanted, given = pattern.split("/"), rest.split("/")
+        return len(wanted) == len(given) and all(w in ("+", g) for w, g in zip(wanted, given, strict=True))
+    return rest.startswith(pattern[:-1]) if pattern.endswith("*") else rest == pattern

@@ -1,0 +1,150 @@
+"""The one way every request takes: token, existence check, policies, routing, backend.
+
+A use of a counted token is committed before the policies are looked at, so that probing costs uses too. Nothing here
+writes replicated storage; a backend that does so on a performance secondary raises ReadOnlyStorage, which passes through
+to the caller together with the identity that the call carries by then.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+
+from plugin_api.errors import NotFound, PermissionDenied, ReadOnlyStorage
+from plugin_api.request import Caller, Operation
+from sidecar.core.policies import PolicyStore
+from sidecar.core.token_entry import TokenEntry
+from sidecar.core.tokens import TokenStore
+from sidecar.request.call import Answer, Backend, Call, Identity
+from sidecar.request.errors import LoginNeedsPrimary, TokenRefused, UnknownMount
+from sidecar.request.router import Match, Router
+from sidecar.request.types import ForwardedAuth
+
+Routes = Callable[[], Router[Backend]]
+
+_WRITES = frozenset({Operation.CREATE, Operation.UPDATE})
+
+
+class Pipeline:
+    """Runs calls on the active node. ``routes`` gives the routing table of the moment."""
+
+    def __init__(self, routes: Routes, tokens: TokenStore, policies: PolicyStore) -> None:
+        self._routes = routes
+        self._tokens = tokens
+        self._policies = policies
+
+    async def run(self, call: Call) -> Answer:
+        """Answer ``call``. Raises PluginError; ReadOnlyStorage only for a call with an identity."""
+        match = self._routes().match(call.path)
+        if match is not None and not call.wants_help and match.target.is_open(match.rest, call.operation):
+            return await self._open(call, match)
+        async with self.identified(call):
+            if match is not None and call.operation in _WRITES:
+                # Before the policies, because create and update are told apart there.
+                exists = await match.target.exists(call, match.rest)
+                call.operation = Operation.CREATE if exists is False else Operation.UPDATE
+            self.authorize(call, sudo=match is not None and match.target.needs_sudo(match.rest))
+            if match is None:
+                raise UnknownMount(call.path)
+            if call.wants_help:
+                return Answer(raw={"help": match.target.help(match.rest), "see_also": None, "openapi": {}})
+            return _or_missing(call, await match.target.handle(call, match.rest))
+
+    async def _open(self, call: Call, match: Match[Backend]) -> Answer:
+        try:
+            return _or_missing(call, await match.target.handle(call, match.rest))
+        except ReadOnlyStorage:
+            if call.identity is not None:
+                raise
+            raise LoginNeedsPrimary from None
+
+    @asynccontextmanager
+    async def identified(self, call: Call) -> AsyncIterator[Identity]:
+        """Check the caller's token, consuming one use, and set ``call.identity``; a token in its last use is removed
+        when the block ends. Raises TokenRefused. A call that has its identity already keeps it."""
+        if call.identity is not None:
+            yield call.identity
+            return
+        call.identity = identity = await self._identify(call)
+        try:
+            yield identity
+        finally:
+            if identity.entry is not None and identity.entry.spent:
+                await self._tokens.finish(identity.entry)
+
+    def authorize(self, call: Call, *, path: str = "", operation: Operation | None = None, sudo: bool = False) -> None:
+        """Raise PermissionDenied unless the caller's policies allow the call (or another path and operation)."""
+        decision = call.known.acl.check(
+            path or call.path, operation or call.operation, call.data, wrap_ttl_s=call.wrap_ttl_s
+        )
+        if not decision.allowed or (sudo and not decision.sudo):
+            raise PermissionDenied
+
+    async def _identify(self, call: Call) -> Identity:
+        if call.forwarded_auth is not None:
+            return await self._vouched_for(call.forwarded_auth, call.remote_address)
+        if not call.token:
+            raise TokenRefused
+        entry = await self._tokens.use(call.token)
+        if entry is None:
+            raise TokenRefused
+        if not address_allowed(entry.bound_cidrs, call.remote_address):
+            await self._finish_spent(entry)
+            raise TokenRefused
+        return Identity(
+            policies=entry.policies,
+            acl=await self._policies.acl(entry.policies),
+            caller=Caller(
+                display_name=entry.display_name,
+                accessor=entry.accessor,
+                policies=entry.policies,
+                entity_id=entry.entity_id,
+                metadata=dict(entry.meta or {}),
+                remote_address=call.remote_address,
+            ),
+            entry=entry,
+            token=call.token,
+        )
+
+    async def _finish_spent(self, entry: TokenEntry) -> None:
+        if entry.spent:
+            await self._tokens.finish(entry)
+
+    async def _vouched_for(self, auth: ForwardedAuth, remote_address: str) -> Identity:
+        policies = tuple(auth.policies)
+        return Identity(
+            policies=policies,
+            acl=await self._policies.acl(policies),
+            caller=Caller(
+                display_name=auth.display_name,
+                accessor=auth.accessor,
+                policies=policies,
+                entity_id=auth.entity_id,
+                metadata=dict(auth.metadata),
+                remote_address=remote_address,
+            ),
+        )
+
+
+def _or_missing(call: Call, answer: Answer | None) -> Answer:
+    """Nothing is 204 for a write, and 404 for a read or a list."""
+    if answer is not None:
+        return answer
+    if call.operation in (Operation.READ, Operation.LIST):
+        raise NotFound
+    return Answer()
+
+
+def address_allowed(cidrs: tuple[str, ...], address: str) -> bool:
+    """Whether ``address`` is within one of ``cidrs``; no blocks bind nothing, and an unreadable address is within
+    none."""
+    if not cidrs:
+        return True
+    try:
+        client = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = getattr(client, "ipv4_mapped", None)
+    return any((mapped or client) in ipaddress.ip_network(block, strict=False) for block in cidrs)

@@ -1,0 +1,239 @@
+"""``auth/token/``: create, look up, renew and revoke tokens (contract 4.11).
+
+Tokens are local to a cluster: nothing here is ever forwarded to a primary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+
+from plugin_api.errors import InvalidRequest, PermissionDenied, UnsupportedOperation, UnsupportedPath
+from plugin_api.request import Operation
+from sidecar.core.policies import normalize_policies
+from sidecar.core.token_entry import ROOT_POLICY, SYSTEM_MAX_TTL_S, CreateToken, Renewed, TokenEntry
+from sidecar.core.tokens import TokenStore
+from sidecar.request.auth_fields import auth_of, lookup_of
+from sidecar.request.call import Answer, Call
+from sidecar.request.errors import JoinedError
+from sidecar.request.fields import Fields
+
+Handler = Callable[[Call], Awaitable[Answer | None]]
+
+_NOT_A_NAME = re.compile(r"[^a-zA-Z0-9-]")
+_UPDATE = frozenset({Operation.CREATE, Operation.UPDATE})
+_READ_OR_UPDATE = _UPDATE | {Operation.READ}
+
+
+class TokenPaths:
+    """The backend of the ``auth/token/`` mount. TTLs in seconds."""
+
+    type_name = "token"
+
+    def __init__(
+        self,
+        tokens: TokenStore,
+        now: Callable[[], float],
+        *,
+        default_ttl_s: int = SYSTEM_MAX_TTL_S,
+        max_ttl_s: int = SYSTEM_MAX_TTL_S,
+    ) -> None:
+        self._tokens = tokens
+        self._now = now
+        self._default_ttl_s = default_ttl_s
+        self._max_ttl_s = max_ttl_s
+        self._paths: dict[str, tuple[frozenset[Operation], Handler]] = {
+            "create": (_UPDATE, self._create),
+            "create-orphan": (_UPDATE, self._create_orphan),
+            "lookup": (_READ_OR_UPDATE, self._lookup),
+            "lookup-self": (_READ_OR_UPDATE, self._lookup_self),
+            "lookup-accessor": (_UPDATE, self._lookup_accessor),
+            "renew": (_UPDATE, self._renew),
+            "renew-self": (_UPDATE, self._renew_self),
+            "renew-accessor": (_UPDATE, self._renew_accessor),
+            "revoke": (_UPDATE, self._revoke),
+            "revoke-self": (_UPDATE, self._revoke_self),
+            "revoke-orphan": (_UPDATE, self._revoke_orphan),
+            "revoke-accessor": (_UPDATE, self._revoke_accessor),
+            "accessors": (frozenset({Operation.LIST}), self._accessors),
+        }
+
+    def is_open(self, rest: str, operation: Operation) -> bool:
+        return False
+
+    def needs_sudo(self, rest: str) -> bool:
+        return rest.startswith(("revoke-orphan", "accessors"))
+
+    async def exists(self, call: Call, rest: str) -> bool | None:
+        return None
+
+    async def handle(self, call: Call, rest: str) -> Answer | None:
+        if call.known.entry is None:
+            raise InvalidRequest("tokens belong to one cluster: this request cannot be forwarded")
+        found = self._paths.get(rest.rstrip("/") if call.operation is Operation.LIST else rest)
+        if found is None:
+            folder, _, name = rest.partition("/")
+            if folder == "create" and name and call.operation in _UPDATE:
+                raise InvalidRequest(f"unknown role {name}")
+            raise UnsupportedPath
+        operations, handler = found
+        if call.operation not in operations:
+            raise UnsupportedOperation
+        return await handler(call)
+
+    def help(self, rest: str) -> str:
+        return "Creates, looks up, renews and revokes tokens of this cluster."
+
+    # -- creating
+
+    async def _create(self, call: Call) -> Answer:
+        return await self._issue(call, orphan=False)
+
+    async def _create_orphan(self, call: Call) -> Answer:
+        return await self._issue(call, orphan=True)
+
+    async def _issue(self, call: Call, *, orphan: bool) -> Answer:
+        parent = _own(call)
+        if parent.num_uses or parent.spent:
+            raise InvalidRequest("restricted use token cannot generate child tokens")
+        fields = Fields(call.data)
+        sudo = call.known.acl.check(call.path, call.operation, call.data).sudo
+        no_parent = fields.boolean("no_parent")
+        if no_parent and not orphan and not sudo:
+            raise InvalidRequest("root or sudo privileges required to create orphan token")
+        spec = self._spec(fields, parent, sudo=sudo, orphan=orphan or no_parent, path=call.path)
+        issued = await self._tokens.create(spec)
+        warnings = [*issued.warnings, *fields.unrecognized()]
+        return Answer(auth=auth_of(issued.entry, issued.token, self._now()), warnings=warnings)
+
+    def _spec(self, fields: Fields, parent: TokenEntry, *, sudo: bool, orphan: bool, path: str) -> CreateToken:
+        token = fields.string("id")
+        period_s = fields.duration_s("period")
+        if token and not sudo:
+            raise InvalidRequest("root or sudo privileges required to specify token id")
+        if token.startswith(("s.", "b.", "hvs.", "hvb.", "hvr.")):
+            raise InvalidRequest("custom token ID cannot have a prefix of the server's own tokens")
+        if period_s and not sudo:
+            raise InvalidRequest("root or sudo privileges required to create periodic token")
+        if fields.string("entity_alias"):
+            raise InvalidRequest("'entity_alias' is only allowed in combination with token role")
+        num_uses = fields.integer("num_uses")
+        if num_uses < 0:
+            raise InvalidRequest("number of uses cannot be negative")
+        # ``lease`` is the name that ``ttl`` had once.
+        ttl_s = fields.duration_s("ttl") or fields.duration_s("lease")
+        display_name = _NOT_A_NAME.sub("-", f"token-{fields.string('display_name')}").strip("-")
+        return CreateToken(
+            policies=_child_policies(fields, parent, sudo=sudo),
+            path=path,
+            display_name=display_name,
+            meta=fields.string_mapping("meta") or None,
+            ttl_s=ttl_s,
+            explicit_max_ttl_s=fields.duration_s("explicit_max_ttl"),
+            max_ttl_s=self._max_ttl_s,
+            default_ttl_s=self._default_ttl_s,
+            period_s=period_s,
+            num_uses=num_uses,
+            renewable=fields.boolean("renewable", default=True),
+            parent=None if orphan else parent,
+            type=fields.string("type") or "service",
+            id=token or None,
+            entity_id="" if orphan else parent.entity_id,
+        )
+
+    # -- looking up
+
+    async def _lookup(self, call: Call) -> Answer:
+        fields = Fields(call.data)
+        token = fields.string("token")
+        if not token or token == call.known.token:
+            return await self._lookup_self(call)
+        entry = await self._tokens.lookup(token)
+        if entry is None:
+            raise PermissionDenied("bad token")
+        return Answer(lookup_of(entry, token, self._now()))
+
+    async def _lookup_self(self, call: Call) -> Answer:
+        # From the identity, not the store: a token in its last use is gone for everybody else already.
+        return Answer(lookup_of(_own(call), call.known.token, self._now()))
+
+    async def _lookup_accessor(self, call: Call) -> Answer:
+        entry = await self._tokens.lookup_accessor(_required(Fields(call.data), "accessor"))
+        if entry is None:
+            raise PermissionDenied("invalid accessor")
+        return Answer(lookup_of(entry, "", self._now()))
+
+    async def _accessors(self, call: Call) -> Answer:
+        accessors = await self._tokens.list_accessors()
+        return Answer({"keys": accessors}) if accessors else Answer(status=404)
+
+    # -- renewing
+
+    async def _renew(self, call: Call) -> Answer:
+        fields = Fields(call.data)
+        token = fields.string("token") or call.known.token
+        return self._renewed(await self._tokens.renew(token, fields.duration_s("increment")), token)
+
+    async def _renew_self(self, call: Call) -> Answer:
+        increment_s = Fields(call.data).duration_s("increment")
+        return self._renewed(await self._tokens.renew(call.known.token, increment_s), call.known.token)
+
+    async def _renew_accessor(self, call: Call) -> Answer:
+        fields = Fields(call.data)
+        accessor = _required(fields, "accessor")
+        return self._renewed(await self._tokens.renew_accessor(accessor, fields.duration_s("increment")), "")
+
+    def _renewed(self, renewed: Renewed, token: str) -> Answer:
+        return Answer(auth=auth_of(renewed.entry, token, self._now()), warnings=list(renewed.warnings))
+
+    # -- revoking
+
+    async def _revoke(self, call: Call) -> None:
+        await self._tokens.revoke(_required(Fields(call.data), "token"))
+
+    async def _revoke_self(self, call: Call) -> None:
+        await self._tokens.revoke_entry(_own(call))
+
+    async def _revoke_orphan(self, call: Call) -> None:
+        token = _required(Fields(call.data), "token")
+        if await self._tokens.lookup(token) is None:
+            raise InvalidRequest("token to revoke not found")
+        await self._tokens.revoke_orphan(token)
+
+    async def _revoke_accessor(self, call: Call) -> None:
+        accessor = _required(Fields(call.data), "accessor")
+        if await self._tokens.lookup_accessor(accessor) is None:
+            raise JoinedError("invalid accessor")
+        await self._tokens.revoke_accessor(accessor)
+
+
+def _own(call: Call) -> TokenEntry:
+    entry = call.known.entry
+    if entry is None:
+        raise InvalidRequest("tokens belong to one cluster: this request cannot be forwarded")
+    return entry
+
+
+def _required(fields: Fields, name: str) -> str:
+    value = fields.string(name)
+    if not value:
+        raise InvalidRequest(f"missing {name}" if name != "accessor" else "missing accessor_id")
+    return value
+
+
+def _child_policies(fields: Fields, parent: TokenEntry, *, sudo: bool) -> Sequence[str]:
+    """A child has no policy its parent lacks, unless the parent may use sudo here; and root only from root."""
+    wanted = fields.strings("policies")
+    no_default = fields.boolean("no_default_policy")
+    with_default = not no_default and (sudo or "default" in parent.policies)
+    if not wanted:
+        inherited = [name for name in parent.policies if not (no_default and name == "default")]
+        return normalize_policies(inherited, default=with_default)
+    policies = normalize_policies(wanted, default=with_default)
+    if not sudo and not set(policies) <= set(parent.policies) and ROOT_POLICY not in parent.policies:
+        raise InvalidRequest("child policies must be subset of parent")
+    if ROOT_POLICY in policies and ROOT_POLICY not in parent.policies:
+        raise InvalidRequest("root tokens may not be created without parent token being root")
+    if "response-wrapping" in policies:
+        raise InvalidRequest("cannot create a token with the response-wrapping policy")
+    return policies

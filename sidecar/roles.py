@@ -1,0 +1,274 @@
+"""The life of an unsealed node: elect → lead or stand by → recover → again. A role is the scope of one function.
+
+Leading and standing by never overlap; recovery ends before a role starts; the lock is the last thing given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from consul_backend.clock import Clock
+from consul_backend.election import Election, ElectionOptions, Held, LeaderInfo
+from consul_backend.errors import (
+    BackendError,
+    Conflict,
+    Corrupt,
+    FenceLost,
+    NotApplied,
+    OutcomeUnknown,
+    PermissionDenied,
+    SentinelMissing,
+    StoreWentBack,
+    Unavailable,
+)
+from consul_backend.physical import GENERATION_KEY, PhysicalStore
+from consul_backend.replicated import StoreOptions
+from sidecar.core.barrier import BarrierMissing, DecryptionFailed
+from sidecar.core.keyring import BadKeyring
+from sidecar.core.seal_record import WrongKey
+from sidecar.forwarding import StandbyForwarder, TenureCredentials, read_leader_record
+from sidecar.leading import ActiveScope, ScopeParts
+from sidecar.mesh.registration import ServiceRegistration
+from sidecar.node import ActiveRole, Node, StandbyRole
+from sidecar.sealing import Opened
+from sidecar.transport.forwarding import Echo, ForwardNotSent
+from sidecar.transport.listener import ClusterListener
+
+log = logging.getLogger("core")
+
+# The store or the keys are not what they must be: retrying cannot help, and serving could do harm.
+HALTING = (
+    SentinelMissing,
+    StoreWentBack,
+    Corrupt,
+    PermissionDenied,
+    DecryptionFailed,
+    BarrierMissing,
+    BadKeyring,
+    WrongKey,
+)
+# This tenure is over, another may begin.
+ENDING = (FenceLost, OutcomeUnknown, Unavailable, NotApplied, Conflict)
+
+
+@dataclass(frozen=True, slots=True)
+class RoleOptions:
+    """Times in seconds."""
+
+    drain_s: float = 5.0
+    retry_s: float = 0.2
+    echo_s: float = 1.0
+    forward_timeout_s: float = 90.0
+
+
+class Roles:
+    """Plays roles for ``node`` until cancelled."""
+
+    def __init__(
+        self,
+        node: Node,
+        physical: PhysicalStore,
+        listener: ClusterListener,
+        registration: ServiceRegistration,
+        parts: ScopeParts,
+        *,
+        clock: Clock,
+        election_options: ElectionOptions,
+        store_options: StoreOptions,
+        options: RoleOptions,
+    ) -> None:
+        self._node = node
+        self._physical = physical
+        self._listener = listener
+        self._registration = registration
+        self._parts = parts
+        self._clock = clock
+        self._store_options = store_options
+        self._options = options
+        self._credentials = TenureCredentials.make()
+        self._election = Election(
+            physical, node_id=node.identity.node_id, advertise=self._advertise, clock=clock, options=election_options
+        )
+
+    def _advertise(self) -> LeaderInfo:
+        identity = self._node.identity
+        return LeaderInfo(identity.node_id, identity.api_addr, identity.cluster_addr, self._credentials.sni)
+
+    async def run(self) -> None:
+        """Until cancelled; a cancellation while leading steps down cleanly first."""
+        while True:
+            opened = await self._node.sealing.wait_unsealed()
+            await self._registration.update(sealed=False)
+            try:
+                held = await self._stand_by(opened)
+                if held is not None:
+                    await self._lead(opened, held)
+            except HALTING as error:
+                self._halt(error)
+            if self._node.sealing.opened is None:
+                await self._registration.update(sealed=True, active=False)
+
+    def _halt(self, error: BaseException) -> None:
+        self._node.sealing.seal(f"{error} (this node serves nothing until it is unsealed again)")
+
+    # ---- standing by
+
+    async def _stand_by(self, opened: Opened) -> Held | None:
+        """Forward to whoever leads, until this node is elected (the lock) or no longer unsealed as it was (None)."""
+        role = StandbyRole()
+        self._node.take_role(role)
+        self._credentials = await asyncio.to_thread(TenureCredentials.make)
+        campaign = asyncio.create_task(self._election.campaign(), name="campaign")
+        left = asyncio.create_task(self._node.sealing.wait_left(opened), name="wait for seal")
+        duties = [
+            asyncio.create_task(self._follow_leader(opened, role), name="follow the leader"),
+            asyncio.create_task(self._watch_generation(opened), name="watch the generation"),
+        ]
+        try:
+            await asyncio.wait([campaign, left, *duties], return_when=asyncio.FIRST_COMPLETED)
+            for task in (campaign, *duties):
+                if task.done() and (error := task.exception()) is not None:
+                    raise error
+            return campaign.result() if campaign.done() else None
+        finally:
+            self._node.take_role(None)
+            await _end(left, *duties)
+            if not campaign.done() or campaign.cancelled():
+                await _end(campaign)
+            if role.forwarder is not None:
+                await role.forwarder.close()
+
+    async def _watch_generation(self, opened: Opened) -> None:
+        """Seal this node when the store under it becomes another one: its keys open it no longer."""
+        index = 0
+        while True:
+            try:
+                if reason := await self._node.sealing.stale_reason(opened):
+                    self._node.sealing.seal(reason)
+                    return
+                _, index = await self._physical.watch(GENERATION_KEY, index, 10.0)
+            except Unavailable as error:
+                log.warning("the generation pointer cannot be watched: %s", error)
+                index = 0
+                await asyncio.sleep(1.0)
+
+    async def _follow_leader(self, opened: Opened, role: StandbyRole) -> None:
+        """Keep ``role`` pointing at the active node, and tell that node of this one."""
+        while True:
+            try:
+                await self._follow_once(opened, role)
+            except (Unavailable, ForwardNotSent) as error:
+                log.debug("the active node is not reached: %s", error)
+            await asyncio.sleep(self._options.retry_s if role.forwarder is None else self._options.echo_s)
+
+    async def _follow_once(self, opened: Opened, role: StandbyRole) -> None:
+        leader = await self._election.leader()
+        if leader is not None and leader.node_id == self._node.identity.node_id:
+            leader = None  # this node's own earlier tenure, or the one it is just winning
+        if leader != role.leader:
+            forwarder, role.forwarder, role.leader = role.forwarder, None, leader
+            self._node.take_role(role)
+            if forwarder is not None:
+                await forwarder.close()
+        if leader is None:
+            return
+        if role.forwarder is None:
+            record = await read_leader_record(self._physical, opened, leader.sni)
+            if record is None:
+                return
+            cluster = await self._parts.read_cluster(self._physical, opened)
+            role.cluster = cluster
+            role.forwarder = StandbyForwarder(
+                leader, record, cluster.cluster_id, timeout_s=self._options.forward_timeout_s
+            )
+        identity = self._node.identity
+        reply = await role.forwarder.echo(
+            Echo(identity.node_id, identity.api_addr, identity.cluster_addr, opened.generation.id)
+        )
+        role.modes = (reply.performance_mode, reply.dr_mode)
+        if not role.ready:
+            role.ready = True
+            log.info("vault is in standby mode: leader=%s", leader.api_addr)
+            await self._registration.update(active=False, performance_mode=reply.performance_mode)
+        self._node.take_role(role)
+
+    # ---- leading
+
+    async def _lead(self, opened: Opened, held: Held) -> None:
+        """Everything only an active node does happens in here; leaving is stepping down."""
+        if reason := await self._node.sealing.stale_reason(opened):
+            await self._election.release(held, stay_away_s=0.0)
+            self._node.sealing.seal(reason)
+            return
+        self._node.step_down_asked.clear()
+        scope = ActiveScope(
+            self._parts, self._node, self._physical, self._listener, opened, held, self._credentials,
+            clock=self._clock, store_options=self._store_options, registration=self._registration,
+        )
+        started = time.monotonic()
+        lost: BaseException | None = None
+        asked = False
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                keeping = tasks.create_task(self._election.keep(held), name="keep the lock")
+                role = await scope.start(tasks)
+                log.info("active operation after %.2f s", time.monotonic() - started)
+                self._node.take_role(role)
+                await self._registration.update(active=True, performance_mode=role.view.modes()[0])
+                try:
+                    asked = await self._until_asked_to_leave(opened, scope)
+                finally:
+                    await self._wind_down(role)
+                    keeping.cancel()
+                    await scope.stop()
+        except* ENDING as group:
+            lost = group.exceptions[0]
+        except* HALTING as group:
+            lost = group.exceptions[0]
+        finally:
+            self._node.take_role(None)
+            await scope.close()
+            if lost is None:
+                await self._election.release(held, stay_away_s=None if asked else 0.0)
+            else:
+                await self._election.lost(held)
+        error = _first(lost) if lost is not None else None
+        if isinstance(error, HALTING):
+            raise error
+        if error is not None:
+            log.error("leadership lost: %s", error)
+
+    async def _until_asked_to_leave(self, opened: Opened, scope: ActiveScope) -> bool:
+        """True for a step-down by the operator; False for a seal or a change of generation."""
+        asked = asyncio.create_task(self._node.step_down_asked.wait())
+        left = asyncio.create_task(self._node.sealing.wait_left(opened))
+        again = asyncio.create_task(scope.restart_asked.wait())
+        try:
+            await asyncio.wait([asked, left, again], return_when=asyncio.FIRST_COMPLETED)
+            return asked.done()
+        finally:
+            await _end(asked, left, again)
+
+    async def _wind_down(self, role: ActiveRole) -> None:
+        """Clients are sent elsewhere first, then what runs may finish, and only then is the lock given back."""
+        await self._registration.leaving()
+        await role.drain(self._options.drain_s)
+        self._node.take_role(None)
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _end(*tasks: asyncio.Task[object]) -> None:
+    """Cancel and wait; a failure on the way out is logged, since the reason for leaving is already known."""
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, BackendError):
+            log.debug("while leaving the role: %s", result)

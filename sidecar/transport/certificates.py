@@ -1,0 +1,154 @@
+"""X.509 for the cluster port: one small P-521 authority per purpose, server and client certificates below it.
+
+Making a P-521 key takes milliseconds, so callers on the event loop use ``asyncio.to_thread``. Peers are told apart by
+the *fingerprint*, the SHA-256 of the whole DER certificate: another authority can repeat names and serial numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+BACKDATED = timedelta(hours=24)
+"""Certificates are valid from a day before, so that skewed clocks of peers do not refuse them."""
+
+VALIDITY = timedelta(days=3650)
+"""Trust ends by revocation, not by date: an expired certificate would cut replication years later, unannounced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A certificate and its private key, both PEM (PKCS #8, unencrypted)."""
+
+    certificate_pem: bytes
+    key_pem: bytes = field(repr=False)
+
+
+def make_authority(common_name: str) -> Credentials:
+    """A self-signed P-521 authority that may sign end-entity certificates only (path length 0)."""
+    key = ec.generate_private_key(ec.SECP521R1())
+    usage = _key_usage(sign_certificates=True)
+    builder = (
+        _builder(common_name, key.public_key(), issuer=_name(common_name))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+    )
+    return Credentials(_pem(builder.sign(key, hashes.SHA512())), _key_pem(key))
+
+
+def issue_server(authority: Credentials, sni: str) -> Credentials:
+    """A server certificate for the DNS name ``sni``, the only name clients will accept it under."""
+    return _issue(authority, sni, x509.SubjectAlternativeName([x509.DNSName(sni)]), ExtendedKeyUsageOID.SERVER_AUTH)
+
+
+def issue_client(authority: Credentials, identity: str) -> Credentials:
+    """A client certificate whose common name is ``identity`` (at most 64 characters shown, the rest cut)."""
+    return _issue(authority, identity, None, ExtendedKeyUsageOID.CLIENT_AUTH)
+
+
+def fingerprint(certificate: bytes) -> str:
+    """Lower-case hex SHA-256 of the DER certificate; accepts PEM or DER. Raises ValueError on anything else."""
+    der = certificate
+    if certificate.lstrip().startswith(b"-----BEGIN"):
+        der = pem_to_der(certificate)
+    return hashlib.sha256(der).hexdigest()
+
+
+def pem_to_der(pem: bytes) -> bytes:
+    """The first certificate in ``pem`` as DER. Raises ValueError."""
+    return x509.load_pem_x509_certificate(pem).public_bytes(serialization.Encoding.DER)
+
+
+def der_to_pem(der: bytes) -> bytes:
+    """A DER certificate as PEM, parsed on the way. Raises ValueError."""
+    return x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
+
+
+def key_numbers(key_pem: bytes) -> tuple[int, int, int]:
+    """``(x, y, d)`` of a P-521 private key. Raises ValueError for any other kind of key."""
+    key = serialization.load_pem_private_key(key_pem, password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP521R1):
+        raise ValueError("not a P-521 private key")
+    numbers = key.private_numbers()
+    return numbers.public_numbers.x, numbers.public_numbers.y, numbers.private_value
+
+
+def key_from_numbers(x: int, y: int, d: int) -> bytes:
+    """The PEM of the P-521 private key with these numbers. Raises ValueError if they do not belong together."""
+    public = ec.EllipticCurvePublicNumbers(x, y, ec.SECP521R1())
+    return _key_pem(ec.EllipticCurvePrivateNumbers(d, public).private_key())
+
+
+def belongs(certificate_pem: bytes, key_pem: bytes, authority_pem: bytes) -> bool:
+    """Whether the certificate carries this key and was signed by this authority."""
+    certificate = x509.load_pem_x509_certificate(certificate_pem)
+    authority = x509.load_pem_x509_certificate(authority_pem)
+    key = serialization.load_pem_private_key(key_pem, password=None)
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return certificate.public_key() == key.public_key()
+
+
+def _issue(
+    authority: Credentials, common_name: str, san: x509.SubjectAlternativeName | None, usage: x509.ObjectIdentifier,
+) -> Credentials:
+    signer = serialization.load_pem_private_key(authority.key_pem, password=None)
+    if not isinstance(signer, ec.EllipticCurvePrivateKey):
+        raise ValueError("the authority's key is not an elliptic-curve key")
+    issuer = x509.load_pem_x509_certificate(authority.certificate_pem)
+    key = ec.generate_private_key(ec.SECP521R1())
+    builder = (
+        _builder(common_name, key.public_key(), issuer=issuer.subject)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(sign_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+    )
+    if san is not None:
+        builder = builder.add_extension(san, critical=False)
+    return Credentials(_pem(builder.sign(signer, hashes.SHA512())), _key_pem(key))
+
+
+def _builder(common_name: str, public_key: ec.EllipticCurvePublicKey, *, issuer: x509.Name) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(common_name))
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATED)
+        .not_valid_after(now + VALIDITY)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+    )
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
+
+
+def _key_usage(*, sign_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not sign_certificates, key_cert_sign=sign_certificates, crl_sign=sign_certificates,
+        content_commitment=False, key_encipherment=False, data_encipherment=False, key_agreement=False,
+        encipher_only=False, decipher_only=False,
+    )
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption(),
+    )

@@ -1,0 +1,160 @@
+"""Forwarded requests and the standby's echo, as typed messages (msgpack maps) on the cluster port.
+
+``POST /forward`` carries a :class:`ForwardRequest` and is answered with 200 and a :class:`ForwardResponse`, whatever
+the inner status. An outer status of :data:`NOT_HANDLED` means that the request was refused before it ran; any other is
+an unknown outcome. ``POST /echo`` carries :class:`Echo` and is answered with :class:`EchoReply`. A client asks once:
+after a lost answer the outcome is unknown and stays so.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from consul_backend.position import Position
+from sidecar.transport.peer import PeerClient, PeerOutcomeUnknown, PeerUnreachable
+from sidecar.transport.trail import Hop
+
+FORWARD_PATH = "/forward"
+ECHO_PATH = "/echo"
+
+REQUEST_BYTES_MAX = 33 * 1024 * 1024
+"""A request body of 32 MiB and a mebibyte of everything else."""
+
+RESPONSE_BYTES_MAX = 64 * 1024 * 1024
+HEADERS_MAX = 256
+
+NOT_HANDLED = frozenset({400, 403, 404, 405, 413, 421, 503})
+"""Outer statuses that only a refusal before execution has."""
+
+
+class ForwardedIdentity(msgspec.Struct, frozen=True):
+    """Who the sending cluster found the caller to be; only on upward hops. The receiver builds its ACL from
+    ``policies``; the caller's token itself stays where it was checked."""
+
+    policies: tuple[str, ...] = ()
+    display_name: str = ""
+    accessor: str = ""
+    entity_id: str = ""
+    metadata: dict[str, str] = {}
+    cluster_id: str = ""
+
+
+class ForwardRequest(msgspec.Struct, frozen=True):
+    """One request below ``/v1/``. ``path`` is decoded; ``headers`` are pairs, since names may repeat; ``raw_target`` is
+    the undecoded path and query; ``trail`` includes the hop just made."""
+
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    headers: list[tuple[str, str]]
+    body: bytes
+    remote_address: str
+    trail: tuple[Hop, ...]
+    raw_target: str = ""
+    auth: ForwardedIdentity | None = None
+
+    def __repr__(self) -> str:
+        return f"ForwardRequest({self.method} {self.path!r}, {len(self.body)} bytes)"
+
+
+class ForwardResponse(msgspec.Struct, frozen=True):
+    """The complete answer. ``position`` is where the request's last write stands in the receiver's WAL, None if it
+    wrote nothing."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+    position: Position | None = None
+
+    def __repr__(self) -> str:
+        return f"ForwardResponse({self.status}, {len(self.body)} bytes)"
+
+
+class Echo(msgspec.Struct, frozen=True):
+    """A standby's heartbeat to the active of its cluster."""
+
+    node_id: str
+    api_addr: str
+    cluster_addr: str
+    generation: str = ""
+
+
+class EchoReply(msgspec.Struct, frozen=True):
+    """``cluster_addrs`` of all nodes heard of; replication modes as in ``sys/health``; the active's head index."""
+
+    cluster_addrs: list[str]
+    performance_mode: str
+    dr_mode: str
+    head_index: int = 0
+
+
+class MalformedMessage(ValueError):
+    """Bytes that are no such message, or exceed its bounds."""
+
+
+class ForwardNotSent(Exception):
+    """The request was certainly not handled; ``status`` (0: not reached) is the refusal's."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ForwardOutcomeUnknown(Exception):
+    """The request was sent and may have been handled."""
+
+
+_T = TypeVar("_T")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """The bytes of any message of this module."""
+    return _encoder.encode(message)
+
+
+def decode(raw: bytes, kind: type[_T], *, bytes_max: int = REQUEST_BYTES_MAX) -> _T:
+    """A message of ``kind``. Raises MalformedMessage, whatever the bytes."""
+    if len(raw) > bytes_max:
+        raise MalformedMessage(f"message of {len(raw)} bytes; at most {bytes_max} are taken")
+    try:
+        message = msgspec.msgpack.decode(raw, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage(f"not a {kind.__name__}: {type(error).__name__}") from None
+    if isinstance(message, ForwardRequest) and len(message.headers) > HEADERS_MAX:
+        raise MalformedMessage(f"more than {HEADERS_MAX} headers")
+    return message
+
+
+async def send_forward(client: PeerClient, request: ForwardRequest, *, timeout_s: float) -> ForwardResponse:
+    """Have the peer handle ``request``, once. Raises ForwardNotSent, ForwardOutcomeUnknown."""
+    raw = encode(request)
+    if len(raw) > REQUEST_BYTES_MAX:
+        raise ForwardNotSent(f"the request is larger than {REQUEST_BYTES_MAX} bytes", 413)
+    try:
+        answer = await client.post(FORWARD_PATH, raw, timeout_s=timeout_s, answer_bytes_max=RESPONSE_BYTES_MAX)
+    except PeerUnreachable as error:
+        raise ForwardNotSent(str(error)) from error
+    except PeerOutcomeUnknown as error:
+        raise ForwardOutcomeUnknown(str(error)) from error
+    if answer.status in NOT_HANDLED:
+        raise ForwardNotSent(answer.body[:500].decode("utf-8", "replace"), answer.status)
+    if answer.status != 200:
+        raise ForwardOutcomeUnknown(f"{client.address} answered {answer.status}")
+    try:
+        return decode(answer.body, ForwardResponse, bytes_max=RESPONSE_BYTES_MAX)
+    except MalformedMessage as error:
+        raise ForwardOutcomeUnknown(f"{client.address}: {error}") from error
+
+
+async def send_echo(client: PeerClient, echo: Echo, *, timeout_s: float = 2.0) -> EchoReply:
+    """One heartbeat. Raises ForwardNotSent when it got no proper answer; a heartbeat may be repeated."""
+    try:
+        answer = await client.post(ECHO_PATH, encode(echo), timeout_s=timeout_s, answer_bytes_max=1024 * 1024)
+        if answer.status != 200:
+            raise ForwardNotSent(f"{client.address} answered {answer.status}", answer.status)
+        return decode(answer.body, EchoReply)
+    except (PeerUnreachable, PeerOutcomeUnknown, MalformedMessage) as error:
+        raise ForwardNotSent(str(error)) from error

@@ -1,0 +1,46 @@
+"""``python -m tests.check``: format, lint, types, tests, in that order, for people and CI alike.
+
+``--static`` stops before the tests; further arguments go to pytest.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STATIC = (
+    ("format", ["ruff", "format", "--check", "."]),
+    ("lint", ["ruff", "check", "."]),
+    ("types", ["mypy"]),
+)
+WORKERS = "2"
+
+
+def run(name: str, module_and_args: list[str]) -> None:
+    """Run one tool as a module of this interpreter; exits with its code if it fails."""
+    print(f"==> {name}", flush=True)
+    started = time.monotonic()
+    code = subprocess.run([sys.executable, "-m", *module_and_args], cwd=ROOT, check=False).returncode
+    if code != 0:
+        sys.exit(code)
+    print(f"    {name} passed in {time.monotonic() - started:.1f} s", flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    """Every check in order; the first failure ends the run."""
+    static_only = "--static" in arguments
+    for name, command in STATIC:
+        run(name, command)
+    if static_only:
+        return
+    print("==> a Consul to test against", flush=True)
+    subprocess.run([sys.executable, "scripts/consul_binary.py"], cwd=ROOT, check=True)
+    rest = [argument for argument in arguments if argument != "--static"]
+    run("tests", ["pytest", "-n", WORKERS, "--dist", "loadfile", *rest])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,323 @@
+"""Outrider nodes as real processes, for integration tests, the demo and the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 20.0
+
+
+class ClusterError(Exception):
+    """A node did not do what the harness asked of it in time; the message ends with the tail of its log."""
+
+
+def free_port() -> int:
+    """A TCP port that was free on loopback a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP answer: status, decoded JSON body (None when empty), headers with lower-case names."""
+
+    status: int
+    body: Any
+    headers: dict[str, str]
+
+    @property
+    def data(self) -> Any:
+        """``body["data"]``."""
+        return self.body["data"]
+
+    @property
+    def errors(self) -> list[str]:
+        """``body["errors"]``, empty if there are none."""
+        return (self.body or {}).get("errors") or []
+
+
+def call(
+    address: str,
+    method: str,
+    path: str,
+    body: Any = None,
+    *,
+    token: str | None = None,
+    headers: dict[str, str] | None = None,
+    timeout_s: float = 30.0,
+) -> Reply:
+    """One request to ``/v1/<path>``; any status is an answer. Redirects are not followed."""
+    request = urllib.request.Request(f"{address}/v1/{path}", method=method, headers=dict(headers or {}))
+    request.add_header("X-Vault-Request", "true")
+    if token:
+        request.add_header("X-Vault-Token", token)
+    if body is not None:
+        request.data = json.dumps(body).encode()
+        request.add_header("Content-Type", "application/json")
+    opener = urllib.request.build_opener(_NoRedirect)
+    try:
+        with opener.open(request, timeout=timeout_s) as answer:
+            return _reply(answer.status, answer.read(), dict(answer.headers))
+    except urllib.error.HTTPError as error:
+        with error:
+            return _reply(error.code, error.read(), dict(error.headers))
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _reply(status: int, raw: bytes, headers: dict[str, str]) -> Reply:
+    return Reply(
+        status, json.loads(raw) if raw.strip() else None, {name.lower(): value for name, value in headers.items()}
+    )
+
+
+@dataclass
+class Node:
+    """One ``outrider server`` process. ``storage`` is the storage stanza's text; ``settings`` more top-level lines."""
+
+    name: str
+    directory: Path
+    storage: str
+    cluster_name: str = ""
+    settings: str = ""
+    api_port: int = field(default_factory=free_port)
+    cluster_port: int = field(default_factory=free_port)
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.api_port}"
+
+    @property
+    def cluster_address(self) -> str:
+        return f"https://127.0.0.1:{self.cluster_port}"
+
+    @property
+    def config_path(self) -> Path:
+        return self.directory / f"{self.name}.hcl"
+
+    @property
+    def log_path(self) -> Path:
+        return self.directory / f"{self.name}.log"
+
+    def write_config(self) -> None:
+        """Write the node's configuration file."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        named = f'cluster_name = "{self.cluster_name}"\n' if self.cluster_name else ""
+        self.config_path.write_text(
+            f"{self.storage}\n"
+            f'listener "tcp" {{\n  address = "127.0.0.1:{self.api_port}"\n'
+            f'  cluster_address = "127.0.0.1:{self.cluster_port}"\n  tls_disable = true\n}}\n'
+            f'api_addr = "{self.address}"\ncluster_addr = "{self.cluster_address}"\n{named}{self.settings}\n',
+            encoding="utf-8",
+        )
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start the process; with ``wait`` until it answers sys/health."""
+        self.write_config()
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sidecar", "server", f"-config={self.config_path}"],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
+            )
+        if wait:
+            self.wait_listening()
+
+    def wait_listening(self) -> None:
+        """Until sys/health answers, with whatever status."""
+
+        def answers() -> bool:
+            if self.process is not None and self.process.poll() is not None:
+                raise ClusterError(f"{self.name} exited with {self.process.returncode}\n{self.log_tail()}")
+            try:
+                call(self.address, "GET", "sys/health", timeout_s=2)
+            except OSError:
+                return False
+            return True
+
+        self.wait_until("answer sys/health", answers)
+
+    def wait_until(self, what: str, condition: Any, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Poll ``condition`` until it is true. Raises ClusterError naming ``what`` after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{self.name} did not {what} within {timeout_s:.0f} s\n{self.log_tail()}")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._signal(signal.SIGKILL)
+        self._reap()
+
+    def stop(self) -> None:
+        """SIGTERM, then wait; SIGKILL after 15 s."""
+        self._signal(signal.SIGTERM)
+        self._reap()
+
+    def freeze(self) -> None:
+        """SIGSTOP."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self._signal(signal.SIGCONT)
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.running and self.process is not None:
+            self.process.send_signal(number)
+
+    def _reap(self) -> None:
+        if self.process is None:
+            return
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The end of the node's log."""
+        if not self.log_path.exists():
+            return ""
+        return "\n".join(self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def call(self, method: str, path: str, body: Any = None, **options: Any) -> Reply:
+        """:func:`call` at this node's address."""
+        return call(self.address, method, path, body, **options)
+
+    def health(self) -> Reply | None:
+        """sys/health, or None while the node does not answer."""
+        try:
+            return self.call("GET", "sys/health", timeout_s=2)
+        except OSError:
+            return None
+
+    def unseal(self, keys: list[str]) -> Reply:
+        """Give key shares until the node is unsealed; returns the last answer."""
+        reply = self.call("GET", "sys/seal-status")
+        for key in keys:
+            reply = self.call("PUT", "sys/unseal", {"key": key})
+            if reply.status != 200 or not reply.body["sealed"]:
+                break
+        return reply
+
+
+@dataclass
+class Cluster:
+    """Nodes that share one store."""
+
+    nodes: list[Node]
+    keys: list[str] = field(default_factory=list, repr=False)
+    root_token: str = field(default="", repr=False)
+
+    def start(self) -> None:
+        """Start every node."""
+        for node in self.nodes:
+            node.start(wait=False)
+        for node in self.nodes:
+            node.wait_listening()
+
+    def init(self, shares: int = 1, threshold: int = 1) -> None:
+        """Initialise through the first node and remember keys and root token."""
+        reply = self.nodes[0].call("PUT", "sys/init", {"secret_shares": shares, "secret_threshold": threshold})
+        if reply.status != 200:
+            raise ClusterError(f"init answered {reply.status}: {reply.errors}\n{self.nodes[0].log_tail()}")
+        self.keys = reply.body["keys_base64"][:threshold]
+        self.root_token = reply.body["root_token"]
+
+    def unseal(self) -> None:
+        """Unseal every node and wait for one to be active and the rest to be standbys."""
+        for node in self.nodes:
+            reply = node.unseal(self.keys)
+            if reply.status != 200 or reply.body["sealed"]:
+                raise ClusterError(f"{node.name} stays sealed: {reply.status} {reply.errors}\n{node.log_tail()}")
+        self.wait_active()
+        for node in self.nodes:
+            node.wait_until("become active or standby", lambda node=node: ready(node))
+
+    def bootstrap(self, shares: int = 1, threshold: int = 1) -> None:
+        """Start, initialise and unseal."""
+        self.start()
+        self.init(shares, threshold)
+        self.unseal()
+
+    def active(self) -> Node | None:
+        """The active node, if there is one now."""
+        for node in self.nodes:
+            if node.running and (reply := node.health()) is not None and reply.status == 200:
+                return node
+        return None
+
+    def wait_active(self, timeout_s: float = START_TIMEOUT_S) -> Node:
+        """The active node, waiting for one."""
+        deadline = time.monotonic() + timeout_s
+        while (node := self.active()) is None:
+            if time.monotonic() > deadline:
+                tails = "\n".join(f"--- {node.name}\n{node.log_tail()}" for node in self.nodes)
+                raise ClusterError(f"no node became active within {timeout_s:.0f} s\n{tails}")
+            time.sleep(0.02)
+        return node
+
+    def standby(self) -> Node:
+        """Some running node that is not the active one."""
+        active = self.wait_active()
+        return next(node for node in self.nodes if node is not active and node.running)
+
+    def call(self, method: str, path: str, body: Any = None, **options: Any) -> Reply:
+        """A request with the root token to the active node."""
+        options.setdefault("token", self.root_token)
+        return self.wait_active().call(method, path, body, **options)
+
+    def stop(self) -> None:
+        """Stop every node."""
+        for node in self.nodes:
+            node.stop()
+
+    def kill(self) -> None:
+        """SIGKILL every node."""
+        for node in self.nodes:
+            node.kill()
+
+
+def ready(node: Node) -> bool:
+    """Whether the node is active, or a standby that knows who is."""
+    reply = node.health()
+    if reply is None or reply.status not in (200, 429):
+        return False
+    return reply.status == 200 or bool(node.call("GET", "sys/leader").body.get("leader_address"))
+
+
+def embedded_storage(directory: Path) -> str:
+    """The storage stanza of a single-node store in ``directory``."""
+    return f'storage "embedded" {{\n  path = "{directory}"\n}}'
+
+
+def consul_storage(address: str, token: str, path: str) -> str:
+    """The storage stanza of a cluster on the Consul at ``address``."""
+    return f'storage "consul" {{\n  address = "{address}"\n  path = "{path}"\n  token = "{token}"\n}}'

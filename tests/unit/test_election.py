@@ -1,0 +1,158 @@
+"""Election over the in-memory store: two nodes, lost answers, operators who meddle."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from consul_backend.clock import SystemClock
+from consul_backend.election import Election, ElectionOptions, LeaderInfo, decode_epoch
+from consul_backend.embedded import EmbeddedStore
+from consul_backend.errors import FenceLost, OutcomeUnknown
+from consul_backend.lease import Phase
+from consul_backend.physical import EPOCH_KEY, LOCK_KEY, Item, TxnResult
+from consul_backend.txn import Delete, Lock, Op
+
+FAST = ElectionOptions(
+    beat_ttl_s=0.6, beat_interval_s=0.1, lock_delay_s=0.2, retry_s=0.02, watch_wait_s=1.0, step_down_grace_s=0.0
+)
+
+
+@pytest.fixture
+async def physical() -> AsyncIterator[EmbeddedStore]:
+    store = EmbeddedStore(None)
+    await store.open()
+    yield store
+    await store.close()
+
+
+def election(physical: EmbeddedStore, name: str) -> Election:
+    advertise = LeaderInfo(node_id=name, api_addr=f"http://{name}", cluster_addr=f"https://{name}")
+    return Election(physical, node_id=name, advertise=lambda: advertise, clock=SystemClock(), options=FAST)
+
+
+class LossyStore:
+    """Delegates to a store, but the answer of the first transaction that takes the lock is lost."""
+
+    def __init__(self, inner: EmbeddedStore, *, applied: bool) -> None:
+        self._inner = inner
+        self._applied = applied
+        self.lost = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    async def txn(self, ops: Sequence[Op]) -> TxnResult:
+        if any(isinstance(op, Lock) for op in ops) and not self.lost:
+            self.lost += 1
+            if self._applied:
+                await self._inner.txn(ops)
+            raise OutcomeUnknown("the answer was lost")
+        return await self._inner.txn(ops)
+
+
+async def test_one_leads_and_the_other_takes_over_on_release(physical: EmbeddedStore) -> None:
+    first, second = election(physical, "a"), election(physical, "b")
+    held = await first.campaign()
+    waiting = asyncio.create_task(second.campaign())
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    assert (await second.leader()) == LeaderInfo("a", "http://a", "https://a")
+    await first.release(held)
+    taken = await asyncio.wait_for(waiting, 0.5)
+    assert taken.tenure.epoch == held.tenure.epoch + 1
+    assert not held.lease.valid()
+    await second.release(taken)
+
+
+async def test_a_node_that_stops_beating_loses_the_lock(physical: EmbeddedStore) -> None:
+    """campaign() returned and nobody runs keep(): nothing beats, as after SIGKILL or with a stuck loop."""
+    first, second = election(physical, "a"), election(physical, "b")
+    held = await first.campaign()
+    waiting = asyncio.create_task(second.campaign())
+    taken = await asyncio.wait_for(waiting, FAST.beat_ttl_s + 2)
+    assert taken.tenure.epoch == held.tenure.epoch + 1
+    with pytest.raises(FenceLost):
+        await first.keep(held)
+    await first.lost(held)
+    assert first.phase is Phase.STANDBY
+    with pytest.raises(FenceLost):
+        await held.lease.ensure()
+    await second.release(taken)
+
+
+@pytest.mark.parametrize("applied", [True, False])
+async def test_a_lost_answer_to_the_acquire_is_resolved(physical: EmbeddedStore, applied: bool) -> None:
+    lossy = LossyStore(physical, applied=applied)
+    node = election(lossy, "a")
+    held = await asyncio.wait_for(node.campaign(), 3)
+    assert lossy.lost == 1
+    item: Item | None = await physical.get(LOCK_KEY)
+    epoch = await physical.get(EPOCH_KEY)
+    assert item is not None
+    assert item.session == held.tenure.session
+    assert epoch is not None
+    assert decode_epoch(epoch).number == held.tenure.epoch == 1
+    assert epoch.modify_index == held.tenure.epoch_index
+    await node.release(held)
+
+
+async def test_a_destroyed_session_ends_the_tenure(physical: EmbeddedStore) -> None:
+    node = election(physical, "a")
+    held = await node.campaign()
+    keeping = asyncio.create_task(node.keep(held))
+    await asyncio.sleep(0.05)
+    await physical.destroy_session(held.tenure.session)
+    with pytest.raises(FenceLost):
+        await asyncio.wait_for(keeping, 1)
+    assert not held.lease.valid()
+
+
+async def test_a_deleted_lock_ends_the_tenure(physical: EmbeddedStore) -> None:
+    node = election(physical, "a")
+    held = await node.campaign()
+    keeping = asyncio.create_task(node.keep(held))
+    await asyncio.sleep(0.05)
+    await physical.txn([Delete(LOCK_KEY)])
+    with pytest.raises(FenceLost):
+        await asyncio.wait_for(keeping, 1)
+
+
+async def test_keeping_beats(physical: EmbeddedStore) -> None:
+    node = election(physical, "a")
+    held = await node.campaign()
+    keeping = asyncio.create_task(node.keep(held))
+    await asyncio.sleep(FAST.beat_ttl_s * 2)
+    assert not keeping.done()
+    assert await held.lease.ensure() is None
+    keeping.cancel()
+    await asyncio.wait([keeping])
+    await node.release(held)
+
+
+async def test_two_nodes_of_one_name_never_share_an_epoch(physical: EmbeddedStore) -> None:
+    first, second = election(physical, "same"), election(physical, "same")
+    epochs = []
+    for _ in range(5):
+        race = [asyncio.create_task(node.campaign()) for node in (first, second)]
+        done, pending = await asyncio.wait(race, return_when=asyncio.FIRST_COMPLETED)
+        assert len(done) == 1
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending)
+        held = done.pop().result()
+        epochs.append(held.tenure.epoch)
+        winner = first if race[0].done() and not race[0].cancelled() else second
+        await winner.release(held)
+    assert epochs == sorted(set(epochs))
+
+
+async def test_the_lease_runs_out_without_proof(physical: EmbeddedStore) -> None:
+    node = election(physical, "a")
+    held = await node.campaign()
+    assert held.lease.valid()
+    await asyncio.sleep(FAST.lock_delay_s)
+    assert not held.lease.valid()
+    await asyncio.gather(*(held.lease.ensure() for _ in range(10)))
+    assert held.lease.valid()
+    await node.release(held)
