@@ -92,9 +92,9 @@ class Preparer:
         digest = entry_digest(key, value)
         return Prepared(key, (cls, partition), path, value, digest, put, size, frame + len(value))
 
-    def batch(self, writes: Iterable[Write], positions: Mapping[str, Position] | None) -> Batch:
-        """A batch; of several writes of one key the last counts. Raises as :meth:`prepare`."""
-        return Batch({write.key: self.prepare(write) for write in writes}, positions)
+    def prepare_all(self, writes: Iterable[Write]) -> dict[str, Prepared]:
+        """Writes by key; of several of one key the last counts. Raises as :meth:`prepare`."""
+        return {write.key: self.prepare(write) for write in writes}
 
 
 class Budget:
@@ -187,6 +187,8 @@ class Packing:
 
 def require_fits_alone(batch: Batch, budget: Budget, positions: Mapping[str, Position]) -> None:
     """Raises TooLarge, naming size and limit, when no transaction can hold ``batch`` even by itself."""
+    if len(batch.writes) == 1 and not batch.positions and batch.size_bytes < budget.body_bytes_max // 8:
+        return
     groups = {write.group for write in batch.writes.values()}
     merged = {**positions, **batch.positions} if batch.positions else positions
     record_size = budget.fixed_record_bytes + _positions_bytes(merged) + _POSITIONS_RESERVE_BYTES

@@ -381,6 +381,11 @@ def _first(leaf: DirtyLeaf) -> int:
     return leaf.first
 
 
+def range_of(depth: int, start: int) -> tuple[int, int]:
+    """First bucket of an extent, and the one after its last."""
+    return start, start + _width(depth)
+
+
 def _width(depth: int) -> int:
     return BUCKETS >> depth
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -28,7 +29,7 @@ from consul_backend.errors import (
     TooLarge,
     Unavailable,
 )
-from consul_backend.limits import BODY_BYTES_MIN, Limits, require_fit, require_key, require_prefix
+from consul_backend.limits import BODY_BYTES_MIN, Limits, require_body, require_key, require_prefix, require_shape
 from consul_backend.physical import SENTINEL_KEY, Item, TxnResult, writes_sentinel
 from consul_backend.sessions import Sessions
 from consul_backend.transport import ANSWER_BYTES_MAX, Answer, AnswerTooBig, Transport
@@ -55,6 +56,7 @@ ABSENCE_ROUNDS_MAX = 10
 WATCH_MARGIN_S = 5.0
 
 T = TypeVar("T")
+Items = list[Item | None]
 
 
 class ConsulStore:
@@ -106,10 +108,10 @@ class ConsulStore:
     async def get(self, key: str, *, consistent: bool = False) -> Item | None:
         return (await self._read_keys([require_key(key)], consistent))[0]
 
-    async def get_many(self, keys: Sequence[str], *, consistent: bool = False) -> list[Item | None]:
+    async def get_many(self, keys: Sequence[str], *, consistent: bool = False) -> Items:
         for key in keys:
             require_key(key)
-        items = list[Item | None]()
+        items: Items = []
         step = self._limits.ops_max
         while len(items) < len(keys):
             chunk = keys[len(items) : len(items) + step]
@@ -151,22 +153,20 @@ class ConsulStore:
         item = entries[0].item(self._prefix) if entries else None
         return item, answer.index if answer.index >= index else 0
 
-    async def _read_keys(self, keys: Sequence[str], consistent: bool) -> list[Item | None]:
+    async def _read_keys(self, keys: Sequence[str], consistent: bool) -> Items:
         query = self._with_query("", consistent)
         answer_bytes_max = READ_ANSWER_BYTES_MAX if len(keys) > 1 else ANSWER_BYTES_MAX
         absent: set[str] = set()
         for _ in range(ABSENCE_ROUNDS_MAX):
             ops = [CheckNotExists(key) if key in absent else Get(key) for key in keys]
-            body = encode_txn(ops, self._prefix)
-            answer = await _again(
-                lambda body=body: self._read("PUT", "/v1/txn", query, body, answer_bytes_max=answer_bytes_max)
-            )
+            read = partial(self._read, "PUT", "/v1/txn", query, encode_txn(ops, self._prefix))
+            answer = await _again(partial(read, answer_bytes_max=answer_bytes_max))
             if answer.status == 200:
                 return self._items(keys, absent, ops, answer)
             self._note_absence(keys, absent, answer)
         raise Unavailable("keys appear and vanish faster than they can be read")
 
-    def _items(self, keys: Sequence[str], absent: set[str], ops: Sequence[Op], answer: Answer) -> list[Item | None]:
+    def _items(self, keys: Sequence[str], absent: set[str], ops: Sequence[Op], answer: Answer) -> Items:
         try:
             _, entries = decode_results(ops, answer.body)
         except msgspec.DecodeError as error:
@@ -211,8 +211,9 @@ class ConsulStore:
     # -- writing
 
     async def txn(self, ops: Sequence[Op]) -> TxnResult:
-        require_fit(ops, self._limits)
+        require_shape(ops, self._limits)
         body = encode_txn(ops, self._prefix)
+        require_body(len(body), self._limits)
         answer = await self._transport.request(
             "PUT", "/v1/txn", query=self._query, body=body, timeout_s=self._timeout_s
         )
@@ -222,7 +223,7 @@ class ConsulStore:
             index, entries = decode_results(ops, answer.body)
         except msgspec.DecodeError as error:
             raise OutcomeUnknown(f"Consul's answer to a transaction makes no sense: {error}") from None
-        if writes_sentinel(ops):
+        if not self._sentinel_seen and writes_sentinel(ops):
             self._sentinel_seen = True
         return TxnResult(index, tuple([entry.item(self._prefix) for entry in entries]))
 
@@ -265,14 +266,15 @@ class ConsulStore:
     # -- inside
 
     async def _probe_ops_max(self) -> int:
-        answer = await _again(lambda: self._probe(encode_txn([CheckNotExists("probe")] * PROBED_OPS_MAX, self._prefix)))
-        return Limits.ops_max if answer is None else PROBED_OPS_MAX
+        body = encode_txn([CheckNotExists("probe")] * PROBED_OPS_MAX, self._prefix)
+        answer = await _again(partial(self._probe, body))
+        return Limits().ops_max if answer is None else PROBED_OPS_MAX
 
     async def _probe_body_bytes_max(self) -> int:
         """What the server takes, our default at most; a body is padded with spaces, which JSON ignores."""
         body = encode_txn([CheckNotExists("probe")], self._prefix)
         size = Limits().body_bytes_max
-        while await _again(lambda: self._probe(body.ljust(size))) is None:  # noqa: B023 - awaited before size changes
+        while await _again(partial(self._probe, body.ljust(size))) is None:
             size //= 2
             if size < BODY_BYTES_MIN:
                 raise Unavailable(f"this Consul takes no transaction of {BODY_BYTES_MIN} bytes: raise txn_max_req_len")

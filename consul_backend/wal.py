@@ -78,6 +78,14 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
     groups: tuple[GroupHead, ...]
 
 
+class Head(msgspec.Struct, frozen=True, gc=False):
+    """The newest committed record: its number, its chain hash, and when its writer made it."""
+
+    index: int
+    chain_hash: bytes
+    time_ms: int
+
+
 Groups = Mapping[tuple[str, str], Sequence[tuple[str, bytes | None]]]
 """Entries (path, value) by (class, partition)."""
 

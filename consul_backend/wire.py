@@ -1,7 +1,7 @@
 """Consul's JSON for keys and transactions, to and from values. Pure.
 
-The text of a request is exactly what ``limits.py`` counts. Error texts are passed on without anything that looks like an
-id: Consul names the sessions on both sides of a failed check.
+The text of a request is exactly what ``limits.py`` counts. Error texts are passed on without anything that looks like
+an id: Consul names the sessions on both sides of a failed check.
 """
 
 from __future__ import annotations

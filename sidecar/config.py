@@ -16,6 +16,7 @@ from pathlib import Path
 from sidecar import config_stanzas as stanzas
 from sidecar import hcl
 from sidecar.config_reader import ConfigError, Reader
+from sidecar.config_stanzas import log_level
 from sidecar.config_types import (
     ConsulConnection,
     ConsulStorage,
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "load_dev",
     "load_text",
+    "log_level",
     "split_address",
 ]
 
@@ -106,7 +108,7 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
     default_ttl_s, max_ttl_s = stanzas.read_lease_ttls(top)
     election, store = stanzas.read_sidecar(top)
     replication = stanzas.read_replication(top)
-    log_level = stanzas.log_level(top.text("log_level", "info", stanzas.LOG_LEVEL_WORDS))
+    level = log_level(top.text("log_level", "info", stanzas.LOG_LEVEL_WORDS))
     log_format = top.text("log_format", "standard", stanzas.LOG_FORMATS)
     cluster_name = top.text("cluster_name")
     stanzas.read_the_rest(top)
@@ -129,7 +131,7 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
         cluster_name=cluster_name,
         default_lease_ttl_s=default_ttl_s,
         max_lease_ttl_s=max_ttl_s,
-        log_level=_environment_choice(environ, "LOG_LEVEL", stanzas.LOG_LEVEL_WORDS) or log_level,
+        log_level=_environment_choice(environ, "LOG_LEVEL", stanzas.LOG_LEVEL_WORDS) or level,
         log_format=_environment_choice(environ, "LOG_FORMAT", stanzas.LOG_FORMATS) or log_format,
         service_registration=registration,
         replication=replication,
@@ -143,4 +145,4 @@ def _environment_choice(environ: Mapping[str, str], name: str, choices: Sequence
     word = _environment(environ, name).lower()
     if word and word not in choices:
         raise ConfigError(f"environment {name}: must be one of {', '.join(choices)}")
-    return stanzas.log_level(word)
+    return log_level(word)

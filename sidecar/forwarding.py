@@ -22,6 +22,7 @@ from consul_backend.replicated import read_entry
 from plugin_api.errors import PluginError
 from sidecar.api.node_view import NotForwarded
 from sidecar.core.barrier import load_barrier
+from sidecar.core.cluster import ClusterInfo
 from sidecar.request.types import HttpRequest, HttpResponse
 from sidecar.sealing import Opened
 from sidecar.transport.certificates import Credentials, issue_client, issue_server, make_authority
@@ -53,9 +54,11 @@ PEER_TTL_S = 15.0
 
 
 class LeaderRecord(msgspec.Struct, frozen=True):
-    """What a standby needs to dial the active node of one tenure; PEM."""
+    """What a standby needs to dial the active node of one tenure (PEM), and to say which cluster it belongs to."""
 
     sni: str
+    cluster_id: str
+    cluster_name: str
     authority_pem: bytes
     certificate_pem: bytes
     key_pem: bytes
@@ -71,16 +74,25 @@ class TenureCredentials:
     sni: str
     authority_pem: bytes = field(repr=False)
     server: Credentials = field(repr=False)
-    record: LeaderRecord
+    client: Credentials = field(repr=False)
 
     @classmethod
     def make(cls) -> TenureCredentials:
         """A fresh trust root, P-521 throughout."""
         sni = f"fw-{uuid.uuid4()}"
         authority = make_authority(sni)
-        client = issue_client(authority, "standby")
-        record = LeaderRecord(sni, authority.certificate_pem, client.certificate_pem, client.key_pem)
-        return cls(sni, authority.certificate_pem, issue_server(authority, sni), record)
+        return cls(sni, authority.certificate_pem, issue_server(authority, sni), issue_client(authority, "standby"))
+
+    def record(self, cluster: ClusterInfo) -> LeaderRecord:
+        """What the standbys of ``cluster`` read."""
+        return LeaderRecord(
+            self.sni,
+            cluster.cluster_id,
+            cluster.cluster_name,
+            self.authority_pem,
+            self.client.certificate_pem,
+            self.client.key_pem,
+        )
 
 
 def to_message(request: HttpRequest, cluster_id: str, kind: str) -> ForwardRequest:
@@ -176,7 +188,7 @@ class ForwardingServer:
 class StandbyForwarder:
     """A standby's end, for one leader. Made when its record can be read; closed when the leader changes."""
 
-    def __init__(self, leader: LeaderInfo, record: LeaderRecord, cluster_id: str, *, timeout_s: float) -> None:
+    def __init__(self, leader: LeaderInfo, record: LeaderRecord, *, timeout_s: float) -> None:
         identity = PeerIdentity(
             sni=record.sni,
             alpn=ALPN,
@@ -184,7 +196,7 @@ class StandbyForwarder:
             authority_pem=record.authority_pem,
         )
         self.leader = leader
-        self.cluster_id = cluster_id
+        self.cluster = ClusterInfo(record.cluster_id, record.cluster_name)
         self._timeout_s = timeout_s
         self._client = PeerClient(identity, leader.cluster_addr)
 
@@ -193,7 +205,7 @@ class StandbyForwarder:
         outcome)."""
         try:
             answer = await send_forward(
-                self._client, to_message(request, self.cluster_id, INNER), timeout_s=self._timeout_s
+                self._client, to_message(request, self.cluster.cluster_id, INNER), timeout_s=self._timeout_s
             )
         except LoopRefused as error:
             raise PluginError(str(error)) from error

@@ -15,7 +15,7 @@ from consul_backend.txn import Cas, CheckIndex, CheckSession, Op
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """``id`` is the sub-prefix, ``store_id`` tells stores apart across wipes, ``root_fingerprint`` names the root key."""
+    """``id``: the sub-prefix; ``store_id`` tells stores apart across wipes; ``root_fingerprint`` names the root key."""
 
     id: str
     store_id: str

@@ -31,7 +31,7 @@ from sidecar.core.keyring import BadKeyring
 from sidecar.core.seal_record import WrongKey
 from sidecar.forwarding import StandbyForwarder, TenureCredentials, read_leader_record
 from sidecar.leading import ActiveScope, ScopeParts
-from sidecar.mesh.registration import ServiceRegistration
+from sidecar.mesh.registration import Registrar
 from sidecar.node import ActiveRole, Node, StandbyRole
 from sidecar.sealing import Opened
 from sidecar.transport.forwarding import Echo, ForwardNotSent
@@ -64,6 +64,14 @@ class RoleOptions:
     forward_timeout_s: float = 90.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """Why a tenure ended on purpose: a step-down was ``asked`` for, or the store is ``stale`` for this node's keys."""
+
+    asked: bool = False
+    stale: str = ""
+
+
 class Roles:
     """Plays roles for ``node`` until cancelled."""
 
@@ -72,7 +80,7 @@ class Roles:
         node: Node,
         physical: PhysicalStore,
         listener: ClusterListener,
-        registration: ServiceRegistration,
+        registration: Registrar,
         parts: ScopeParts,
         *,
         clock: Clock,
@@ -101,7 +109,7 @@ class Roles:
         """Until cancelled; a cancellation while leading steps down cleanly first."""
         while True:
             opened = await self._node.sealing.wait_unsealed()
-            await self._registration.update(sealed=False)
+            await self._registration.update(sealed=False, initialized=True)
             try:
                 held = await self._stand_by(opened)
                 if held is not None:
@@ -179,11 +187,8 @@ class Roles:
             record = await read_leader_record(self._physical, opened, leader.sni)
             if record is None:
                 return
-            cluster = await self._parts.read_cluster(self._physical, opened)
-            role.cluster = cluster
-            role.forwarder = StandbyForwarder(
-                leader, record, cluster.cluster_id, timeout_s=self._options.forward_timeout_s
-            )
+            role.forwarder = StandbyForwarder(leader, record, timeout_s=self._options.forward_timeout_s)
+            role.cluster = role.forwarder.cluster
         identity = self._node.identity
         reply = await role.forwarder.echo(
             Echo(identity.node_id, identity.api_addr, identity.cluster_addr, opened.generation.id)
@@ -199,56 +204,67 @@ class Roles:
 
     async def _lead(self, opened: Opened, held: Held) -> None:
         """Everything only an active node does happens in here; leaving is stepping down."""
-        if reason := await self._node.sealing.stale_reason(opened):
-            await self._election.release(held, stay_away_s=0.0)
-            self._node.sealing.seal(reason)
-            return
         self._node.step_down_asked.clear()
         scope = ActiveScope(
-            self._parts, self._node, self._physical, self._listener, opened, held, self._credentials,
-            clock=self._clock, store_options=self._store_options, registration=self._registration,
+            self._parts,
+            self._node,
+            self._physical,
+            self._listener,
+            opened,
+            held,
+            self._credentials,
+            clock=self._clock,
+            store_options=self._store_options,
         )
-        started = time.monotonic()
         lost: BaseException | None = None
-        asked = False
+        left = _Left()
         try:
             async with asyncio.TaskGroup() as tasks:
                 keeping = tasks.create_task(self._election.keep(held), name="keep the lock")
-                role = await scope.start(tasks)
-                log.info("active operation after %.2f s", time.monotonic() - started)
-                self._node.take_role(role)
-                await self._registration.update(active=True, performance_mode=role.view.modes()[0])
-                try:
-                    asked = await self._until_asked_to_leave(opened, scope)
-                finally:
-                    await self._wind_down(role)
-                    keeping.cancel()
-                    await scope.stop()
+                left = await self._active(opened, scope, tasks)
+                keeping.cancel()
         except* ENDING as group:
-            lost = group.exceptions[0]
+            lost = group
         except* HALTING as group:
-            lost = group.exceptions[0]
+            lost = group
         finally:
             self._node.take_role(None)
             await scope.close()
             if lost is None:
-                await self._election.release(held, stay_away_s=None if asked else 0.0)
+                await self._election.release(held, stay_away_s=None if left.asked else 0.0)
             else:
                 await self._election.lost(held)
-        error = _first(lost) if lost is not None else None
+        if left.stale:
+            self._node.sealing.seal(left.stale)
+        error = _first(lost)
         if isinstance(error, HALTING):
             raise error
         if error is not None:
             log.error("leadership lost: %s", error)
 
-    async def _until_asked_to_leave(self, opened: Opened, scope: ActiveScope) -> bool:
-        """True for a step-down by the operator; False for a seal or a change of generation."""
+    async def _active(self, opened: Opened, scope: ActiveScope, tasks: asyncio.TaskGroup) -> _Left:
+        """From the won lock to the moment when this node is asked, or has reason, to give it back."""
+        if reason := await self._node.sealing.stale_reason(opened):
+            return _Left(stale=reason)
+        started = time.monotonic()
+        role = await scope.start(tasks)
+        self._node.take_role(role)
+        log.info("active operation, %.2f s after the lock", time.monotonic() - started)
+        try:
+            await self._registration.update(active=True, performance_mode=scope.modes()[0])
+            return await self._until_asked_to_leave(opened, scope)
+        finally:
+            await self._wind_down(role)
+            await scope.stop()
+
+    async def _until_asked_to_leave(self, opened: Opened, scope: ActiveScope) -> _Left:
+        """A step-down by the operator, a seal, or a change of generation."""
         asked = asyncio.create_task(self._node.step_down_asked.wait())
         left = asyncio.create_task(self._node.sealing.wait_left(opened))
         again = asyncio.create_task(scope.restart_asked.wait())
         try:
             await asyncio.wait([asked, left, again], return_when=asyncio.FIRST_COMPLETED)
-            return asked.done()
+            return _Left(asked=asked.done())
         finally:
             await _end(asked, left, again)
 
@@ -259,7 +275,7 @@ class Roles:
         self._node.take_role(None)
 
 
-def _first(error: BaseException) -> BaseException:
+def _first(error: BaseException | None) -> BaseException | None:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -1,1 +1,1 @@
-"""The Vault-compatible HTTP API: server, envelopes, ``sys/`` endpoints. Imports request and core; only the wiring imports it."""
+"""The Vault-compatible HTTP API: server, envelopes, ``sys/`` endpoints. Only the wiring imports it."""

@@ -1,4 +1,4 @@
-"""From an HTTP request to a :class:`~sidecar.request.call.Call`: verb, parameters, token, wrapping (contract 5.2, 5.5)."""
+"""From an HTTP request to a call: verb, parameters, token, wrapping (contract 5.2, 5.5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first to see a request on any node, whatever its role: raw endpoints, sealed answers, hand-over to the active node.
+"""The first to see a request, on a node of any role: raw endpoints, sealed answers, hand-over to the active node.
 
 Everything here is answered without a token and without the store of a tenure; the rest goes to
 :meth:`~sidecar.api.node_view.NodeView.dispatch`.
@@ -214,9 +214,7 @@ def _check_directives(request: HttpRequest) -> None:
     if headers.get("X-Vault-Forward"):
         raise InvalidRequest("forwarding via header X-Vault-Forward disabled in configuration")
     if headers.get("X-Vault-Inconsistent") == "forward-active-node":
-        raise InvalidRequest(
-            "forwarding via header X-Vault-Inconsistent=forward-active-node disabled in configuration"
-        )
+        raise InvalidRequest("forwarding via header X-Vault-Inconsistent=forward-active-node disabled in configuration")
     if headers.get("X-Vault-Namespace", "").strip("/") not in ("", "root"):
         raise NamespacesNotEnabled
 

@@ -1,8 +1,8 @@
 """The one JSON parser and printer of the API: every body is read and written here.
 
 Refused, because two readers could disagree about them or because they cost more than they say: encodings other than
-UTF-8, lone surrogates, duplicate keys, NaN and Infinity, numbers of absurd length, deep nesting, and very many values in
-one body. Nothing of a body is repeated in an error.
+UTF-8, lone surrogates, duplicate keys, NaN and Infinity, numbers of absurd length, deep nesting, and very many values
+in one body. Nothing of a body is repeated in an error.
 """
 
 from __future__ import annotations

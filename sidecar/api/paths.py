@@ -54,11 +54,12 @@ def decode_query(raw: str) -> dict[str, list[str]]:
 
 def _segment(raw: str, *, may_be_empty: bool) -> str:
     try:
-        # What is not ASCII must have come encoded; a lone '%' would decode to itself and be encoded anew by the next hop.
+        # What is not ASCII must have come encoded.
         text = unquote_to_bytes(raw.encode("ascii")).decode("utf-8")
     except (UnicodeEncodeError, UnicodeDecodeError):
         raise PathRefused("a path is UTF-8, percent-encoded") from None
     if raw.count("%") != _escapes(raw):
+        # It would decode to itself here, and to something else after the next hop has encoded it.
         raise PathRefused("a broken percent escape")
     if (not text and not may_be_empty) or text in (".", ".."):
         raise PathRefused("a path must not contain empty, '.' or '..' segments")

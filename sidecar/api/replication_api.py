@@ -26,7 +26,11 @@ class ReplicationAPI(Upstream, Protocol):
         """Stop being a primary (contract 1.5)."""
 
     async def secondary_token(
-        self, mode: str, id: str, ttl_s: int, public_key: str  # noqa: A002 - the API's own name
+        self,
+        mode: str,
+        id: str,  # noqa: A002 - the API's own name
+        ttl_s: int,
+        public_key: str,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The activation bundle for a new secondary: (payload to wrap, extra JWT claims such as ``ca_sha256``). The
         payload holds a private key and is never logged."""

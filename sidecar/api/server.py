@@ -1,7 +1,7 @@
 """The API port: bytes from a socket become an :class:`~sidecar.request.types.HttpRequest`, its answer becomes bytes.
 
-Every bound of a request is here: size of the line, of headers and of the body, memory for all bodies together, and time.
-A body is refused by its announced length before a byte of it is read.
+Every bound of a request is here: size of the line, of headers and of the body, memory for all bodies together, and
+time. A body is refused by its announced length before a byte of it is read.
 """
 
 from __future__ import annotations

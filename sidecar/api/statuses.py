@@ -13,7 +13,9 @@ from sidecar.api.envelopes import multi_error
 from sidecar.api.json_codec import JSONRefused
 from sidecar.request.errors import JoinedError, TokenRefused
 
-OUTCOME_UNKNOWN = "the outcome of this request is not known: it may or may not have been applied; read before repeating it"
+OUTCOME_UNKNOWN = (
+    "the outcome of this request is not known: it may or may not have been applied; read before repeating it"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,7 +234,7 @@ def _password_bytes(password: str) -> bytes | None:
 
 
 def _apply_deprecated(user: User, fields: Fields) -> None:
-    """Old names of parameters still work; the new name wins, and reading shows an old one while it was the last used."""
+    """Old names of parameters still work; a new name wins, and a read shows an old one if it was the last used."""
     for old, new in _DEPRECATED.items():
         if fields.given(new):
             user.deprecated = [name for name in user.deprecated if name != old]

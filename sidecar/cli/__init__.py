@@ -1,1 +1,1 @@
-"""The command line. Standard library only: a call must start fast and never load the server, aiohttp or cryptography."""
+"""The command line. Standard library only: a call must start fast and never load the server."""

@@ -9,7 +9,6 @@ import socket
 import ssl
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
@@ -34,15 +33,12 @@ class ApiError(Exception):
         self.status = reply.status
 
 
-@dataclass(frozen=True, slots=True)
 class Reply:
     """An answer. ``body`` is the decoded JSON object, None where there was none. It may hold secrets."""
 
-    status: int
-    method: str
-    url: str
-    text: str = field(repr=False)
-    body: dict[str, Any] | None = field(repr=False)
+    def __init__(self, status: int, method: str, url: str, text: str, body: dict[str, Any] | None) -> None:
+        self.status, self.method, self.url = status, method, url
+        self.text, self.body = text, body
 
     def errors(self) -> list[str]:
         """The error texts, or the plain answer where it has another form."""
@@ -56,22 +52,32 @@ class Reply:
         return bool(self.body and (self.body.get("data") or self.body.get("warnings")))
 
 
-@dataclass(frozen=True, slots=True)
 class ClientOptions:
-    """How to reach the server. ``address`` is an http or https URL; empty texts are not used."""
+    """How to reach the server. ``address`` is an http or https URL; empty texts are not used.
 
-    address: str
-    token: str = field(default="", repr=False)
-    namespace: str = ""
-    ca_file: str = ""
-    ca_path: str = ""
-    client_cert: str = ""
-    client_key: str = ""
-    tls_server_name: str = ""
-    tls_skip_verify: bool = False
-    timeout_s: float = 60.0
-    retries_max: int = 2
-    wrap_ttl: str = ""
+    A plain class, as dataclasses take a tenth of a call's time to import.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str = "",
+        namespace: str = "",
+        ca_file: str = "",
+        ca_path: str = "",
+        client_cert: str = "",
+        client_key: str = "",
+        tls_server_name: str = "",
+        tls_skip_verify: bool = False,
+        timeout_s: float = 60.0,
+        retries_max: int = 2,
+        wrap_ttl: str = "",
+    ) -> None:
+        self.address, self.token, self.namespace, self.wrap_ttl = address, token, namespace, wrap_ttl
+        self.ca_file, self.ca_path, self.client_cert, self.client_key = ca_file, ca_path, client_cert, client_key
+        self.tls_server_name, self.tls_skip_verify = tls_server_name, tls_skip_verify
+        self.timeout_s, self.retries_max = timeout_s, retries_max
 
 
 class _NamedHTTPS(http.client.HTTPSConnection):
@@ -168,14 +174,12 @@ class Client:
         headers = {"X-Vault-Request": "true", "Accept": "application/json"}
         if payload is not None:
             headers["Content-Type"] = "application/json"
-        for name, value in (
-            ("X-Vault-Token", self.options.token),
-            ("X-Vault-Namespace", self.options.namespace),
-            ("X-Vault-Wrap-TTL", self.options.wrap_ttl),
-        ):
-            if value:
-                headers[name] = value
-        return headers
+        optional = {
+            "X-Vault-Token": self.options.token,
+            "X-Vault-Namespace": self.options.namespace,
+            "X-Vault-Wrap-TTL": self.options.wrap_ttl,
+        }
+        return headers | {name: value for name, value in optional.items() if value}
 
     def _connection(self, scheme: str, host: str) -> http.client.HTTPConnection:
         parts = urlsplit(f"//{host}")
@@ -202,7 +206,7 @@ def _worth_retrying(status: int) -> bool:
 def _split(url: str) -> tuple[str, str, str]:
     try:
         parts = urlsplit(url)
-        sound = parts.port is None or 0 < parts.port
+        sound = parts.port is None or parts.port > 0
     except ValueError:
         sound, parts = False, urlsplit("")
     if not sound or parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:

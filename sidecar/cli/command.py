@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sidecar.cli import output
 from sidecar.cli.flags import Flag, UsageError, Values, describe
@@ -16,6 +16,27 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_LOCAL, EXIT_SERVER, EXIT_UNKNOWN = 0, 1, 2, 127
 DEFAULT_ADDRESS = "https://127.0.0.1:8200"
+
+
+class Failed(Exception):
+    """A command cannot go on. The text is for the user and says what was being done; ``code`` is the exit code."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@contextmanager
+def doing(what: str, code: int = EXIT_SERVER) -> Iterator[None]:
+    """Name the action in the error of any call within: ``Error reading secret/a: ...``. As in Vault, a server that
+    cannot be reached counts as one that said no."""
+    from sidecar.cli.client import ApiError, LocalError
+
+    try:
+        yield
+    except (ApiError, LocalError) as error:
+        raise Failed(f"Error {what}: {error}", code) from error
+
 
 HTTP_FLAGS = (
     Flag("address", "Address of the server. VAULT_ADDR.", default=DEFAULT_ADDRESS),
@@ -32,8 +53,7 @@ FORMAT_FLAG = Flag("format", "table, json, yaml or raw. VAULT_FORMAT.", default=
 FIELD_FLAG = Flag("field", "Print only this field, without a newline where the output is no terminal.")
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """``usage`` is what follows the program's name; ``details`` may run over lines. ``http`` commands take the flags of
     a client."""
 
@@ -85,15 +105,15 @@ class Call:
 
         return self.setting("TOKEN") or token_file.read(self.environ)
 
-    def client(self, *, with_token: bool = True, wrap_ttl: str = "") -> Client:
-        """A client as flags and environment describe it."""
+    def client(self, *, token: str | None = None, wrap_ttl: str = "") -> Client:
+        """A client as flags and environment describe it; ``token`` None takes the user's, "" sends none."""
         from sidecar.cli.client import Client, ClientOptions
 
         skip_verify = self.values.text("tls-skip-verify") or self.setting("SKIP_VERIFY")
         return Client(
             ClientOptions(
                 address=self.option("address", "ADDR", DEFAULT_ADDRESS),
-                token=self.token() if with_token else "",
+                token=self.token() if token is None else token,
                 namespace=self.option("namespace", "NAMESPACE"),
                 ca_file=self.option("ca-cert", "CACERT"),
                 ca_path=self.option("ca-path", "CAPATH"),

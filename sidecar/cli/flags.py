@@ -1,9 +1,9 @@
-"""Flags as Vault users write them: one dash or two, ``-name=value`` or ``-name value``, anywhere before ``--``. Pure."""
+"""Flags as Vault users write them: one dash or two, ``-name=value`` or ``-name value``, up to ``--``. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class UsageError(Exception):
@@ -14,8 +14,7 @@ class HelpWanted(Exception):
     """``-h`` or ``-help`` was given."""
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
+class Flag(NamedTuple):
     """One flag. ``kind`` is ``text``, ``bool``, ``int`` or ``texts`` (repeatable). The default is only shown."""
 
     name: str
@@ -47,23 +46,23 @@ class Values:
         return name in self._given
 
 
-def parse(tokens: Sequence[str], flags: Sequence[Flag]) -> tuple[Values, list[str]]:
-    """Split a command's tokens into flag values and arguments. Raises UsageError and HelpWanted.
+def parse(words: Sequence[str], flags: Sequence[Flag]) -> tuple[Values, list[str]]:
+    """Split a command's words into flag values and arguments. Raises UsageError and HelpWanted.
 
     A lone ``-`` is an argument (standard input).
     """
     by_name = {name: flag for flag in flags for name in (flag.name, *flag.aliases)}
     given: dict[str, list[str]] = {}
     arguments: list[str] = []
-    rest = iter(tokens)
-    for token in rest:
-        if token == "--":
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
             arguments.extend(rest)
             break
-        if len(token) < 2 or not token.startswith("-"):
-            arguments.append(token)
+        if len(word) < 2 or not word.startswith("-"):
+            arguments.append(word)
             continue
-        name, equals, value = token.removeprefix("-").removeprefix("-").partition("=")
+        name, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
         if name in ("h", "help") and name not in by_name:
             raise HelpWanted
         flag = by_name.get(name)
@@ -82,10 +81,10 @@ def parse(tokens: Sequence[str], flags: Sequence[Flag]) -> tuple[Values, list[st
 
 def _checked(flag: Flag, name: str, value: str) -> str:
     if flag.kind == "bool":
-        word = {"1": "true", "t": "true", "0": "false", "f": "false"}.get(value.lower(), value.lower())
-        if word not in ("true", "false"):
+        boolean = {"1": "true", "t": "true", "0": "false", "f": "false"}.get(value.lower(), value.lower())
+        if boolean not in ("true", "false"):
             raise UsageError(f"flag -{name} must be true or false")
-        return word
+        return boolean
     if flag.kind == "int":
         digits = value.removeprefix("-")
         if not (digits.isascii() and digits.isdigit() and len(digits) < 19):

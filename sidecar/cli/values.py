@@ -1,7 +1,7 @@
 """``key=value`` arguments: ``key=@file``, ``key=-`` (standard input), and ``-`` or ``@file`` for a whole JSON object.
 
-A key given several times becomes a list. ``\\@`` at the beginning of a value stands for ``@``. Messages name an argument
-by its place only: what stands there may be a secret.
+A key given several times becomes a list. ``\\@`` at the beginning of a value stands for ``@``. Messages name an
+argument by its place only: what stands there may be a secret.
 """
 
 from __future__ import annotations

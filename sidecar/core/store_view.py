@@ -193,4 +193,14 @@ class View:
             raise InvalidRequest("a storage path must not be empty or begin or end with '/'")
         if "." in path and any(segment in (".", "..") for segment in path.split("/")):
             raise InvalidRequest("a storage path must not contain '.' or '..' segments")
+        if not path.isascii() and not _encodable(path):
+            raise InvalidRequest("a storage path must be Unicode text")
         return self._root + path
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -376,8 +376,8 @@ def _sent_data(request: Request) -> dict[str, Any]:
     return data
 
 
-def _numbers(fields: Fields) -> list[int]:
-    numbers: list[int] = fields["versions"]
+def _numbers(fields: Fields) -> frozenset[int]:
+    numbers = frozenset[int](fields["versions"])
     if not numbers:
         raise InvalidRequest("No version number provided")
     return numbers

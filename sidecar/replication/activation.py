@@ -20,7 +20,7 @@ import hashlib
 import json
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -102,7 +102,7 @@ class BootstrapReply(msgspec.Struct, frozen=True):
 @dataclass(frozen=True, slots=True)
 class ActivationResult:
     """All that the secondary's new store generation is made of. ``entries`` are plaintext entries for it by logical
-    key: the secondary's role."""
+    key: the secondary's role. ``protected`` says whether the unwrap went over TLS."""
 
     root_key: bytes = field(repr=False)
     keyring: bytes = field(repr=False)
@@ -111,6 +111,7 @@ class ActivationResult:
     secondary_id: str
     set_id: str
     entries: Mapping[str, bytes] = field(repr=False)
+    protected: bool = True
 
 
 def build_bundle(
@@ -200,7 +201,8 @@ async def activate(
     trust = await asyncio.to_thread(api_trust, address, ca_file, ca_path)
     data = await unwrap(address, parsed.wrapping_token, trust, timeout_s)
     bundle = await asyncio.to_thread(parse_bundle, data, parsed.ca_sha256)
-    return await bootstrap(bundle, store_id=store_id, timeout_s=timeout_s)
+    result = await bootstrap(bundle, store_id=store_id, timeout_s=timeout_s)
+    return replace(result, protected=trust is not None)
 
 
 def api_address(address: str) -> str:

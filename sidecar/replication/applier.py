@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from consul_backend.clock import Clock
-from consul_backend.errors import TooLarge
+from consul_backend.errors import BackendError, TooLarge
 from consul_backend.limits import Limits
 from consul_backend.position import Position
 from sidecar.replication.channel import Channel, ChannelClosed
@@ -31,7 +31,6 @@ from sidecar.replication.protocol import (
     Ack,
     Bye,
     CompleteUpTo,
-    FromPrimary,
     Heartbeat,
     HelloReply,
     ProtocolViolation,
@@ -84,7 +83,7 @@ class Upstream:
 
     connected: bool = False
     source: Source | None = None
-    advertised: Advertised = Advertised()
+    advertised: Advertised = field(default_factory=Advertised)
     head_index: int = 0
     heard_at_s: float | None = None
 
@@ -114,8 +113,8 @@ class Applier:
         self._options = options
         self._advertise = advertise
         self._on_event = on_event
-        self._position = position
         self._durable = stored_position(store)
+        self._position = position if position is not None else self._durable
         self._advanced = asyncio.Event()
         self._lag = Lag()
         self.identity = identity
@@ -142,7 +141,7 @@ class Applier:
     async def run(self, channel: Channel) -> Outcome:
         """Say hello and apply until the stream ends; closes the channel. ``on_event`` hears ACCEPTED and IN_STEP
         meanwhile. Raises BackendError when this cluster's own store fails in a way that ends the tenure."""
-        self._adopt_stored()
+        await self._take_stock()
         try:
             outcome = await self._run(channel)
         finally:
@@ -152,12 +151,14 @@ class Applier:
         await channel.close(outcome.reason)
         return outcome
 
-    def _adopt_stored(self) -> None:
-        """A sync, or a commit that outlived a cancelled run, may have moved the position."""
+    async def _take_stock(self) -> None:
+        """Make the position and the durable one agree: a hello promises that nothing before it is asked for again."""
         stored = stored_position(self._store)
-        if stored != self._durable:
+        if stored != self._durable:  # a sync, or a commit that outlived a cancelled run, moved it
             self._moved(stored)
-            self._durable = stored
+        elif self._position is not None and self._position != stored:
+            await commit(self._store, [], self._position)
+        self._durable = self._position
 
     async def _run(self, channel: Channel) -> Outcome:
         try:
@@ -219,13 +220,20 @@ class _Reception:
         self._durable_at_s = self._clock.monotonic()
 
     async def run(self) -> Outcome:
+        failure: BackendError | None = None
+        outcome: Outcome | None = None
         async with asyncio.TaskGroup() as tasks:
             helpers = (tasks.create_task(self._read(), name="read"), tasks.create_task(self._beat(), name="beat"))
             try:
-                return await self._act()
+                outcome = await self._act()
+            except BackendError as error:  # kept out of the group, which would wrap it
+                failure = error
             finally:
                 for helper in helpers:
                     helper.cancel()
+        if failure is not None or outcome is None:
+            raise failure or AssertionError("a reception ends with an outcome or an error")
+        return outcome
 
     async def _read(self) -> None:
         """Fill the inbox until the connection ends; what ended it reaches the other task behind the last frame."""
@@ -297,7 +305,7 @@ class _Reception:
             return Outcome(End.NEED_DIFF, str(need))
 
     async def _apply_accepted(self) -> None:
-        steps_max = sys_steps_max = 1 << 20
+        steps_max: int | None = None
         while (batch := self._intake.take(steps_max=steps_max)) is not None:
             now_s = self._clock.monotonic()
             durable_now = now_s - self._durable_at_s >= self._options.position_interval_s
@@ -305,12 +313,12 @@ class _Reception:
                 await self._applier._apply(batch, durable_now=durable_now)
             except TooLarge as too_large:
                 if len(batch.steps) == 1:
-                    # The sync carries entries one by one, with reads refused meanwhile; the stream never splits a record.
+                    # A record is never split here; a sync commits entry by entry, with reads refused meanwhile.
                     raise _NeedDiff(f"record {batch.position.index} is no single commit here: {too_large}") from None
                 self._intake.give_back(batch)
                 steps_max = len(batch.steps) // 2
                 continue
-            steps_max = sys_steps_max
+            steps_max = None
             if batch.writes or durable_now:
                 self._durable_at_s = now_s
             await self._acknowledge()
@@ -318,7 +326,9 @@ class _Reception:
     async def _acknowledge(self) -> None:
         position, durable = self._applier.position, self._applier._durable
         applied = position.index if position else 0
-        await self._channel.send(encode(Ack(applied, min(applied, durable.index if durable else 0))))
+        ack = Ack(applied, min(applied, durable.index if durable else 0))
+        with contextlib.suppress(ChannelClosed):  # what was received is applied all the same; the reader says it ended
+            await self._channel.send(encode(ack))
 
     async def _compare(self, frame: CompleteUpTo) -> None:
         position = self._applier.position

@@ -150,14 +150,14 @@ class Intake:
         last = self._last
         return Position(last.set_id, last.generation, last.epoch, index, chain_hash)
 
-    def take(self, *, steps_max: int = _MERGED_RECORDS_MAX) -> Batch | None:
+    def take(self, *, steps_max: int | None = None) -> Batch | None:
         """The longest prefix of what was accepted that is one commit; at least one record, None when there is none."""
         if not self._steps:
             return None
         merged: dict[str, Write] = {}
         size_bytes = 0
         taken: list[Step] = []
-        while self._steps and len(taken) < steps_max:
+        while self._steps and len(taken) < (steps_max or _MERGED_RECORDS_MAX):
             step = self._steps[0]
             new_keys = sum([write.key not in merged for write in step.writes])
             cost = self._cost(step.writes)

@@ -22,13 +22,21 @@ from aiohttp import web
 
 from consul_backend.clock import Clock
 from consul_backend.position import Position
-from plugin_api.errors import PermissionDenied
+from plugin_api.errors import InvalidRequest, PermissionDenied
 from sidecar.replication import protocol
 from sidecar.replication.activation import BOOTSTRAP_PATH, VERSIONS, BootstrapReply, BootstrapRequest
 from sidecar.replication.channel import ChannelClosed, WebSocketChannel
 from sidecar.replication.hello import Source
 from sidecar.replication.protocol import HelloReply, ProtocolViolation
-from sidecar.replication.roles import ALPN, KnownSecondary, PrimaryRole, claim_store, connect, server_name
+from sidecar.replication.roles import (
+    ALPN,
+    KnownSecondary,
+    PrimaryRole,
+    Role,
+    claim_store,
+    connect,
+    server_name,
+)
 from sidecar.replication.shipper import Advertised, Shipper, ShipperOptions
 from sidecar.replication.sync import answer_diff, answer_fetch
 from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions
@@ -54,16 +62,18 @@ BOOTSTRAP_REQUEST_BYTES_MAX = 64 * 1024
 HELLO_TIMEOUT_S = 10.0
 FAREWELL_S = 0.5
 
-ChangeRole = Callable[[Callable[[PrimaryRole], PrimaryRole]], Awaitable[PrimaryRole]]
+ChangeRole = Callable[[Callable[[Role], PrimaryRole]], Awaitable[PrimaryRole]]
 """Commit a change of the primary's role: applied to the newest one, one change at a time."""
 
 
 class PrimaryService:
-    """Serves the secondaries of one set during one tenure. ``role`` returns the newest committed role."""
+    """Serves the secondaries of one set during one tenure. ``newest`` returns the newest committed role of that set,
+    None when there is none any more; ``serving`` is set while the cluster port offers this."""
 
     def __init__(
         self, store: ClusterStore, listener: ClusterListener, node: NodeInfo, callbacks: Callbacks, clock: Clock,
-        options: ReplicationOptions, *, role: Callable[[], PrimaryRole], change: ChangeRole,
+        options: ReplicationOptions, role: PrimaryRole, *, newest: Callable[[], PrimaryRole | None], change: ChangeRole,
+        serving: asyncio.Event,
     ) -> None:
         self._store = store
         self._listener = listener
@@ -71,10 +81,12 @@ class PrimaryService:
         self._callbacks = callbacks
         self._clock = clock
         self._role = role
+        self._newest = newest
         self._change = change
-        self._set_id = role().set_id
-        epoch = role().epoch
-        self.source = Source(node.local_cluster_id, self._set_id, store.generation, epoch.number, epoch.id)
+        self.serving = serving
+        self.source = Source(
+            node.local_cluster_id, role.set_id, store.generation, role.epoch.number, role.epoch.id,
+        )
         self.shipper = Shipper(
             store, self.source,
             ShipperOptions(
@@ -83,7 +95,6 @@ class PrimaryService:
             ),
             clock, advertise=self._advertised,
         )
-        self.serving = asyncio.Event()
         self._streams: dict[str, asyncio.Event] = {}
         self._handlers: dict[tuple[str, str], Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]] = {
             ("POST", BOOTSTRAP_PATH): self._bootstrap,
@@ -95,10 +106,10 @@ class PrimaryService:
 
     async def run(self) -> None:
         """Serve until cancelled; then the purpose is withdrawn and every stream cut."""
-        role = self._role()
+        role = self._role
         for secondary_id in role.secondaries:
             self.shipper.expect(secondary_id)
-        name = server_name(self._set_id)
+        name = server_name(role.set_id)
         credentials = await asyncio.to_thread(certificates.issue_server, role.authority, name)
         self._listener.add(Purpose(
             sni=name, alpn=ALPN, credentials=credentials, trust_root_pem=role.authority_pem,
@@ -125,7 +136,11 @@ class PrimaryService:
             self._listener.cut(fingerprint)
 
     def _allow(self, fingerprint: str) -> bool:
-        return self._role().by_fingerprint(fingerprint) is not None
+        return self._known(fingerprint) is not None
+
+    def _known(self, fingerprint: str) -> KnownSecondary | None:
+        role = self._newest()
+        return role.by_fingerprint(fingerprint) if role is not None else None
 
     def _advertised(self) -> Advertised:
         return Advertised(self._node.api_addr, tuple(self._node.cluster_addresses()))
@@ -138,11 +153,11 @@ class PrimaryService:
             return await handler(request)
         except (ProtocolViolation, MalformedMessage) as error:
             return web.Response(status=400, text=str(error))
-        except PermissionDenied as error:
+        except (PermissionDenied, InvalidRequest) as error:
             return web.Response(status=403, text=str(error))
 
     def _pinned(self, request: web.BaseRequest) -> KnownSecondary:
-        known = self._role().by_fingerprint(peer_of(request).fingerprint)
+        known = self._known(peer_of(request).fingerprint)
         if known is None or not known.connected:
             raise PermissionDenied("say hello on a stream first")
         return known
@@ -173,12 +188,12 @@ class PrimaryService:
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 hello = protocol.decode_hello(await channel.recv())
-            known = self._role().by_fingerprint(fingerprint)
+            known = self._known(fingerprint)
             if known is None or known.id != hello.secondary_id:
                 raise PermissionDenied("the hello names another secondary than the certificate does")
             await self._change(lambda newest: connect(newest, fingerprint, hello.set_id, hello.store_id))
             reason = await self.shipper.serve(channel, hello)
-        except PermissionDenied as refusal:
+        except (PermissionDenied, InvalidRequest) as refusal:
             reason = str(refusal)
             await self._refuse(channel, reason)
         except (ChannelClosed, ProtocolViolation, TimeoutError) as error:
@@ -236,7 +251,7 @@ class PrimaryService:
             return None
         head = self._store.head
         chain_hash = head.chain_hash if head.index == index else b""  # a forwarder waits for the index alone
-        return Position(self._set_id, self._store.generation, self.source.epoch, index, chain_hash)
+        return Position(self.source.set_id, self._store.generation, self.source.epoch, index, chain_hash)
 
 
 def _binary(body: bytes) -> web.Response:

@@ -166,8 +166,8 @@ class DiffRequest(Frame, frozen=True, tag=16):
 class DiffReply(Frame, frozen=True, tag=17):
     """``base`` is the primary's newest record when the comparison began. ``equal``: roots were equal at exactly that
     record, nothing else to do. Else ``whole``: partitions that the secondary lacks; ``gone``: partitions the primary
-    does not have; ``pages``: pages that only one side has; ``subpages``: digests of the primary's subpages in every
-    page that differs."""
+    does not have; ``pages``: pages to compare entry by entry, because only one side has them or there is no room for
+    more digests; ``subpages``: digests of the primary's subpages in every other page that differs."""
 
     cluster_id: Name
     set_id: Name
@@ -203,10 +203,12 @@ class FetchRequest(Frame, frozen=True, tag=18):
 
 
 class Entries(Frame, frozen=True, tag=19):
-    """Entries by logical key, with their whole ciphertext, and keys that the primary does not have."""
+    """Entries by logical key, with their whole ciphertext, and keys that the primary does not have. ``done`` extents
+    of the request are complete with this frame."""
 
     puts: list[tuple[str, bytes]]
     deletes: list[str]
+    done: Index
 
 
 class Guard(Frame, frozen=True, tag=20):

@@ -16,6 +16,7 @@ import msgspec
 from consul_backend.errors import Corrupt
 from plugin_api.errors import InvalidRequest, PermissionDenied
 from sidecar.transport.certificates import Credentials
+from sidecar.transport.peer import parse_address
 
 ROLE_KEY = "l/replication/performance"
 ALPN = "replication_v1"
@@ -194,6 +195,15 @@ def check_id(secondary_id: str) -> str:
     return secondary_id
 
 
+def check_cluster_addr(address: str) -> None:
+    """Raises InvalidRequest for a ``primary_cluster_addr`` that is neither empty nor an address."""
+    try:
+        if address:
+            parse_address(address)
+    except ValueError:
+        raise InvalidRequest('"primary_cluster_addr" is not an address; it is given as https://host:port') from None
+
+
 def add_secondary(
     role: Role, secondary_id: str, fingerprint: str, *, now_ms: int, ttl_ms: int,
 ) -> tuple[PrimaryRole, str | None]:
@@ -214,7 +224,7 @@ def check_new(primary: PrimaryRole, secondary_id: str) -> None:
     before = primary.secondaries.get(secondary_id)
     if before is not None and before.connected:
         raise InvalidRequest(
-            f'a secondary with the id "{secondary_id}" exists already; ids must be unique: revoke it to use the id again',
+            f'a secondary with the id "{secondary_id}" exists already: ids are unique; revoke it to use the id again',
         )
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 
 from consul_backend.clock import Clock
 from plugin_api.errors import PluginError, Unavailable
 from sidecar.replication import protocol
 from sidecar.replication.activation import secondary_identity
 from sidecar.replication.applier import Applier, ApplierOptions
-from sidecar.replication.channel import ChannelClosed, WebSocketChannel
+from sidecar.replication.channel import Channel, ChannelClosed, WebSocketChannel
 from sidecar.replication.committer import stored_position
 from sidecar.replication.hello import Identity
 from sidecar.replication.primary import DIFF_PATH, FETCH_PATH, STREAM_PATH
@@ -46,7 +46,7 @@ from sidecar.transport.forwarding import (
     ForwardResponse,
     send_forward,
 )
-from sidecar.transport.peer import PeerClient, PeerOutcomeUnknown, PeerRefused, PeerUnreachable
+from sidecar.transport.peer import PeerClient, PeerOutcomeUnknown, PeerRefused, PeerUnreachable, parse_address
 from sidecar.transport.trail import LoopRefused
 
 logger = logging.getLogger(__name__)
@@ -58,11 +58,11 @@ _RANDOM = secrets.SystemRandom()
 
 
 class SecondaryService:
-    """One tenure as secondary. ``role`` returns the newest role; ``learned`` is told the primary's addresses."""
+    """One tenure as secondary. ``learned`` stores the primary's addresses and returns the role with them."""
 
     def __init__(
-        self, store: ClusterStore, node: NodeInfo, callbacks: Callbacks, clock: Clock, options: ReplicationOptions, *,
-        role: Callable[[], SecondaryRole], learned: Callable[[tuple[str, ...]], Awaitable[None]],
+        self, store: ClusterStore, node: NodeInfo, callbacks: Callbacks, clock: Clock, options: ReplicationOptions,
+        role: SecondaryRole, *, learned: Callable[[tuple[str, ...]], Awaitable[SecondaryRole]],
     ) -> None:
         self._store = store
         self._node = node
@@ -71,10 +71,11 @@ class SecondaryService:
         self._options = options
         self._role = role
         self._learned = learned
-        self._identity = secondary_identity(role())
+        self._identity = secondary_identity(role)
         self._clients: dict[str, PeerClient] = {}
         self._failures = 0
         self._preferred = ""
+        self._catch_up: _CatchUp | None = None
         self.machine = Machine()
         self.connected_to = ""
         self.started_ms = clock.time_ms()
@@ -84,8 +85,7 @@ class SecondaryService:
 
     async def run(self) -> None:
         """Follow the primary until cancelled. Raises what ends the tenure: errors of this cluster's own store."""
-        if is_none(self.applier.position):
-            self._callbacks.set_gate(NOT_SYNCED)
+        self._callbacks.set_gate(NOT_SYNCED if is_none(self.applier.position) else None)
         try:
             action = self._step(Event.START)
             while True:
@@ -167,10 +167,15 @@ class SecondaryService:
 
     async def _follow(self, channel: WebSocketChannel, address: str) -> Action:
         self.connected_to = self._preferred = address
+        counted = _Counted(channel)
+        if self.machine.phase is Phase.CONNECTING:
+            position = self.applier.position
+            self._catch_up = _CatchUp(counted, self._clock.monotonic(), position.index if position else 0)
         try:
-            outcome = await self.applier.run(channel)
+            outcome = await self.applier.run(counted)
         finally:
             self.connected_to = ""
+            self._catch_up = None
             await channel.close("the secondary ended the stream")
         await self._remember_addresses()
         action = self._step(outcome.end.value, outcome.reason)
@@ -232,6 +237,25 @@ class SecondaryService:
     def _heard(self, event: Event) -> None:
         """What applier and syncer report while they run: the machine follows, the driver goes on."""
         self._step(event)
+        if event is Event.IN_STEP and self._catch_up is not None:
+            self._caught_up(self._catch_up)
+            self._catch_up = None
+
+    def _caught_up(self, caught: _CatchUp) -> None:
+        position = self.applier.position
+        if position is None or position.index == caught.index:
+            return
+        seconds = self._clock.monotonic() - caught.started_s
+        self.last_sync = SyncFacts("wal", 1, caught.channel.received_bytes, caught.keys, seconds)
+        logger.info(
+            "replication: in step again by the write-ahead log: %d records, %d keys, %d bytes, %.3f s",
+            position.index - caught.index, caught.keys, caught.channel.received_bytes, seconds,
+        )
+
+    async def _on_applied(self, keys: Sequence[str]) -> None:
+        if self._catch_up is not None:
+            self._catch_up.keys += len(keys)
+        await self._callbacks.on_applied(keys)
 
     def _gate(self, progress: ExtentsProgress | None) -> None:
         if progress is None:
@@ -244,7 +268,9 @@ class SecondaryService:
     async def _remember_addresses(self) -> None:
         addresses = self.applier.upstream.advertised.cluster_addrs
         if addresses:
-            await self._learned(addresses)
+            self._role = await self._learned(addresses)
+        for address in set(self._clients) - set(self._addresses()):
+            await self._clients.pop(address).close()
 
     def _address(self) -> str:
         return self.connected_to or next(iter(self._addresses()), "")
@@ -252,8 +278,8 @@ class SecondaryService:
     def _addresses(self) -> tuple[str, ...]:
         """Where to try, in order: where it worked last, what the primary advertises, what is stored."""
         advertised = self.applier.upstream.advertised.cluster_addrs
-        order = dict.fromkeys([self._preferred, *advertised, *self._role().dial_order])
-        return tuple(address for address in order if address)
+        order = dict.fromkeys([self._preferred, *advertised, *self._role.dial_order])
+        return tuple(address for address in order if _usable(address))
 
     def _client(self, address: str) -> PeerClient:
         client = self._clients.get(address)
@@ -264,18 +290,56 @@ class SecondaryService:
 
     def _pause_s(self) -> float:
         """Doubles with each failure, up to the maximum; half of it is chance."""
-        longest = min(self._options.reconnect_max_s, self._options.reconnect_min_s * 2 ** min(self._failures - 1, 16))
-        return longest * (0.5 + 0.5 * _RANDOM.random())
+        doublings = max(0, min(self._failures - 1, 16))
+        longest_s: float = min(self._options.reconnect_max_s, self._options.reconnect_min_s * 2**doublings)
+        return longest_s * (0.5 + 0.5 * _RANDOM.random())
 
     def _make_applier(self) -> Applier:
-        role, options = self._role(), self._options
+        role, options = self._role, self._options
         return Applier(
-            self._store, stored_position(self._store), self._callbacks.on_applied, self._clock,
+            self._store, stored_position(self._store), self._on_applied, self._clock,
             ApplierOptions(beat_s=options.beat_s, silent_beats_max=options.silent_beats_max, limits=options.limits),
             identity=Identity(role.secondary_id, role.store_id, role.set_id, role.epoch.number, role.epoch.id),
             advertise=lambda: Advertised(self._node.api_addr, tuple(self._node.cluster_addresses())),
             on_event=self._heard,
         )
+
+
+class _Counted:
+    """A channel that counts what it receives."""
+
+    def __init__(self, inner: Channel) -> None:
+        self._inner = inner
+        self.received_bytes = 0
+
+    async def send(self, frame: bytes) -> None:
+        await self._inner.send(frame)
+
+    async def recv(self) -> bytes:
+        frame = await self._inner.recv()
+        self.received_bytes += len(frame)
+        return frame
+
+    async def close(self, reason: str) -> None:
+        await self._inner.close(reason)
+
+
+@dataclass(slots=True)
+class _CatchUp:
+    """A stream until the first time it is in step, unless it follows a sync, which told its own figures."""
+
+    channel: _Counted
+    started_s: float
+    index: int
+    keys: int = 0
+
+
+def _usable(address: str) -> bool:
+    try:
+        parse_address(address)
+    except ValueError:
+        return False
+    return True
 
 
 def _text(body: bytes) -> str:

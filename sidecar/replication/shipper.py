@@ -299,10 +299,11 @@ class _Stream:
         records = await self._store.records(progress.sent + 1, limit)
         for frame, last in frames_of(records):
             if not progress.has_room():
-                return False  # the rest is read again: holding it here would cost memory for as long as the peer is slow
+                return False  # the rest is read again: to hold it would cost memory for as long as the peer is slow
             raw = encode(frame)
             progress.sending(last, len(raw))
             await self._channel.send(raw)
+        await asyncio.sleep(0)  # neither reading nor sending need ever wait; other tasks get their turn all the same
         return bool(records)
 
     async def _follow_head(self) -> NoReturn:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+from consul_backend.errors import BackendError
 from consul_backend.position import Position
 from consul_backend.wal import Record, Write
+
+
+class RecordGone(BackendError):
+    """placeholder"""
 
 
 class Head(Protocol):
@@ -56,6 +61,10 @@ class PrimaryStore(Protocol):
     @property
     def forest(self) -> Forest:
         """Exact as of :attr:`head` whenever no ``await`` lies between reading both."""
+
+    @property
+    def oldest_index(self) -> int:
+        """The oldest record that :meth:`records` still has."""
 
     async def wait_head(self, after: int) -> Head:
         """The head, once its index is greater than ``after``."""

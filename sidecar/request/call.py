@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from plugin_api.request import Caller, Operation
 from sidecar.core.policies import ACL
-from sidecar.core.tokens import TokenEntry
+from sidecar.core.token_entry import TokenEntry
+from sidecar.core.wrapping import WrapInfo
 from sidecar.request.types import ForwardedAuth
 
 
@@ -73,7 +74,8 @@ class Wrap:
 @dataclass(slots=True)
 class Answer:
     """What a backend answers. ``raw`` replaces the envelope by a body of its own. ``stored`` is an unwrapped envelope,
-    which is repeated with a new request id. ``data`` None without auth, warnings or lease becomes 204."""
+    which is repeated with a new request id. ``wrap`` says that the answer must be wrapped, ``wrap_info`` that it is.
+    ``data`` None without auth, warnings or lease becomes 204."""
 
     data: dict[str, Any] | None = field(default=None, repr=False)
     auth: dict[str, Any] | None = field(default=None, repr=False)
@@ -84,6 +86,7 @@ class Answer:
     raw: dict[str, Any] | None = field(default=None, repr=False)
     stored: dict[str, Any] | None = field(default=None, repr=False)
     wrap: Wrap | None = None
+    wrap_info: WrapInfo | None = None
     mount_type: str = ""
 
     @property

@@ -1,4 +1,4 @@
-"""``cubbyhole/``: what one token keeps for itself. No other token, root included, can see it; it goes with the token."""
+"""``cubbyhole/``: what one token keeps for itself. No other, root included, can see it; it goes with the token."""
 
 from __future__ import annotations
 

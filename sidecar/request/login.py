@@ -24,9 +24,7 @@ _TYPES = {
 }
 
 
-async def log_in(
-    tokens: TokenStore, call: Call, mount: MountInfo, auth: Auth, now: Callable[[], float]
-) -> Answer:
+async def log_in(tokens: TokenStore, call: Call, mount: MountInfo, auth: Auth, now: Callable[[], float]) -> Answer:
     """Issue the token that ``auth`` describes. Raises InvalidRequest where it asks for what no login may give."""
     policies = normalize_policies(auth.policies, default=not auth.no_default_policy)
     if ROOT_POLICY in policies:

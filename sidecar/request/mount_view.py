@@ -1,8 +1,8 @@
 """The live side of the mount tables: one engine object per mount, and the routing table made of them.
 
 The tables say what should be mounted; :meth:`MountView.refresh` makes it so. An engine whose mount did not change keeps
-its object, and so its caches and locks. A mount whose engine cannot be loaded answers with an error of its own and hides
-nothing else.
+its object, and so its caches and locks. A mount whose engine cannot be loaded answers with an error of its own and
+hides nothing else.
 """
 
 from __future__ import annotations
@@ -166,10 +166,19 @@ class MountView:
         self._mounted: dict[str, EngineBackend | BrokenMount] = {}
         self._router: Router[Backend] = Router(self._built_in)
 
+    def install(self, path: str, backend: Backend) -> None:
+        """Add a backend at a fixed path: one that itself needs this view."""
+        self._built_in[path] = backend
+        self.refresh()
+
     @property
     def router(self) -> Router[Backend]:
         """The routing table of the moment."""
         return self._router
+
+    def plugin_types(self) -> dict[str, list[str]]:
+        """Types that can be mounted, for the plugin catalog."""
+        return {"auth": self._plugins.types(AUTH_PLUGINS), "secret": self._plugins.types(SECRETS_PLUGINS)}
 
     def refresh(self) -> None:
         """Bring engines and routes in line with the tables. Makes no store access, so it cannot fail half-way."""
@@ -203,8 +212,10 @@ class MountView:
         return EngineBackend(entry, engine, self._log_in)
 
     def _context(self, entry: MountEntry) -> EngineContext:
-        local = View(self._sealed, "l", entry.uuid)
         if entry.local:
-            return EngineContext(mount_info(entry, self.defaults), local, local, self._now)
+            # Both storages of a local mount are of one class: folders keep them apart.
+            main, local = (View(self._sealed, "l", entry.uuid, folder) for folder in ("main/", "local/"))
+            return EngineContext(mount_info(entry, self.defaults), main, local, self._now)
+        local = View(self._sealed, "l", entry.uuid)
         shared = View(self._sealed, "r", entry.uuid, writable=self._writable)
         return EngineContext(mount_info(entry, self.defaults), shared, local, self._now, self._writable)

@@ -1,16 +1,15 @@
 """The one way every request takes: token, existence check, policies, routing, backend.
 
 A use of a counted token is committed before the policies are looked at, so that probing costs uses too. Nothing here
-writes replicated storage; a backend that does so on a performance secondary raises ReadOnlyStorage, which passes through
-to the caller together with the identity that the call carries by then.
+writes replicated storage; a backend that does so on a performance secondary raises ReadOnlyStorage, which passes
+through to the caller together with the identity that the call carries by then.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from collections.abc import AsyncIterator
 
 from plugin_api.errors import NotFound, PermissionDenied, ReadOnlyStorage
 from plugin_api.request import Caller, Operation

@@ -10,6 +10,7 @@ accepted (another address may be tried), :class:`PeerOutcomeUnknown` that it was
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from sidecar.transport.certificates import Credentials
 from sidecar.transport.tls import client_context, limit_tls_buffers
 
 DEFAULT_PORT = 8201
+WHOLE_BYTES_MAX = 256 * 1024
 
 
 class PeerUnreachable(Exception):
@@ -89,7 +91,7 @@ class PeerClient:
         """
         try:
             async with asyncio.timeout(timeout_s), self._session.post(
-                self._url(path), data=body, headers=headers, allow_redirects=False,
+                self._url(path), data=_payload(body), headers=headers, allow_redirects=False,
             ) as response:
                 return PeerAnswer(response.status, await read_answer(response, answer_bytes_max))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -107,7 +109,9 @@ class PeerClient:
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_read=idle_timeout_s, sock_connect=self._connect_timeout_s)
         try:
-            response = await self._session.post(self._url(path), data=body, allow_redirects=False, timeout=timeout)
+            response = await self._session.post(
+                self._url(path), data=_payload(body), allow_redirects=False, timeout=timeout,
+            )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise PeerUnreachable(f"{self.address}: {describe(error)}") from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -185,6 +189,11 @@ def describe(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
         return error.os_error.strerror or "connection failed"
     return type(error).__name__
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    """aiohttp writes ``bytes`` in one go, which holds up the event loop when they are many."""
+    return body if len(body) <= WHOLE_BYTES_MAX else io.BytesIO(body)
 
 
 async def _pieces(response: aiohttp.ClientResponse, address: str) -> AsyncIterator[bytes]:

@@ -1,0 +1,354 @@
+"""Becoming active: what is in the store, what case that is, and what to do. ARIES' analysis and redo.
+
+Undo is empty in this version: a commit is one transaction, so no record is ever half true.
+
+How a store gets into each case, and why the answer is safe:
+
+* *no log*: the generation pointer names a prefix without a genesis. Nothing may be concluded; halt.
+* *log torn*: a record below the newest is missing. Collection takes whole segments from the old end only, so this is
+  damage; the records after the hole cannot be trusted to follow. Halt.
+* *log shorter than the checkpoint*: the checkpoint was written after its head was committed, so records were lost: the
+  store was restored in part. Halt.
+* *current*: the ordinary case. Stored extents are exactly those that the checkpoint describes; each lacks at most the
+  records after its LSN; repeating those in order from the redo point gives the index at the head.
+* *log cut*: the redo point was collected. Collection never passes it, so this is damage. Halt.
+* *index damaged*: extents are missing, older, foreign or fail their checksum. With the whole log since genesis the index
+  is rebuilt from it, because the log alone says what exists. Without, halt: the index must be recomputed from data.
+* *first start*: nothing was flushed yet; the log since genesis is everything.
+* *checkpoint lost*: as *index damaged*, whether it is missing or fails its checksum.
+
+Recovery writes nothing (a rebuild deletes what it will not use), so a crash in it is a crash before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import astuple, dataclass, field
+from enum import Enum
+
+from consul_backend.checkpoint import Checkpoint, checkpoint_key, decode_checkpoint
+from consul_backend.errors import Corrupt
+from consul_backend.failpoint import failpoint
+from consul_backend.fenced import fenced_idempotent
+from consul_backend.group_commit import Tip
+from consul_backend.merkle import PAGES, Forest, bucket_of, entry_digest
+from consul_backend.merkle_pages import (
+    Extent,
+    ExtentTable,
+    decode_extent,
+    merkle_prefix,
+    parse_extent_name,
+    parse_partition_name,
+    range_of,
+)
+from consul_backend.physical import PhysicalStore
+from consul_backend.tenure import Tenure
+from consul_backend.txn import Delete, DeleteTree
+from consul_backend.wal import GENESIS_INDEX, GENESIS_PREV, CorruptRecord, Record
+from consul_backend.wal_reader import list_segment, list_segments, scan_records
+
+
+class Action(Enum):
+    """What recovery does."""
+
+    REDO = "repeat the log into the stored index"
+    REBUILD = "drop the stored index and repeat the whole log"
+    HALT = "serve nothing: a human must decide"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is found, in the order of the table's columns."""
+
+    log: bool
+    """There is at least one record."""
+    dense: bool
+    """No record is missing between the oldest needed and the newest."""
+    checkpoint: bool
+    """There is a checkpoint and it has its checksum."""
+    covers: bool
+    """The log reaches up to the checkpoint's head."""
+    matches: bool
+    """The stored extents are those that the checkpoint describes (without one: there are none)."""
+    reaches: bool
+    """The log reaches down to the checkpoint's redo point and head."""
+    whole: bool
+    """The log reaches down to the genesis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: ``pattern`` has one entry per fact, None where it does not matter."""
+
+    label: str
+    pattern: tuple[bool | None, ...]
+    action: Action
+
+
+YES, NO, ANY = True, False, None
+
+# fmt: off
+CASES = (
+    #    label                                log  dense ckpt covers match reach whole
+    Case("no log",                           (NO,  ANY,  ANY, ANY,   ANY,  ANY,  ANY), Action.HALT),
+    Case("log torn",                         (YES, NO,   ANY, ANY,   ANY,  ANY,  ANY), Action.HALT),
+    Case("log shorter than the checkpoint",  (YES, YES,  YES, NO,    ANY,  ANY,  ANY), Action.HALT),
+    Case("current",                          (YES, YES,  YES, YES,   YES,  YES,  ANY), Action.REDO),
+    Case("log cut",                          (YES, YES,  YES, YES,   YES,  NO,   ANY), Action.HALT),
+    Case("index damaged, log whole",         (YES, YES,  YES, YES,   NO,   ANY,  YES), Action.REBUILD),
+    Case("index damaged",                    (YES, YES,  YES, YES,   NO,   ANY,  NO),  Action.HALT),
+    Case("first start",                      (YES, YES,  NO,  ANY,   YES,  ANY,  YES), Action.REDO),
+    Case("checkpoint lost, log whole",       (YES, YES,  NO,  ANY,   NO,   ANY,  YES), Action.REBUILD),
+    Case("checkpoint lost",                  (YES, YES,  NO,  ANY,   ANY,  ANY,  NO),  Action.HALT),
+)
+# fmt: on
+
+
+def classify(facts: Facts) -> Case:
+    """The one case that fits."""
+    found = astuple(facts)
+    for case in CASES:
+        if all(want is ANY or want is fact for want, fact in zip(case.pattern, found, strict=True)):
+            return case
+    raise AssertionError(f"the recovery table does not cover {facts}")
+
+
+@dataclass(slots=True)
+class Recovered:
+    """A store's state as of its newest record."""
+
+    forest: Forest
+    table: ExtentTable
+    tip: Tip
+    checkpoint: Checkpoint | None
+    checkpoint_index: int
+    oldest_index: int
+    segment_bytes: dict[int, int]
+    case: str
+    redone: int
+    """Records that were repeated."""
+    recent: list[Record] = field(default_factory=list)
+    """The newest of them, for the ring of recent records."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """What analysis read, before it is judged."""
+
+    oldest: int = 0
+    newest: int = 0
+    missing: int | None = None
+    checkpoint: Checkpoint | None = None
+    checkpoint_stored: bool = False
+    checkpoint_index: int = 0
+    extents: list[tuple[str, str, int, int, Extent]] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+
+
+RECENT_RECORDS = 256
+
+
+async def recover(physical: PhysicalStore, generation: str, tenure: Tenure, segment_records: int) -> Recovered:
+    """The index, the head and the positions of a generation, from its checkpoint, extents and log.
+
+    Raises Corrupt (naming what is wrong) and what the physical store raises. The caller holds the lock.
+    """
+    found = _Found()
+    await _find_checkpoint(physical, generation, found)
+    failpoint("recovery:after-checkpoint")
+    await _find_log(physical, generation, segment_records, found)
+    await _find_extents(physical, generation, found)
+    failpoint("recovery:after-extents")
+    table = ExtentTable(generation)
+    for extent in found.extents:
+        table.add_stored(*extent)
+    case = classify(_facts(found, table))
+    if case.action is Action.HALT:
+        raise Corrupt(_explain(case, generation, found))
+    if case.action is Action.REBUILD:
+        doomed = [DeleteTree(merkle_prefix(generation)), Delete(checkpoint_key(generation))]
+        await fenced_idempotent(physical, tenure, doomed)
+        found.extents, found.checkpoint, found.checkpoint_index = [], None, 0
+        table = ExtentTable(generation)
+    recovered = await _redo(physical, generation, segment_records, found, table, case)
+    failpoint("recovery:after-redo")
+    return recovered
+
+
+def _facts(found: _Found, table: ExtentTable) -> Facts:
+    checkpoint = found.checkpoint
+    if checkpoint is not None:
+        matches = (checkpoint.extents, checkpoint.extents_sum) == (table.count, table.total)
+        reaches = found.oldest <= min(checkpoint.redo_from, checkpoint.head_index)
+        covers = found.newest >= checkpoint.head_index
+    else:
+        matches, reaches, covers = not found.checkpoint_stored and not table.count, False, False
+    return Facts(
+        log=found.newest > 0,
+        dense=found.missing is None,
+        checkpoint=checkpoint is not None,
+        covers=covers,
+        matches=matches and not found.damage,
+        reaches=reaches,
+        whole=found.oldest == GENESIS_INDEX,
+    )
+
+
+def _explain(case: Case, generation: str, found: _Found) -> str:
+    details = {
+        "no log": "there is no write-ahead log",
+        "log torn": f"record {found.missing} is missing",
+        "log shorter than the checkpoint": f"the newest record is {found.newest}, the checkpoint was written later",
+        "log cut": f"the oldest record is {found.oldest}, the checkpoint needs older ones",
+        "checkpoint lost": f"there is no valid checkpoint and the oldest record is {found.oldest}",
+    }
+    named = "; ".join(found.damage[:5]) or "stored index extents are not those that the checkpoint describes"
+    return f"generation {generation}: {case.label}: {details.get(case.label, named)}"
+
+
+async def _find_checkpoint(physical: PhysicalStore, generation: str, found: _Found) -> None:
+    item = await physical.get(checkpoint_key(generation), consistent=True)
+    if item is None:
+        return
+    found.checkpoint_stored = True
+    found.checkpoint_index = item.modify_index
+    try:
+        found.checkpoint = decode_checkpoint(generation, item.value)
+    except Corrupt as error:
+        found.damage.append(str(error))
+
+
+async def _find_log(physical: PhysicalStore, generation: str, segment_records: int, found: _Found) -> None:
+    segments = await list_segments(physical, generation)
+    if not segments:
+        return
+    needed = GENESIS_INDEX
+    if found.checkpoint is not None:
+        needed = min(found.checkpoint.redo_from, found.checkpoint.head_index)
+    expected: int | None = None
+    for segment in segments:
+        first = segment * segment_records
+        if segment not in (segments[0], segments[-1]) and first + segment_records <= needed:
+            # Older than anything recovery reads: only that the segment exists is checked.
+            indexes = range(first, first + segment_records)
+        else:
+            indexes = await list_segment(physical, generation, segment, segment_records)  # type: ignore[assignment]  # both are sequences of int
+        for index in indexes:
+            if expected is not None and index != expected and found.missing is None:
+                found.missing = expected
+            expected = index + 1
+        found.oldest = found.oldest or indexes[0]
+        found.newest = indexes[-1]
+    if found.oldest % segment_records and found.oldest != GENESIS_INDEX and found.missing is None:
+        # Collection takes whole segments, so a segment that begins in its middle lost records.
+        found.missing = found.oldest - 1
+
+
+async def _find_extents(physical: PhysicalStore, generation: str, found: _Found) -> None:
+    prefix = merkle_prefix(generation)
+    for cls in await physical.list(prefix, consistent=True):
+        for folder in await physical.list(prefix + cls, consistent=True):
+            partition = parse_partition_name(folder)
+            names = await physical.list(prefix + cls + folder, consistent=True)
+            keys = [prefix + cls + folder + name for name in names]
+            items = await physical.get_many(keys, consistent=True)
+            for name, key, item in zip(names, keys, items, strict=True):
+                try:
+                    depth, start = parse_extent_name(name)
+                    if item is None:
+                        raise Corrupt(f"index extent {key} is gone")
+                    extent = decode_extent(key, item.value)
+                except Corrupt as error:
+                    found.damage.append(str(error))
+                    continue
+                found.extents.append((cls.removesuffix("/"), partition, depth, start, extent))
+            await asyncio.sleep(0)
+
+
+async def _redo(
+    physical: PhysicalStore, generation: str, segment_records: int, found: _Found, table: ExtentTable, case: Case
+) -> Recovered:
+    checkpoint = found.checkpoint
+    redo_from = checkpoint.redo_from if checkpoint is not None else GENESIS_INDEX
+    start = min(redo_from, checkpoint.head_index) if checkpoint is not None else GENESIS_INDEX
+    forest = Forest()
+    await _load(forest, found.extents)
+    table.settle(redo_from)
+    sizes = dict(checkpoint.segment_bytes) if checkpoint is not None else {}
+    recent: list[Record] = []
+    tip: Tip | None = None
+    async for piece in scan_records(physical, generation, start, found.newest, segment_records):
+        for record, item in piece:
+            if record.index == GENESIS_INDEX and record.header.prev_hash != GENESIS_PREV:
+                raise CorruptRecord(f"{item.key}: the first record follows another one")
+            if checkpoint is not None and record.index == checkpoint.head_index:
+                if record.chain_hash != checkpoint.head_hash:
+                    raise CorruptRecord(f"{item.key}: the checkpoint was written after another record {record.index}")
+            elif checkpoint is None or record.index > checkpoint.head_index:
+                segment = record.index // segment_records
+                sizes[segment] = sizes.get(segment, 0) + len(item.value)
+            redo(record, forest, table, from_index=redo_from)
+            recent.append(record)
+            tip = Tip(record, item.key, item.modify_index)
+        del recent[:-RECENT_RECORDS]
+        await asyncio.sleep(0)
+    if tip is None:
+        raise AssertionError("the newest record is always read")
+    await _warm(forest)
+    return Recovered(
+        forest=forest,
+        table=table,
+        tip=tip,
+        checkpoint=checkpoint,
+        checkpoint_index=found.checkpoint_index,
+        oldest_index=found.oldest,
+        segment_bytes=sizes,
+        case=case.label,
+        redone=found.newest - redo_from + 1,
+        recent=recent,
+    )
+
+
+def redo(record: Record, forest: Forest, table: ExtentTable, *, from_index: int) -> None:
+    """Repeat one record into the index, where what is stored is older. Raises CorruptRecord when entries are left
+    out: a cluster's own log is complete."""
+    index = record.index
+    if index < from_index:
+        return
+    if None in record.bodies:
+        raise CorruptRecord(f"record {index} lacks entries of its own log")
+    for cls, partition, entries in record.groups():
+        for path, value in entries:
+            bucket = bucket_of(path)
+            if index > table.lsn_of(cls, partition, bucket):
+                digest = None if value is None else entry_digest(f"{cls}/{partition}/{path}", value)
+                forest.change(cls, partition, path, digest)
+                table.mark(cls, partition, bucket, index)
+
+
+async def _load(forest: Forest, extents: list[tuple[str, str, int, int, Extent]]) -> None:
+    """Extents into the index: the shallow ones first, so that for each bucket the deepest one counts."""
+    for cls, partition, depth, start, extent in sorted(extents, key=_depth):
+        first, stop = range_of(depth, start)
+        for bucket in [bucket for bucket, _ in forest.blobs(cls, partition, first, stop)]:
+            forest.load_blob(cls, partition, bucket, b"")
+        for bucket, blob in extent.subpages:
+            if not first <= bucket < stop:
+                raise Corrupt(f"an index extent of class {cls}, partition {partition!r} holds another's subpages")
+            forest.load_blob(cls, partition, bucket, blob)
+        await asyncio.sleep(0)
+
+
+def _depth(extent: tuple[str, str, int, int, Extent]) -> int:
+    return extent[2]
+
+
+async def _warm(forest: Forest) -> None:
+    """Compute the digests now, page by page, so that the first root asked for does not stall the loop."""
+    for cls in ("r", "l"):
+        for partition in forest.names(cls):
+            for page in range(PAGES):
+                forest.subpage_digests(cls, partition, page)
+                if page % 16 == 0:
+                    await asyncio.sleep(0)
+            forest.page_digests(cls, partition)

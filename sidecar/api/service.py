@@ -1,0 +1,353 @@
+"""The service of one tenure as active: everything between a request on this node and the replicated store.
+
+Made after recovery, thrown away at step-down. :meth:`Service.start` loads, :meth:`Service.run` does the background
+work, :meth:`Service.handle` may be called from then on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from multidict import CIMultiDict
+
+from consul_backend.errors import BackendError
+from plugin_api.errors import InvalidRequest, PluginError, ReadOnlyStorage, Unavailable
+from plugin_api.formats import format_time
+from sidecar.api import envelopes, json_codec
+from sidecar.api.decoding import decode
+from sidecar.api.node_view import NodeView
+from sidecar.api.replication_api import ReplicationAPI
+from sidecar.api.statuses import refusal
+from sidecar.api.sys_core import ServiceOptions, SysBackend, SysCore
+from sidecar.api.sys_misc import SysMisc
+from sidecar.api.sys_mounts import SysMounts, revoke_below
+from sidecar.api.sys_policies import SysPolicies
+from sidecar.api.sys_replication import SysReplication
+from sidecar.api.sys_seal import SysSeal
+from sidecar.api.sys_wrapping import SysWrapping
+from sidecar.core.barrier import Barrier
+from sidecar.core.cluster import ClusterInfo
+from sidecar.core.keys import REPLICATED_KEYRING
+from sidecar.core.mounts import AUTH, MountTable
+from sidecar.core.policies import PolicyStore
+from sidecar.core.rotation import maintain_keyrings
+from sidecar.core.store_view import LogicalStore, SealedStore, track_writes
+from sidecar.core.tokens import TokenStore
+from sidecar.core.wrapping import WrapInfo, Wrapping
+from sidecar.request.call import Answer, Backend, Call
+from sidecar.request.cubbyhole import Cubbyhole
+from sidecar.request.login import log_in
+from sidecar.request.mount_view import GROUPS, MountView, TtlDefaults
+from sidecar.request.pipeline import Pipeline
+from sidecar.request.plugins import PluginRegistry
+from sidecar.request.token_paths import TokenPaths
+from sidecar.request.types import HttpRequest, HttpResponse
+
+log = logging.getLogger("core")
+
+Gate = Callable[[], str | None]
+
+__all__ = ["Service", "ServiceOptions"]
+
+KEYRING_PASS_S = 60.0
+_RETRY_S = 5.0
+# What an operator needs while data is blocked: to see how it goes, and to get out.
+_UNGATED = ("sys/replication/", "sys/seal", "sys/step-down")
+_READ_ONLY = "cannot write to readonly storage"
+
+
+def open_gate() -> str | None:
+    """The gate that blocks nothing."""
+    return None
+
+
+class Service:
+    """Answers requests on the active node.
+
+    ``store`` holds ciphertext by logical key; ``node`` is asked to seal and to step down; ``replication`` is None where
+    the cluster cannot take part in any. ``gate`` returns a reason while data must not be read (then 503), else None.
+    """
+
+    def __init__(
+        self,
+        store: LogicalStore,
+        barrier: Barrier,
+        cluster: ClusterInfo,
+        options: ServiceOptions,
+        *,
+        node: NodeView,
+        replication: ReplicationAPI | None = None,
+        now: Callable[[], float] = time.time,
+        gate: Gate = open_gate,
+        plugins: PluginRegistry | None = None,
+    ) -> None:
+        self._replication = replication
+        self._cluster = cluster
+        self._options = options
+        self._now = now
+        self._gate = gate
+        self._sealed = sealed = SealedStore(store, barrier)
+        self._tokens = tokens = TokenStore(sealed, now, writable=self._writable)
+        self._policies = PolicyStore(sealed, self._writable)
+        self._wrapping = Wrapping(sealed, tokens, now, writable=self._writable)
+        self._pipeline = Pipeline(lambda: self._mounts.router, tokens, self._policies)
+        self._mounts = self._mount_view(plugins or PluginRegistry.installed())
+        core = SysCore(
+            sealed=sealed,
+            tokens=tokens,
+            policies=self._policies,
+            mounts=self._mounts,
+            wrapping=self._wrapping,
+            pipeline=self._pipeline,
+            node=node,
+            replication=replication,
+            cluster=cluster,
+            options=options,
+            now=now,
+            writable=self._writable,
+            mounts_changed=self._wake,
+        )
+        self._core = core
+        self._mounts.install("sys/", sys_backend(core))
+        self._work = asyncio.Event()
+        self._orphaned_logins: list[str] = []
+
+    def _mount_view(self, plugins: PluginRegistry) -> MountView:
+        options = self._options
+        table = MountTable(self._sealed, self._writable, plugin_types=lambda table: plugins.types(GROUPS[table]))
+        built_in: dict[str, Backend] = {
+            "cubbyhole/": Cubbyhole(self._sealed),
+            "auth/token/": TokenPaths(
+                self._tokens,
+                self._now,
+                default_ttl_s=options.default_lease_ttl_s,
+                max_ttl_s=options.max_lease_ttl_s,
+            ),
+        }
+        return MountView(
+            table,
+            self._sealed,
+            plugins,
+            built_in,
+            log_in=lambda call, mount, auth: log_in(self._tokens, call, mount, auth, self._now),
+            writable=self._writable,
+            now=self._now,
+            defaults=TtlDefaults(options.default_lease_ttl_s, options.max_lease_ttl_s),
+        )
+
+    def _writable(self) -> bool:
+        return self._replication is None or self._replication.is_primary_writable()
+
+    @property
+    def cluster(self) -> ClusterInfo:
+        """Who this cluster is."""
+        return self._cluster
+
+    # -- the tenure
+
+    async def start(self) -> None:
+        """Load tokens and mounts. Raises what the store raises."""
+        await self._tokens.load()
+        await self._mounts.table.load()
+        self._mounts.refresh()
+        self._wake()
+
+    async def run(self) -> None:
+        """Expire tokens, rotate keys, delete what unmounted mounts left; until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._tokens.run(), name="token expiry")
+            tasks.create_task(self._keep_keyrings(), name="keyrings")
+            tasks.create_task(self._clean_up(), name="unmounted data")
+
+    async def _keep_keyrings(self) -> None:
+        while True:
+            await self._tried(lambda: maintain_keyrings(self._sealed, self._now, self._writable), "keyrings")
+            await asyncio.sleep(KEYRING_PASS_S)
+
+    async def _clean_up(self) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            if not await self._tried(self._clean_up_once, "unmounted data"):
+                self._work.set()
+                await asyncio.sleep(_RETRY_S)
+
+    async def _clean_up_once(self) -> None:
+        while self._orphaned_logins:
+            await revoke_below(self._core, self._orphaned_logins[0])
+            self._orphaned_logins.pop(0)
+        await self._mounts.table.purge()
+
+    async def _tried(self, work: Callable[[], Awaitable[object]], name: str) -> bool:
+        """Whether ``work`` succeeded. A store that cannot write now is for those who run it; here it is for later."""
+        try:
+            await work()
+        except BackendError as error:
+            log.warning("%s: waiting for the store: %s", name, type(error).__name__)
+            return False
+        return True
+
+    def _wake(self) -> None:
+        self._work.set()
+
+    async def invalidate(self, keys: Sequence[str]) -> None:
+        """Replication changed these logical keys: forget what was made of their old values. Raises WrongKey where the
+        replicated keyring is now another root key's."""
+        if REPLICATED_KEYRING in keys:
+            raw = await self._sealed.get_raw(REPLICATED_KEYRING)
+            if raw is not None:
+                self._sealed.barrier.load_ring("r", raw)
+        self._policies.invalidate_keys(keys)
+        self._tokens.invalidate(keys)
+        before = {entry.full_path for entry in self._mounts.table.entries(AUTH)}
+        if await self._mounts.table.invalidate(keys):
+            self._mounts.refresh()
+            after = {entry.full_path for entry in self._mounts.table.entries(AUTH)}
+            # Tokens are this cluster's own: those of an auth method that the primary disabled are revoked here.
+            self._orphaned_logins.extend(sorted(before - after))
+            self._wake()
+        await self._mounts.invalidate(keys)
+
+    # -- a request
+
+    async def handle(self, request: HttpRequest) -> HttpResponse:
+        """Answer one request; errors are answers too. ``position`` of the answer is the highest WAL index that the
+        request committed here."""
+        with track_writes() as writes:
+            response = await self._handled(request, str(uuid.uuid4()))
+        response.position = max(response.position, writes.index)
+        return response
+
+    async def _handled(self, request: HttpRequest, request_id: str) -> HttpResponse:
+        try:
+            call = await decode(request, request_id)
+            reason = self._gate()
+            if reason is not None and not call.path.startswith(_UNGATED):
+                raise Unavailable(reason)
+            try:
+                answer = await self._pipeline.run(call)
+            except ReadOnlyStorage:
+                return await self._forwarded(request, call)
+            return await self._respond(call, answer)
+        except Exception as error:  # the edge: every error becomes an answer, and a defect is logged with its trace
+            return _refused(error, request_id)
+
+    async def _forwarded(self, request: HttpRequest, call: Call) -> HttpResponse:
+        """Run the whole request on the primary, as the caller that was found out here."""
+        if call.identity is None or self._replication is None or request.forwarded_auth is not None:
+            raise PluginError(_READ_ONLY)
+        answer = await self._replication.forward_to_primary(request, call.identity.forwarded(self._cluster.cluster_id))
+        response = HttpResponse(answer.status, CIMultiDict(answer.headers), answer.body)
+        if call.wrap_ttl_s and response.status == 200:
+            # The primary leaves this to us: a wrapping token of its own would be worth nothing here.
+            envelope = json_codec.decode_object(response.body)
+            auth = envelope.get("auth") or {}
+            return await self._wrapped(call, envelope, call.wrap_ttl_s, accessor=str(auth.get("accessor", "")))
+        return response
+
+    async def _respond(self, call: Call, answer: Answer) -> HttpResponse:
+        if answer.raw is not None:
+            return _json(answer.status, answer.raw)
+        if answer.stored is not None:
+            return _json(200, {**answer.stored, "request_id": call.id})
+        if answer.wrap_info is not None:
+            return _json(200, envelopes.success("", None, wrap_info=_wrap_info(answer.wrap_info)))
+        if answer.status >= 400 and answer.is_empty:
+            return _json(answer.status, envelopes.errors(()))
+        if answer.is_empty:
+            return HttpResponse(204)
+        envelope = self._envelope(call, answer)
+        asked_ttl_s = 0 if call.forwarded_auth is not None else call.wrap_ttl_s
+        if answer.status >= 400 or not (asked_ttl_s or answer.wrap):
+            return _json(answer.status, envelope)
+        ttl_s = asked_ttl_s
+        if answer.wrap is not None:
+            ttl_s = min(answer.wrap.ttl_s, asked_ttl_s or answer.wrap.ttl_s)
+        return await self._wrapped(
+            call,
+            envelope,
+            ttl_s,
+            jwt=answer.wrap is not None and answer.wrap.jwt,
+            claims=answer.wrap.claims if answer.wrap is not None else {},
+            accessor=str((answer.auth or {}).get("accessor", "")),
+        )
+
+    def _envelope(self, call: Call, answer: Answer) -> dict[str, Any]:
+        return envelopes.success(
+            call.id,
+            answer.data,
+            auth=answer.auth,
+            warnings=answer.warnings,
+            lease_duration_s=answer.lease_duration_s,
+            renewable=answer.renewable,
+            mount_type=answer.mount_type,
+            path=call.path,
+        )
+
+    async def _wrapped(
+        self,
+        call: Call,
+        envelope: dict[str, Any],
+        ttl_s: int,
+        *,
+        jwt: bool = False,
+        claims: Mapping[str, Any] | None = None,
+        accessor: str = "",
+    ) -> HttpResponse:
+        try:
+            info = await self._wrapping.wrap(
+                envelope,
+                ttl_s,
+                call.path,
+                jwt=jwt or call.wrap_jwt,
+                api_addr=self._options.api_addr,
+                extra_claims=claims,
+                wrapped_accessor=accessor,
+            )
+        except ReadOnlyStorage:
+            # The request itself has been carried out: it must not be forwarded for the sake of its wrapping.
+            raise InvalidRequest("wrapping as a JWT needs a key that only the primary can make") from None
+        warnings = envelope.get("warnings") or ()
+        return _json(200, envelopes.success("", None, wrap_info=_wrap_info(info), warnings=warnings))
+
+
+def sys_backend(core: SysCore) -> SysBackend:
+    """The table of every ``sys/`` endpoint that needs a tenure."""
+    parts = (
+        SysReplication(core),
+        SysMounts(core),
+        SysPolicies(core),
+        SysWrapping(core),
+        SysSeal(core),
+        SysMisc(core),
+    )
+    return SysBackend(route for part in parts for route in part.routes())
+
+
+def _wrap_info(info: WrapInfo) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "token": info.token,
+        "accessor": info.accessor,
+        "ttl": info.ttl_s,
+        "creation_time": format_time(info.creation_time_s),
+        "creation_path": info.creation_path,
+    }
+    return fields | ({"wrapped_accessor": info.wrapped_accessor} if info.wrapped_accessor else {})
+
+
+def _json(status: int, body: dict[str, Any]) -> HttpResponse:
+    return HttpResponse(status, body=json_codec.encode(body))
+
+
+def _refused(error: Exception, request_id: str) -> HttpResponse:
+    answer = refusal(error)
+    texts = answer.texts
+    if not answer.expected:
+        log.exception("request failed: request_id=%s", request_id)
+        texts = tuple(f"{text} (request {request_id})" for text in texts)
+    return _json(answer.status, envelopes.errors(texts))

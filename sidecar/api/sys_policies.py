@@ -1,0 +1,95 @@
+"""``sys/policies/acl``, ``sys/policy`` and ``sys/capabilities*`` (contract 4.12)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from plugin_api.errors import InvalidRequest, NotFound
+from plugin_api.request import Operation
+from sidecar.api.sys_core import Params, Route, SysCore
+from sidecar.core.policies import ACL
+from sidecar.core.token_entry import TokenEntry
+from sidecar.request.call import Answer, Call
+from sidecar.request.fields import Fields
+
+
+class SysPolicies:
+    """Handlers of one tenure."""
+
+    def __init__(self, core: SysCore) -> None:
+        self._core = core
+
+    def routes(self) -> list[Route]:
+        """Rows of the table."""
+        read, update, delete, listing = Operation.READ, Operation.UPDATE, Operation.DELETE, Operation.LIST
+        return [
+            Route("policies/acl", {read: self._list, listing: self._list}, help="ACL policies."),
+            Route("policies/acl/{name*}", {read: self._read, update: self._write, delete: self._delete}),
+            Route("policy", {read: self._list_legacy, listing: self._list_legacy}),
+            Route("policy/{name*}", {read: self._read_legacy, update: self._write, delete: self._delete}),
+            Route("capabilities", {update: self._capabilities}, help="What a token may do at some paths."),
+            Route("capabilities-self", {update: self._capabilities_self}),
+            Route("capabilities-accessor", {update: self._capabilities_accessor}),
+            Route("internal/ui/resultant-acl", {read: self._resultant}),
+        ]
+
+    async def _list(self, call: Call, params: Params) -> Answer:
+        return Answer({"keys": await self._core.policies.list()})
+
+    async def _list_legacy(self, call: Call, params: Params) -> Answer:
+        names = await self._core.policies.list()
+        return Answer({"keys": names, "policies": names})
+
+    async def _read(self, call: Call, params: Params) -> Answer:
+        policy = await self._core.policies.get(params["name"])
+        if policy is None:
+            raise NotFound
+        return Answer({"name": policy.name, "policy": policy.text})
+
+    async def _read_legacy(self, call: Call, params: Params) -> Answer:
+        policy = await self._core.policies.get(params["name"])
+        if policy is None:
+            raise NotFound
+        return Answer({"name": policy.name, "rules": policy.text})
+
+    async def _write(self, call: Call, params: Params) -> None:
+        fields = Fields(call.data)
+        # ``rules`` is the name that the parameter had in the older endpoint.
+        text = fields.string("policy") or fields.string("rules")
+        await self._core.policies.put(params["name"], text)
+
+    async def _delete(self, call: Call, params: Params) -> None:
+        await self._core.policies.delete(params["name"])
+
+    async def _capabilities(self, call: Call, params: Params) -> Answer:
+        token = Fields(call.data).string("token")
+        entry = await self._core.tokens.lookup(token) if token else call.known.entry
+        if entry is None:
+            raise InvalidRequest("invalid token")
+        return await self._of_entry(call, entry)
+
+    async def _capabilities_self(self, call: Call, params: Params) -> Answer:
+        return _capabilities(call, call.known.acl)
+
+    async def _capabilities_accessor(self, call: Call, params: Params) -> Answer:
+        entry = await self._core.tokens.lookup_accessor(Fields(call.data).string("accessor"))
+        if entry is None:
+            raise InvalidRequest("invalid accessor")
+        return await self._of_entry(call, entry)
+
+    async def _of_entry(self, call: Call, entry: TokenEntry) -> Answer:
+        return _capabilities(call, await self._core.policies.acl(entry.policies))
+
+    async def _resultant(self, call: Call, params: Params) -> Answer:
+        return Answer(call.known.acl.resultant())
+
+
+def _capabilities(call: Call, acl: ACL) -> Answer:
+    paths: Sequence[str] = Fields(call.data).strings("paths") or Fields(call.data).strings("path")
+    if not paths:
+        raise InvalidRequest("paths must be supplied")
+    data: dict[str, Any] = {path: acl.capabilities(path.removeprefix("/")) for path in paths}
+    if len(paths) == 1:
+        data["capabilities"] = data[paths[0]]
+    return Answer(data)

@@ -1,0 +1,172 @@
+"""``outrider kv``: get, put, list and delete on both versions of the key-value engine.
+
+A first call asks the server which mount a path belongs to and of which version it is, as Vault's client does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sidecar.cli import output
+from sidecar.cli.client import ApiError, Client, Reply
+from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
+from sidecar.cli.data import found, show_names
+from sidecar.cli.flags import Flag, UsageError
+from sidecar.cli.values import parse_data
+
+MOUNT_FLAG = Flag("mount", "Path of the engine's mount; PATH is then relative to it.")
+
+
+class Target(NamedTuple):
+    """Where a secret is: ``mount`` ends in a slash, ``rest`` is relative to it."""
+
+    mount: str
+    rest: str
+    versioned: bool
+
+    def path(self, area: str) -> str:
+        """The path to call; ``area`` (data, metadata, delete) exists on versioned mounts only."""
+        return (
+            f"{self.mount}{area}/{self.rest}".rstrip("/") if self.versioned else f"{self.mount}{self.rest}".rstrip("/")
+        )
+
+
+def _locate(call: Call, client: Client) -> Target:
+    mount_flag = call.values.text("mount").strip("/")
+    given = call.argument(0, "PATH").strip("/") if call.arguments else ""
+    if not mount_flag and not given:
+        raise UsageError("not enough arguments: PATH is missing")
+    path = f"{mount_flag}/{given}".strip("/") if mount_flag else given
+    try:
+        with doing(f"looking up the mount of {path}"):
+            data = (client.get(f"sys/internal/ui/mounts/{path}").body or {}).get("data") or {}
+    except Failed as failure:
+        cause = failure.__cause__
+        if not isinstance(cause, ApiError) or cause.status != 404:
+            raise
+        data = {}  # a server without this endpoint has no versioned engine either
+    version = str((data.get("options") or {}).get("version", "1"))
+    mount = str(data.get("path") or f"{path.split('/', 1)[0]}/")
+    return Target(mount, f"{path}/".removeprefix(mount).strip("/"), version == "2")
+
+
+def _is_secret_path(target: Target) -> Target:
+    if not target.rest:
+        raise UsageError("PATH names a mount, not a secret")
+    return target
+
+
+def get(call: Call) -> int:
+    call.at_most(1)
+    client = call.client()
+    target = _is_secret_path(_locate(call, client))
+    path = target.path("data")
+    query = {"version": call.values.text("version")} if "version" in call.values else {}
+    if query and not target.versioned:
+        raise UsageError("-version needs a versioned mount")
+    reply = found(call, "reading", path, lambda: client.get(path, query))
+    body = reply.body or {}
+    if not target.versioned or body.get("wrap_info") or call.format == "raw":
+        return _show_version_1(call, reply)
+    inner = body.get("data") or {}
+    data, metadata = inner.get("data"), inner.get("metadata") or {}
+    if data is None and call.values.text("field"):
+        raise Failed(f"No data found at {path}", EXIT_SERVER)
+    if call.values.text("field"):
+        return call.show_field({"data": data}, call.values.text("field"))
+    call.warn_of(body)
+    call.show_value(output.envelope(body), _versioned_text(path, data, metadata))
+    return EXIT_OK if data is not None else EXIT_SERVER
+
+
+def _show_version_1(call: Call, reply: Reply) -> int:
+    if call.format != "table" or call.values.text("field") or (reply.body or {}).get("wrap_info"):
+        return call.show_secret(reply)
+    call.warn_of(reply.body)
+    data = (reply.body or {}).get("data") or {}
+    call.say(f"{output.title('Data', list(data))}\n{output.pairs(sorted(data.items()))}")
+    return EXIT_OK
+
+
+def _versioned_text(path: str, data: dict[str, Any] | None, metadata: dict[str, Any]) -> str:
+    sections = [
+        f"{output.title('Secret Path', [path])}\n{path}",
+        f"{output.title('Metadata', list(metadata))}\n{output.pairs(sorted(metadata.items()))}",
+    ]
+    if data is not None:
+        sections.append(f"{output.title('Data', list(data))}\n{output.pairs(sorted(data.items()))}")
+    return "\n\n".join(sections)
+
+
+def put(call: Call) -> int:
+    data = parse_data(call.arguments[1:], call.read_stdin)
+    if not call.arguments[1:]:
+        raise UsageError("must supply data")
+    cas = call.values.integer("cas", -1)
+    client = call.client()
+    target = _is_secret_path(_locate(call, client))
+    path = target.path("data")
+    if cas >= 0 and not target.versioned:
+        raise UsageError("-cas needs a versioned mount")
+    payload: dict[str, Any] = data
+    if target.versioned:
+        payload = {"data": data, "options": {"cas": cas} if cas >= 0 else {}}
+    with doing(f"writing data to {path}"):
+        reply = client.put(path, payload)
+    if reply.body is None:
+        if call.format == "table":
+            call.say(f"Success! Data written to: {path}")
+        return EXIT_OK
+    if call.format != "table" or call.values.text("field") or reply.body.get("wrap_info"):
+        return call.show_secret(reply)
+    call.warn_of(reply.body)
+    call.say(_versioned_text(path, None, reply.body.get("data") or {}))
+    return EXIT_OK
+
+
+def list_names(call: Call) -> int:
+    call.at_most(1)
+    client = call.client()
+    path = _locate(call, client).path("metadata")
+    return show_names(call, found(call, "listing", path, lambda: client.list(path)))
+
+
+def delete(call: Call) -> int:
+    call.at_most(1)
+    versions = [part for text in call.values.texts("versions") for part in text.split(",") if part]
+    client = call.client()
+    target = _is_secret_path(_locate(call, client))
+    if versions and not target.versioned:
+        raise UsageError("-versions needs a versioned mount")
+    path = target.path("delete" if versions else "data")
+    with doing(f"deleting {path}"):
+        if versions:
+            client.put(path, {"versions": versions})
+        else:
+            client.delete(path)
+    if call.format == "table":
+        call.say(f"Success! Data deleted (if it existed) at: {path}")
+    return EXIT_OK
+
+
+GET = Command(
+    "kv get [flags] PATH",
+    "Read a secret.",
+    get,
+    (Flag("version", "Which version to read; the newest without it.", "int"), MOUNT_FLAG),
+    field=True,
+)
+PUT = Command(
+    "kv put [flags] PATH KEY=VALUE...",
+    "Write a secret; on a versioned mount, its next version. KEY=@file reads a file, KEY=- standard input.",
+    put,
+    (Flag("cas", "Write only if this is the current version; 0: only if there is none.", "int"), MOUNT_FLAG),
+    field=True,
+)
+LIST = Command("kv list [flags] PATH", "List the secrets and folders below a path.", list_names, (MOUNT_FLAG,))
+DELETE = Command(
+    "kv delete [flags] PATH",
+    "Delete a secret; on a versioned mount its newest version, which can be brought back.",
+    delete,
+    (Flag("versions", "Versions to delete, separated by commas.", "texts"), MOUNT_FLAG),
+)

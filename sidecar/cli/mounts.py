@@ -1,0 +1,108 @@
+"""``outrider secrets`` and ``outrider auth``: enable, disable and list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sidecar.cli import output
+from sidecar.cli.command import EXIT_OK, Call, Command, doing
+from sidecar.cli.flags import Flag
+
+PATH_FLAG = Flag("path", "Where to mount it.", default="the type's name")
+COMMON_FLAGS = (
+    PATH_FLAG,
+    Flag("description", "A line for people."),
+    Flag("local", "Do not replicate its data to performance secondaries.", "bool"),
+    Flag("default-lease-ttl", "Default TTL of its leases, as 1h."),
+    Flag("max-lease-ttl", "Longest TTL of its leases, as 24h."),
+)
+
+
+def _enable(call: Call, base: str, what: str) -> int:
+    call.at_most(1)
+    kind = call.path(0, "TYPE")
+    options: dict[str, str] = {}
+    if kind in ("kv-v1", "kv-v2"):
+        kind, options = "kv", {"version": kind[-1]}
+    if "version" in call.values:
+        options["version"] = call.values.text("version")
+    mount = call.values.text("path", kind).strip("/")
+    config = {
+        name.replace("-", "_"): call.values.text(name)
+        for name in ("default-lease-ttl", "max-lease-ttl")
+        if name in call.values
+    }
+    request: dict[str, Any] = {
+        "type": kind,
+        "description": call.values.text("description"),
+        "local": call.values.flag("local"),
+        "config": config,
+    }
+    if options:
+        request["options"] = options
+    client = call.client()
+    with doing(f"enabling {what}"):
+        client.post(f"{base}/{mount}", request)
+    call.say(f"Success! Enabled the {kind} {what} at: {mount}/")
+    return EXIT_OK
+
+
+def _disable(call: Call, base: str, what: str) -> int:
+    call.at_most(1)
+    mount = call.path(0, "PATH")
+    client = call.client()
+    with doing(f"disabling {what} at {mount}/"):
+        client.delete(f"{base}/{mount}")
+    call.say(f"Success! Disabled the {what} (if it existed) at: {mount}/")
+    return EXIT_OK
+
+
+def _list(call: Call, base: str, what: str) -> int:
+    call.at_most(0)
+    client = call.client()
+    with doing(f"listing the {what}s"):
+        body = client.get(base).body or {}
+    mounts = {path: mount for path, mount in sorted((body.get("data") or {}).items()) if isinstance(mount, dict)}
+    rows = [
+        (path, mount.get("type", ""), mount.get("accessor", ""), mount.get("description", ""))
+        for path, mount in mounts.items()
+    ]
+    return call.show_value(mounts, output.table(("Path", "Type", "Accessor", "Description"), rows))
+
+
+SECRETS_ENABLE = Command(
+    "secrets enable [flags] TYPE",
+    "Mount a secrets engine. kv-v2 is kv with -version=2.",
+    lambda call: _enable(call, "sys/mounts", "secrets engine"),
+    (*COMMON_FLAGS, Flag("version", "Version of the engine.", "int")),
+    formats=False,
+)
+SECRETS_DISABLE = Command(
+    "secrets disable [flags] PATH",
+    "Unmount a secrets engine and delete its data.",
+    lambda call: _disable(call, "sys/mounts", "secrets engine"),
+    formats=False,
+)
+SECRETS_LIST = Command(
+    "secrets list [flags]",
+    "List the secrets engines.",
+    lambda call: _list(call, "sys/mounts", "secrets engine"),
+)
+AUTH_ENABLE = Command(
+    "auth enable [flags] TYPE",
+    "Mount an auth method.",
+    lambda call: _enable(call, "sys/auth", "auth method"),
+    COMMON_FLAGS,
+    formats=False,
+)
+AUTH_DISABLE = Command(
+    "auth disable [flags] PATH",
+    "Unmount an auth method: its users can no longer log in.",
+    lambda call: _disable(call, "sys/auth", "auth method"),
+    formats=False,
+)
+AUTH_LIST = Command(
+    "auth list [flags]",
+    "List the auth methods.",
+    lambda call: _list(call, "sys/auth", "auth method"),
+)

@@ -1,0 +1,95 @@
+"""Every command by name. Only the module of the command that runs is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from sidecar.cli.command import Command
+
+GROUPS = {
+    "auth": "Turn auth methods on and off",
+    "kv": "Work with the versioned and unversioned key-value engine",
+    "operator": "Initialise, unseal, seal and hand over",
+    "policy": "Work with policies",
+    "replication": "Enable, watch and end performance replication",
+    "secrets": "Turn secrets engines on and off",
+}
+
+
+class Entry(NamedTuple):
+    """``attribute`` of ``sidecar.cli.<module>`` is the Command."""
+
+    summary: str
+    module: str
+    attribute: str
+
+
+COMMANDS: dict[tuple[str, ...], Entry] = {
+    ("read",): Entry("Read data", "data", "READ"),
+    ("write",): Entry("Write data, or call an endpoint", "data", "WRITE"),
+    ("list",): Entry("List names", "data", "LIST"),
+    ("delete",): Entry("Delete data", "data", "DELETE"),
+    ("login",): Entry("Get a token and keep it", "login", "LOGIN"),
+    ("server",): Entry("Run a node", "server", "SERVER"),
+    ("status",): Entry("Seal and leader status of a node", "status", "STATUS"),
+    ("version",): Entry("Print the version", "version", "VERSION"),
+    ("auth", "enable"): Entry("Turn an auth method on", "mounts", "AUTH_ENABLE"),
+    ("auth", "disable"): Entry("Turn an auth method off", "mounts", "AUTH_DISABLE"),
+    ("auth", "list"): Entry("List auth methods", "mounts", "AUTH_LIST"),
+    ("kv", "get"): Entry("Read a secret", "kv", "GET"),
+    ("kv", "put"): Entry("Write a secret, or its next version", "kv", "PUT"),
+    ("kv", "list"): Entry("List secrets", "kv", "LIST"),
+    ("kv", "delete"): Entry("Delete a secret, or versions of it", "kv", "DELETE"),
+    ("operator", "init"): Entry("Initialise a cluster", "operator", "INIT"),
+    ("operator", "unseal"): Entry("Give a node a share of its unseal key", "operator", "UNSEAL"),
+    ("operator", "seal"): Entry("Seal a node", "operator", "SEAL"),
+    ("operator", "step-down"): Entry("Let another node lead", "operator", "STEP_DOWN"),
+    ("policy", "write"): Entry("Write a policy from a file", "policy", "WRITE"),
+    ("policy", "read"): Entry("Print a policy", "policy", "READ"),
+    ("policy", "list"): Entry("List policies", "policy", "LIST"),
+    ("policy", "delete"): Entry("Delete a policy", "policy", "DELETE"),
+    ("replication", "status"): Entry("Roles, positions and connections", "replication", "STATUS"),
+    ("replication", "enable-primary"): Entry("Make this cluster a primary", "replication", "ENABLE_PRIMARY"),
+    ("replication", "secondary-token"): Entry("Issue a secondary's token", "replication", "SECONDARY_TOKEN"),
+    ("replication", "enable-secondary"): Entry("Make this cluster a secondary", "replication", "ENABLE_SECONDARY"),
+    ("replication", "revoke"): Entry("Cut a secondary off for good", "replication", "REVOKE"),
+    ("secrets", "enable"): Entry("Turn a secrets engine on", "mounts", "SECRETS_ENABLE"),
+    ("secrets", "disable"): Entry("Turn a secrets engine off", "mounts", "SECRETS_DISABLE"),
+    ("secrets", "list"): Entry("List secrets engines", "mounts", "SECRETS_LIST"),
+}
+
+
+def find(tokens: Sequence[str]) -> tuple[str, ...] | None:
+    """The command that the first tokens name."""
+    for length in (2, 1):
+        if tuple(tokens[:length]) in COMMANDS:
+            return tuple(tokens[:length])
+    return None
+
+
+def load(name: tuple[str, ...]) -> Command:
+    """Import a command."""
+    entry = COMMANDS[name]
+    command: Command = getattr(import_module(f"sidecar.cli.{entry.module}"), entry.attribute)
+    return command
+
+
+def overview() -> str:
+    """The help text of the program."""
+    single = {name[0]: entry.summary for name, entry in COMMANDS.items() if len(name) == 1}
+    lines = ["Usage: outrider <command> [flags] [arguments]", "", "Commands:"]
+    lines += [f"    {name:<14}{summary}" for name, summary in single.items()]
+    lines += ["", "Groups of commands:"]
+    lines += [f"    {name:<14}{summary}" for name, summary in GROUPS.items()]
+    lines += ["", "Every command has -h. Environment: VAULT_* or OUTRIDER_*, as VAULT_ADDR and VAULT_TOKEN."]
+    return "\n".join(lines)
+
+
+def group_help(group: str) -> str:
+    """The help text of a group."""
+    lines = [f"Usage: outrider {group} <subcommand> [flags] [arguments]", "", f"  {GROUPS[group]}.", "", "Subcommands:"]
+    lines += [f"    {name[1]:<18}{entry.summary}" for name, entry in COMMANDS.items() if name[0] == group]
+    return "\n".join(lines)

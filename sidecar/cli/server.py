@@ -1,0 +1,59 @@
+"""``outrider server``: the only command that loads the server."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sidecar.cli.command import EXIT_LOCAL, Call, Command
+from sidecar.cli.flags import Flag, UsageError
+
+LEVELS = ("trace", "debug", "info", "warn", "error")
+
+
+def run(call: Call) -> int:
+    from sidecar import config
+
+    call.at_most(0)
+    paths = call.values.texts("config")
+    dev: config.DevOptions | None = None
+    try:
+        if call.values.flag("dev"):
+            dev = config.DevOptions(
+                root_token_id=call.option("dev-root-token-id", "DEV_ROOT_TOKEN_ID") or None,
+                listen_address=call.option("dev-listen-address", "DEV_LISTEN_ADDRESS", "127.0.0.1:8200"),
+            )
+            settings = config.load_dev(dev, paths, call.environ)
+        elif not paths:
+            raise UsageError("-config is needed (or -dev)")
+        else:
+            settings = config.load(paths, call.environ)
+    except config.ConfigError as error:
+        call.complain(f"Error loading configuration: {error}")
+        return EXIT_LOCAL
+    for warning in settings.warnings:
+        call.complain(f"WARNING! {warning}")
+    if "log-level" in call.values:
+        level = config.log_level(call.values.text("log-level").lower())
+        if level not in LEVELS:
+            raise UsageError(f"-log-level must be one of {', '.join(LEVELS)}")
+        settings = replace(settings, log_level=level)
+    from sidecar.app import run_server
+
+    return run_server(settings, dev)
+
+
+SERVER = Command(
+    "server [flags]",
+    "Run a node in the foreground. SIGINT or SIGTERM end it.",
+    run,
+    (
+        Flag("config", "HCL or JSON file, or a directory of such; may be repeated, later ones win.", "texts"),
+        Flag("log-level", "trace, debug, info, warn or error. VAULT_LOG_LEVEL.", default="info"),
+        Flag("dev", "In memory, initialised and unsealed, for trying things out. Never for real data.", "bool"),
+        Flag("dev-root-token-id", "The root token of -dev. VAULT_DEV_ROOT_TOKEN_ID."),
+        Flag("dev-listen-address", "Where -dev listens. VAULT_DEV_LISTEN_ADDRESS.", default="127.0.0.1:8200"),
+        Flag("dev-no-store-token", "Accepted for compatibility: the token is never stored.", "bool"),
+    ),
+    http=False,
+    formats=False,
+)

@@ -1,0 +1,15 @@
+"""``outrider version``."""
+
+from __future__ import annotations
+
+from sidecar.cli.command import EXIT_OK, Call, Command
+from sidecar.version import __version__
+
+
+def run(call: Call) -> int:
+    call.at_most(0)
+    call.say(f"Outrider v{__version__}")
+    return EXIT_OK
+
+
+VERSION = Command("version", "Print the version.", run, http=False, formats=False)

@@ -1,0 +1,283 @@
+"""What an active node runs, in order: recovered store, barrier, cluster port, replication, service. One a tenure.
+
+``start`` builds upwards and leaves the tasks in the caller's group; ``stop`` ends them; ``close`` takes away what other
+nodes could still reach. Nothing here outlives the tenure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from multidict import CIMultiDict
+
+from consul_backend.clock import Clock
+from consul_backend.election import Held
+from consul_backend.errors import BackendError, Conflict, OutcomeUnknown
+from consul_backend.physical import PhysicalStore
+from consul_backend.replicated import ReplicatedStore, StoreOptions, drop_generation, genesis
+from plugin_api.errors import Unavailable
+from sidecar.api.service import Service, ServiceOptions
+from sidecar.config import ServerConfig
+from sidecar.core.barrier import load_barrier
+from sidecar.core.cluster import ClusterInfo
+from sidecar.core.init import build_secondary_genesis
+from sidecar.core.keys import REPLICATED_KEYRING, SEAL
+from sidecar.core.seal_record import root_fingerprint
+from sidecar.core.store_view import SealedStore
+from sidecar.forwarding import LEADER_KEY, ForwardingServer, TenureCredentials, from_message
+from sidecar.generation import Generation, flip_generation, read_generation
+from sidecar.node import ActiveRole, Node
+from sidecar.replication.activation import ActivationResult
+from sidecar.replication.manager import PerformanceReplication
+from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
+from sidecar.request.types import ForwardedAuth
+from sidecar.sealing import Opened
+from sidecar.transport.forwarding import ForwardRequest
+from sidecar.transport.listener import ClusterListener
+
+log = logging.getLogger("core")
+
+FLIP_GRACE_S = 0.5
+"""How long the answer to ``secondary/enable`` has to leave before this tenure ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeParts:
+    """What of the configuration an active node needs."""
+
+    cluster_name: str
+    service: ServiceOptions
+    replication: ReplicationOptions
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> ScopeParts:
+        """From the whole configuration."""
+        return cls(
+            cluster_name=config.cluster_name,
+            service=ServiceOptions(
+                api_addr=config.api_addr,
+                default_lease_ttl_s=config.default_lease_ttl_s,
+                max_lease_ttl_s=config.max_lease_ttl_s,
+            ),
+            replication=ReplicationOptions(
+                beat_s=config.replication.heartbeat_interval_s,
+                wal_wait_s=config.replication.best_effort_wal_wait_duration_s,
+            ),
+        )
+
+
+class ActiveScope:
+    """One tenure of this node. Implements :class:`sidecar.node.RoleView`."""
+
+    def __init__(
+        self,
+        parts: ScopeParts,
+        node: Node,
+        physical: PhysicalStore,
+        listener: ClusterListener,
+        opened: Opened,
+        held: Held,
+        credentials: TenureCredentials,
+        *,
+        clock: Clock,
+        store_options: StoreOptions,
+    ) -> None:
+        self._parts = parts
+        self._node = node
+        self._physical = physical
+        self._listener = listener
+        self._opened = opened
+        self._held = held
+        self._credentials = credentials
+        self._clock = clock
+        self._store_options = store_options
+        self._tasks: list[asyncio.Task[None]] = []
+        self._flipping: asyncio.Task[None] | None = None
+        self._gate: str | None = None
+        self.restart_asked = asyncio.Event()
+
+    async def start(self, tasks: asyncio.TaskGroup) -> ActiveRole:
+        """Recover, then serve. Raises BackendError and what the barrier raises."""
+        generation = self._opened.generation.id
+        store = await ReplicatedStore.recover(
+            self._physical,
+            generation,
+            self._held.tenure,
+            self._store_options,
+            clock=self._clock,
+            lease=self._held.lease,
+        )
+        self._store = store
+        self._spawn(tasks, store.run(), "replicated store")
+        barrier = await load_barrier(store.get, self._opened.root_key)
+        sealed = SealedStore(store, barrier)
+        cluster = await ClusterInfo.load(sealed)
+        await sealed.put(LEADER_KEY, msgspec.msgpack.encode(self._credentials.record(cluster)))
+        identity = self._node.identity
+        self._replication = PerformanceReplication(
+            store=store,
+            sealed=sealed,
+            listener=self._listener,
+            node=NodeInfo(
+                node_id=identity.node_id,
+                local_cluster_id=cluster.cluster_id,
+                api_addr=identity.api_addr,
+                cluster_addr=identity.cluster_addr,
+                cluster_addresses=lambda: forwarding.cluster_addresses(),
+            ),
+            callbacks=Callbacks(
+                on_applied=self._on_applied,
+                set_gate=self._set_gate,
+                secret_material=self._secret_material,
+                flip=self._flip,
+                execute=self._execute,
+            ),
+            clock=self._clock,
+            options=self._parts.replication,
+        )
+        await self._replication.load()
+        self._service = Service(
+            store,
+            barrier,
+            cluster,
+            self._parts.service,
+            node=self._node,
+            replication=self._replication,
+            now=lambda: self._clock.time_ms() / 1000,
+            gate=lambda: self._gate,
+        )
+        await self._service.start()
+        role = ActiveRole(self._service, self, cluster, time.time())
+        forwarding = ForwardingServer(
+            self._credentials,
+            cluster_id=cluster.cluster_id,
+            own_cluster_addr=identity.cluster_addr,
+            handle=role.run,
+            modes=self.modes,
+            head_index=self.head_index,
+        )
+        self._listener.add(forwarding.purpose())
+        self._spawn(tasks, self._service.run(), "service")
+        self._spawn(tasks, self._replication.run(), "performance replication")
+        self._spawn(tasks, self._drop_old_generations(), "drop old generations")
+        return role
+
+    def _spawn(self, tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._tasks.append(tasks.create_task(work, name=name))
+
+    async def stop(self) -> None:
+        """End what start began, the last first."""
+        for task in reversed(self._tasks):
+            task.cancel()
+
+    async def close(self) -> None:
+        """No other node reaches this tenure any more."""
+        await self._listener.remove(self._credentials.sni)
+
+    def head_index(self) -> int:
+        return self._store.head.index
+
+    def modes(self) -> tuple[str, str]:
+        return self._replication.mode, "disabled"
+
+    # ---- what replication asks of the node
+
+    async def _on_applied(self, keys: Sequence[str]) -> None:
+        await self._service.invalidate(keys)
+
+    def _set_gate(self, reason: str | None) -> None:
+        self._gate = reason
+
+    async def _secret_material(self) -> SecretMaterial:
+        keyring, seal = await self._store.get(REPLICATED_KEYRING), await self._store.get(SEAL)
+        if keyring is None or seal is None:
+            raise Unavailable("this cluster's keyring or seal record is missing")
+        return SecretMaterial(self._opened.root_key, keyring, seal)
+
+    async def _execute(self, message: ForwardRequest) -> Executed:
+        """Run a secondary's request here: its identity is what the message says, whatever its headers hold."""
+        request = from_message(message)
+        auth = message.auth
+        request.headers = CIMultiDict(
+            (name, value)
+            for name, value in request.headers.items()
+            if name.lower() not in ("x-vault-token", "authorization")
+        )
+        if auth is not None:
+            request.forwarded_auth = ForwardedAuth(
+                policies=auth.policies,
+                display_name=auth.display_name,
+                accessor=auth.accessor,
+                entity_id=auth.entity_id,
+                metadata=auth.metadata,
+                cluster_id=auth.cluster_id,
+            )
+        answer = await self._service.handle(request)
+        return Executed(answer.status, list(answer.headers.items()), answer.body, answer.position)
+
+    async def _flip(self, result: ActivationResult) -> None:
+        """Build the new store from an activation and point the cluster at it; this tenure then ends by itself."""
+        found = await read_generation(self._physical)
+        if found is None or found[0] != self._opened.generation:
+            raise Unavailable("the store's generation changed during the activation; nothing was changed here")
+        target = Generation(os.urandom(4).hex(), str(uuid.uuid4()), root_fingerprint(result.root_key))
+        writes = build_secondary_genesis(
+            root_key=result.root_key,
+            replicated_keyring_raw=result.keyring,
+            seal_raw=result.seal,
+            now_s=self._clock.time_ms() / 1000,
+            random_bytes=os.urandom,
+            extra=result.entries,
+            cluster_name=self._parts.cluster_name or None,
+        )
+        await genesis(
+            self._physical,
+            target.id,
+            writes,
+            node_id=self._node.identity.node_id,
+            time_ms=self._clock.time_ms(),
+            random_bytes=os.urandom,
+        )
+        await self._point_at(target, found[1])
+        log.warning("this cluster is now a performance secondary; its previous store is being deleted")
+        self._flipping = asyncio.create_task(self._leave_for(Opened(target, result.root_key)), name="leave after flip")
+
+    async def _point_at(self, target: Generation, expected_index: int) -> None:
+        try:
+            await flip_generation(self._physical, self._held.tenure, expected_index, target)
+        except OutcomeUnknown as error:
+            found = await read_generation(self._physical)
+            if found is not None and found[0] == target:
+                return
+            # Ending the tenure destroys its session, so that the flip cannot land later under a serving node.
+            self.restart_asked.set()
+            raise Unavailable(
+                "the store did not confirm the activation: this node gives up leadership; look at "
+                "sys/replication/status before you try again with a new token"
+            ) from error
+
+    async def _leave_for(self, opened: Opened) -> None:
+        await asyncio.sleep(FLIP_GRACE_S)
+        self._node.sealing.install(opened)
+
+    async def _drop_old_generations(self) -> None:
+        """Delete stores that are no longer used; the pointer was read, consistently, when this tenure began."""
+        for name in await self._physical.list("g/", consistent=True):
+            generation = name.rstrip("/")
+            if generation == self._opened.generation.id:
+                continue
+            try:
+                await drop_generation(self._physical, generation, self._held.tenure)
+                log.info("deleted the replaced store generation %s", generation)
+            except Conflict:
+                return  # the tenure is over; the next one deletes it
+            except BackendError as error:
+                log.warning("the replaced store generation %s is not deleted yet: %s", generation, error)

@@ -1,0 +1,1 @@
+"""How the outside finds a node: its entry in Consul's catalog."""

@@ -1,0 +1,100 @@
+"""The catalog of a real Consul follows a node's life."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from consul_backend.catalog import Registration
+from consul_backend.config import ConsulConfig
+from sidecar.mesh.registration import Intervals, ServiceRegistration
+from tests.support.consul_server import ConsulServer
+
+PORT = 8200
+WAIT_S = 15.0
+
+
+@asynccontextmanager
+async def registered(server: ConsulServer, *, check_ttl_s: float = 5.0) -> AsyncIterator[ServiceRegistration]:
+    config = ConsulConfig(address=server.address, token=server.token)
+    registration = ServiceRegistration.of(config, address="127.0.0.1", port=PORT, check_ttl_s=check_ttl_s)
+    task = asyncio.create_task(registration.run())
+    try:
+        yield registration
+    finally:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await registration.close()
+
+
+async def instances(server: ConsulServer, query: str = "") -> list[dict[str, Any]]:
+    answer = await asyncio.to_thread(server.call, "GET", f"/v1/health/service/outrider?{query}")
+    found: list[dict[str, Any]] = answer.json
+    return found
+
+
+async def until(server: ConsulServer, condition: Callable[[list[dict[str, Any]]], bool], query: str = "") -> float:
+    """Seconds until the catalog satisfies ``condition``, watched with a blocking query."""
+    started = time.monotonic()
+    index = 0
+    while True:
+        answer = await asyncio.to_thread(
+            server.call, "GET", f"/v1/health/service/outrider?{query}&index={index}&wait=1s"
+        )
+        if condition(answer.json):
+            return time.monotonic() - started
+        index = int(answer.headers.get("x-consul-index", "0"))
+        assert time.monotonic() < started + WAIT_S, f"the catalog never got there: {answer.text}"
+
+
+def tags_of(found: list[dict[str, Any]]) -> set[str]:
+    return set(found[0]["Service"]["Tags"]) if found else set()
+
+
+async def test_life_of_a_node(consul_server: ConsulServer) -> None:
+    async with registered(consul_server) as registration:
+        await until(consul_server, lambda found: tags_of(found) == {"standby"})
+        assert await instances(consul_server, "passing") == []
+        await registration.update(sealed=False)
+        await until(consul_server, lambda found: tags_of(found) == {"standby", "initialized"}, "passing")
+        await registration.update(active=True, performance_mode="primary")
+        await until(consul_server, lambda found: "active" in tags_of(found), "passing")
+        service = (await instances(consul_server, "passing&tag=active"))[0]["Service"]
+        assert (service["ID"], service["Address"], service["Port"]) == (f"outrider:127.0.0.1:{PORT}", "127.0.0.1", PORT)
+        await registration.leaving()
+        assert await until(consul_server, lambda found: found == [], "passing") < 2
+        await until(consul_server, lambda found: "active" not in tags_of(found))
+        await registration.update(active=False)
+        await until(consul_server, lambda found: bool(found), "passing")
+    await until(consul_server, lambda found: found == [])
+
+
+async def test_an_entry_that_an_operator_removed_comes_back(consul_server: ConsulServer) -> None:
+    async with registered(consul_server, check_ttl_s=0.4) as registration:
+        await registration.update(sealed=False)
+        await until(consul_server, lambda found: bool(found), "passing")
+        path = f"/v1/agent/service/deregister/outrider:127.0.0.1:{PORT}"
+        await asyncio.to_thread(consul_server.call, "PUT", path)
+        await until(consul_server, lambda found: bool(found), "passing")
+        await until(consul_server, lambda found: tags_of(found) == {"standby", "initialized"})
+
+
+async def test_a_node_that_hangs_stops_passing(consul_server: ConsulServer) -> None:
+    config = ConsulConfig(address=consul_server.address, token=consul_server.token)
+    entry = Registration(
+        config, service="outrider", id=f"outrider:127.0.0.1:{PORT}", address="127.0.0.1", port=PORT, check_ttl_s=0.3
+    )
+    intervals = Intervals(check_s=0.1)
+    registration = ServiceRegistration(entry, intervals=intervals)
+    task = asyncio.create_task(registration.run())
+    await registration.update(sealed=False)
+    await until(consul_server, lambda found: bool(found), "passing")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await until(consul_server, lambda found: found == [], "passing") < 5
+    await registration.close()

@@ -1,0 +1,1 @@
+"""Helpers that tests, demo and benchmarks share: real servers and real processes."""

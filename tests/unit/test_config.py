@@ -1,0 +1,290 @@
+"""The server's configuration: Vault's stanzas, typed, total, and with the place of every mistake."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar import config
+from sidecar.config import (
+    ConfigError,
+    ConsulStorage,
+    DevOptions,
+    ElectionSettings,
+    EmbeddedStorage,
+    InmemStorage,
+    ReplicationSettings,
+    ServerConfig,
+    load,
+    load_dev,
+    load_text,
+)
+from sidecar.config_reader import parse_duration_s
+
+MINIMAL = 'storage "inmem" {}\nlistener "tcp" { tls_disable = true }\n'
+
+VAULT_FILE = """
+ui            = true
+disable_mlock = true
+cluster_name  = "us-east"
+api_addr      = "https://10.0.0.7:8200"
+cluster_addr  = "https://10.0.0.7:8201"
+default_lease_ttl = "1h"
+max_lease_ttl     = 7200
+log_level = "Warning"
+log_format = "json"
+
+storage "consul" {
+  address = "127.0.0.1:8500"
+  path    = "vault/us"
+  scheme  = "https"
+  token   = "s3cret"
+  service = "vault"
+  service_tags = "a, b"
+  check_timeout = "7s"
+  session_ttl = "15s"
+  tls_ca_file = "/ca.pem" tls_skip_verify = 0
+}
+
+listener "tcp" {
+  address         = "0.0.0.0:8200"
+  cluster_address = "10.0.0.7:8201"
+  tls_cert_file   = "/c.pem"
+  tls_key_file    = "/k.pem"
+  tls_min_version = "tls13"
+  max_request_size = "1MiB"
+  x_forwarded_for_authorized_addrs = ["10.0.0.0/8"]
+  telemetry { unauthenticated_metrics_access = true }
+}
+
+telemetry { prometheus_retention_time = "24h" }
+seal "shamir" {}
+replication { best_effort_wal_wait_duration = "500ms" logshipper_buffer_length = 100 resolver_discover_servers = true }
+sidecar { beat_ttl = "2s" beat_interval = "500ms" lock_delay = 0.25 wal_keep_records = 1000 wal_keep_size = "64MiB" }
+"""
+
+
+def test_a_vault_file_loads_with_warnings_only():
+    loaded = load_text(VAULT_FILE, "v.hcl")
+    assert isinstance(loaded.storage, ConsulStorage)
+    assert loaded.storage.path == "vault/us/"
+    assert loaded.storage.connection.explicit() == {
+        "address": "127.0.0.1:8500",
+        "scheme": "https",
+        "token": "s3cret",
+        "ca_file": "/ca.pem",
+        "tls_skip_verify": "false",
+    }
+    (listener,) = loaded.listeners
+    assert (listener.address, listener.cluster_address) == ("0.0.0.0:8200", "10.0.0.7:8201")
+    assert (listener.tls_min_version, listener.max_request_size_bytes) == ("tls13", 1048576)
+    assert listener.x_forwarded_for_authorized_addrs == ("10.0.0.0/8",)
+    assert (loaded.api_addr, loaded.cluster_addr) == ("https://10.0.0.7:8200", "https://10.0.0.7:8201")
+    assert (loaded.default_lease_ttl_s, loaded.max_lease_ttl_s) == (3600, 7200)
+    assert (loaded.log_level, loaded.log_format, loaded.cluster_name) == ("warn", "json", "us-east")
+    registration = loaded.service_registration
+    assert (registration.disable, registration.service, registration.tags) == (False, "vault", ("a", "b"))
+    assert (registration.check_timeout_s, registration.connection) == (7.0, None)
+    assert loaded.replication == ReplicationSettings(0.5, 100, 5.0)
+    assert loaded.election == ElectionSettings(2.0, 0.5, 0.25, 10.0)
+    assert (loaded.store.wal_keep_records, loaded.store.wal_keep_bytes) == (1000, 64 * 2**20)
+    assert sorted(warning.partition('"')[2].partition('"')[0] for warning in loaded.warnings) == [
+        "disable_mlock", "resolver_discover_servers", "session_ttl", "telemetry", "telemetry", "ui",
+    ]  # fmt: skip
+    assert all(warning.startswith("v.hcl:") for warning in loaded.warnings)
+    assert "s3cret" not in repr(loaded)
+
+
+def test_the_json_form_is_the_same():
+    document = {
+        "storage": {"embedded": {"path": "/data"}},
+        "listener": [{"tcp": {"address": "127.0.0.1:1", "tls_disable": "true"}}],
+        "replication": {"heartbeat_interval": 1},
+        "max_lease_ttl": "800h",
+        "ui": False,
+    }
+    text = """storage "embedded" { path = "/data" }
+      listener "tcp" { address = "127.0.0.1:1" tls_disable = 1 }
+      replication { heartbeat_interval = "1s" }
+      max_lease_ttl = "800h" """
+    assert replace(load_text(json.dumps(document)), warnings=()) == load_text(text)
+    assert load_text(text).storage == EmbeddedStorage("/data")
+
+
+def test_assigned_objects_are_blocks_as_in_hcl_1():
+    loaded = load_text('storage = { inmem = {} }\nlistener = [{ tcp = { tls_disable = true } }]')
+    assert loaded.storage == InmemStorage()
+    assert loaded.listeners[0].address == "127.0.0.1:8200"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('storage "consul" {\n  adress = "x"\n}', 'f:2: unknown key "adress" in storage "consul"; did you mean "address"?'),
+        ('storge "inmem" {}', 'f:1: unknown key "storge"; did you mean "storage"?'),
+        (MINIMAL + "xyzzy = 1", 'f:3: unknown key "xyzzy"'),
+        ('listener "tcp" { tls_disable = true telemtry {} }', 'f:1: unknown key "telemtry" in listener "tcp"; did you mean'),
+        ("", "no storage is configured"),
+        ('storage "inmem" {}', "no listener is configured"),
+        ('storage "raft" {}', 'f:1: storage "raft" is not available'),
+        ("storage {}", 'f:1: expected storage "type" {...}'),
+        ('storage "embedded" {}', 'f:1: storage "embedded" needs "path"'),
+        ('storage = "consul"', 'f:1: "storage" must be a block in braces'),
+        ('storage "inmem" {}\nstorage "inmem" {}', 'f:2: "storage" is given twice; first on line 1'),
+        ('storage "inmem" {}\nbackend "inmem" {}', 'f:2: "backend" is the old name of "storage"'),
+        ('storage "consul" { path = "a//b" }', 'f:1: "path" in storage "consul" must be a key prefix'),
+        ('storage "consul" { token = 5 }', 'f:1: "token" in storage "consul" must be text in quotes'),
+        ('storage "consul" { scheme = "ftp" }', 'must be one of http, https'),
+        ('storage "consul" { tls_skip_verify = "maybe" }', "must be true or false"),
+        ('storage "consul" { service_meta { a = 1 } }', "must be an object of texts"),
+        ('storage "consul" { check_timeout = "0s" }', "must be at least 1 seconds"),
+        ('listener "unix" {}', 'f:1: listener "unix" is not available'),
+        ('listener "tcp" {}', 'f:1: listener "tcp" needs "tls_cert_file" (or "tls_disable = true")'),
+        ('listener "tcp" { tls_disable = 1 address = "a:b:c" }', 'f:1: "address" in listener "tcp" must be host:port'),
+        ('listener "tcp" { tls_disable = 1 address = "{{ GetPrivateIP }}:1" }', "must be host:port"),
+        ('listener "tcp" { tls_disable = 1 tls_min_version = "tls10" }', "must be one of tls12, tls13"),
+        ('listener "tcp" { tls_disable = 1 proxy_protocol_behavior = "use_always" }', "is not available"),
+        ('listener "tcp" { tls_disable = 1 max_request_size = "big" }', "must be a number of bytes"),
+        ('listener "tcp" { tls_disable = 1 }\nlistener "tcp" { tls_disable = 1 }', "two listeners have the same address"),
+        ('seal "awskms" {}', 'f:1: seal "awskms" is not available'),
+        (MINIMAL + 'default_lease_ttl = "800h"', 'f:3: "default_lease_ttl" leaves default_lease_ttl'),
+        (MINIMAL + "default_lease_ttl = true", "must be a duration"),
+        (MINIMAL + 'log_level = "loud"', 'f:3: "log_level" must be one of trace'),
+        (MINIMAL + "log_level {}", 'f:3: "log_level" is a setting, not a block'),
+        (MINIMAL + "replication { logshipper_buffer_length = 1.5 }", "must be a whole number"),
+        (MINIMAL + "replication { allow_forwarding_via_header = true }", "is not available"),
+        (MINIMAL + 'sidecar { beat_ttl = "1s" }', 'f:3: "beat_ttl" in sidecar leaves no room for one lost beat'),
+        (MINIMAL + "disable_clustering = true", "is not available"),
+        (MINIMAL + 'api_addr = "10.0.0.7:8200"', "api_addr must be http://host:port"),
+        (MINIMAL + 'api_addr = "http://h:99999"', "api_addr must be http://host:port"),
+        (MINIMAL + 'api_addr = "http://h/x"', "without a path"),
+        (MINIMAL + 'cluster_addr = "https://h"', "cluster_addr must name a port"),
+        (MINIMAL + 'cluster_addr = "http://h:1"', "cluster_addr must be https://host:port"),
+        ('storage "consul" {}\nlistener "tcp" { address = ":8200" tls_disable = 1 }', "api_addr is needed"),
+        (MINIMAL + 'x = "', "f:3:5: string is not closed"),
+    ],
+)  # fmt: skip
+def test_mistakes(text, message):
+    if "storage" not in text and "storge" not in text and text:
+        text = f'{text}\nstorage "inmem" {{}}'
+    with pytest.raises(ConfigError) as caught:
+        load_text(text, "f")
+    assert message in str(caught.value)
+
+
+def test_an_error_never_repeats_a_value():
+    for line in ("scheme", "path", "check_timeout", "tls_skip_verify", "service_meta", "disable_registration"):
+        with pytest.raises(ConfigError) as caught:
+            load_text(f'storage "consul" {{ {line} = "//s3cret//x" }}')
+        assert "s3cret" not in str(caught.value)
+
+
+def test_addresses_are_made_from_the_first_listener():
+    def addresses(listener: str, storage: str = '"inmem" {}') -> tuple[str, str]:
+        loaded = load_text(f'storage {storage}\nlistener "tcp" {{ tls_disable = true {listener} }}')
+        return loaded.api_addr, loaded.cluster_addr
+
+    assert addresses("") == ("http://127.0.0.1:8200", "https://127.0.0.1:8201")
+    assert addresses('address = "[::1]:9000"') == ("http://[::1]:9000", "https://[::1]:9001")
+    assert addresses('address = "0.0.0.0:9000"') == ("http://127.0.0.1:9000", "https://127.0.0.1:9001")
+    assert addresses('address = "node1"') == ("http://node1:8200", "https://node1:8201")
+    assert addresses('cluster_address = "10.0.0.1:7"', '"consul" {}') == ("http://127.0.0.1:8200", "https://127.0.0.1:7")
+    assert addresses('address = "127.0.0.1:0"') == ("http://127.0.0.1:0", "https://127.0.0.1:0")
+
+
+def test_a_registration_of_its_own_connection():
+    loaded = load_text(
+        'storage "consul" { service = "a" }\nlistener "tcp" { tls_disable = 1 }\n'
+        'service_registration "consul" { service = "b" address = "c:1" service_meta = { k = "v" } disable_registration = 1 }'
+    )
+    registration = loaded.service_registration
+    assert (registration.service, registration.disable, registration.meta) == ("b", True, {"k": "v"})
+    assert registration.connection is not None
+    assert registration.connection.address == "c:1"
+    assert load_text(MINIMAL).service_registration.disable
+
+
+def test_environment_wins_over_files_and_outrider_over_vault():
+    text = MINIMAL + 'api_addr = "http://file:1"\nlog_level = "info"'
+    environ = {"VAULT_API_ADDR": "http://vault:1", "VAULT_LOG_LEVEL": "debug"}
+    assert load_text(text).api_addr == "http://file:1"
+    loaded = load_text(text, environ=environ)
+    assert (loaded.api_addr, loaded.log_level) == ("http://vault:1", "debug")
+    loaded = load_text(text, environ={**environ, "OUTRIDER_API_ADDR": "http://own:1", "OUTRIDER_LOG_LEVEL": "err"})
+    assert (loaded.api_addr, loaded.log_level) == ("http://own:1", "error")
+    with pytest.raises(ConfigError, match="environment LOG_FORMAT"):
+        load_text(text, environ={"VAULT_LOG_FORMAT": "xml"})
+
+
+def test_several_files_and_directories(tmp_path):
+    (tmp_path / "a.hcl").write_text(MINIMAL + 'cluster_name = "one"')
+    (tmp_path / "b.json").write_text('{"cluster_name": "two", "storage": {"embedded": {"path": "/d"}}}')
+    (tmp_path / "notes.txt").write_text("not read")
+    extra = tmp_path / "sub"
+    extra.mkdir()
+    (extra / "more.hcl").write_text('listener "tcp" { address = "127.0.0.1:1" tls_disable = true }')
+    loaded = load([str(tmp_path), str(extra / "more.hcl")], {})
+    assert (loaded.cluster_name, loaded.storage, len(loaded.listeners)) == ("two", EmbeddedStorage("/d"), 2)
+    with pytest.raises(ConfigError, match=r"b\.json:1: unknown key"):
+        (tmp_path / "b.json").write_text('{"zzz": 1}')
+        load([str(tmp_path)], {})
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load([str(tmp_path / "none.hcl")], {})
+    with pytest.raises(ConfigError, match=r"holds no \.hcl or \.json"):
+        load([str(tmp_path)], {})
+    (tmp_path / "x.hcl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load([str(tmp_path / "x.hcl")], {})
+
+
+def test_dev_needs_no_file_and_takes_what_a_file_adds(tmp_path):
+    loaded = load_dev(DevOptions(listen_address="127.0.0.1:9999", root_token_id="s3cret"), environ={})
+    assert loaded.storage == InmemStorage()
+    (listener,) = loaded.listeners
+    assert (listener.address, listener.cluster_address, listener.tls_disable) == ("127.0.0.1:9999", "127.0.0.1:10000", True)
+    assert loaded.api_addr == "http://127.0.0.1:9999"
+    assert "s3cret" not in repr(DevOptions(root_token_id="s3cret"))
+    (tmp_path / "c.hcl").write_text('cluster_name = "c"')
+    assert load_dev(DevOptions(), [str(tmp_path / "c.hcl")], {}).cluster_name == "c"
+    with pytest.raises(ConfigError, match="-dev-listen-address"):
+        load_dev(DevOptions(listen_address="a b"), environ={})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("90", 90), ("1.5", 1.5), ("768h", 2764800), ("1h30m5s", 5405), ("500ms", 0.5), ("2d", 172800), (" 1m ", 60)],
+)
+def test_durations(text, seconds):
+    assert parse_duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "-1s", "1 h", "h", "1x", "1h30", "1e3", "9" * 30, "\u0661s", "nan", "10000000000000h"])
+def test_no_durations(text):
+    with pytest.raises(ValueError, match="duration"):
+        parse_duration_s(text)
+
+
+pieces = st.sampled_from(
+    ['storage "inmem" {}', 'listener "tcp" {', "}", "tls_disable = true", 'storage "consul" {', "address = 1", "ui = true",
+     "replication {", "sidecar {", "=", "[", "]", "{", '"x"', "api_addr", "service_meta", "telemetry", "\n", " ", "seal",
+     "listener", "max_lease_ttl = ", '"1h"', "-1", "path", 'service_registration "consul" {', "default_lease_ttl = 5"]
+)  # fmt: skip
+
+
+@given(st.lists(pieces, max_size=20).map(" ".join))
+def test_any_file_loads_or_raises_config_error(text):
+    try:
+        assert isinstance(load_text(text), ServerConfig)
+    except ConfigError:
+        pass
+
+
+def test_every_exported_name_exists():
+    assert all(hasattr(config, name) for name in config.__all__)

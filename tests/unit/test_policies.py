@@ -1,0 +1,381 @@
+"""Policies: parsing, precedence against a dumb model, parameters, and the store."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plugin_api.errors import InvalidRequest, ReadOnlyStorage
+from plugin_api.request import Operation
+from sidecar.core.policies import ACL, DEFAULT_POLICY, Policy, PolicyStore, normalize_policies
+from tests.support.logical_store import make_sealed
+
+
+def acl(*texts: str) -> ACL:
+    return ACL(Policy.parse(f"p{number}", text) for number, text in enumerate(texts))
+
+
+def rule(path: str, *capabilities: str) -> str:
+    listed = ", ".join(f'"{capability}"' for capability in capabilities)
+    return f'path "{path}" {{ capabilities = [{listed}] }}\n'
+
+
+# -- the dumb model: every rule as a regular expression, priorities compared pair by pair as the manual words them
+
+
+def model_regex(path: str) -> str:
+    prefix, body = path.endswith("*"), path.removesuffix("*")
+    parts = ["[^/]+" if segment == "+" else re.escape(segment) for segment in body.split("/")]
+    return "/".join(parts) + (".*" if prefix else "")
+
+
+def model_is_pattern(path: str) -> bool:
+    return path.endswith("*") or "+" in path.split("/")
+
+
+def first_wildcard(path: str) -> int:
+    places = [place for place, char in enumerate(path) if char == "*"]
+    for match in re.finditer(r"(?:^|(?<=/))\+(?=/|$)", path):
+        places.append(match.start())
+    return min(places)
+
+
+def lower_priority(one: str, two: str) -> bool:
+    """Whether ``one`` loses: its first wildcard is earlier; it ends in ``*`` and the other does not; it has more ``+``;
+    it is shorter; it is the smaller text."""
+    if first_wildcard(one) != first_wildcard(two):
+        return first_wildcard(one) < first_wildcard(two)
+    if one.endswith("*") != two.endswith("*"):
+        return one.endswith("*")
+    pluses = [path.split("/").count("+") for path in (one, two)]
+    if pluses[0] != pluses[1]:
+        return pluses[0] > pluses[1]
+    if len(one) != len(two):
+        return len(one) < len(two)
+    return one < two
+
+
+def model_capabilities(rules: list[tuple[str, frozenset[str]]], path: str) -> frozenset[str] | None:
+    matching = {pattern for pattern, _ in rules if re.fullmatch(model_regex(pattern), path)}
+    if not matching:
+        return None
+    if path in matching and not model_is_pattern(path):
+        best = path
+    else:
+        compare = functools.cmp_to_key(lambda one, two: -1 if lower_priority(one, two) else 1)
+        best = sorted(matching, key=compare)[-1]
+    granted = frozenset().union(*(capabilities for pattern, capabilities in rules if pattern == best))
+    return frozenset() if "deny" in granted else granted
+
+
+SEGMENTS = st.sampled_from(["a", "b", "ab", "+"])
+BODIES = st.lists(SEGMENTS, min_size=1, max_size=3).map("/".join)
+PATTERNS = st.tuples(BODIES, st.sampled_from(["", "", "/", "*", "/*"])).map("".join).filter(lambda p: "+*" not in p)
+GRANTS = st.frozensets(st.sampled_from(["read", "create", "update", "delete", "deny"]), max_size=3)
+RULES = st.lists(st.tuples(PATTERNS, GRANTS), max_size=6)
+PATHS = st.lists(st.sampled_from(["a", "b", "ab", "abb"]), min_size=1, max_size=4).map("/".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(RULES, st.integers(0, 6), PATHS, st.sampled_from([Operation.READ, Operation.CREATE, Operation.DELETE]))
+def test_against_the_model(rules: list[tuple[str, frozenset[str]]], cut: int, path: str, operation: Operation):
+    halves = ["".join(rule(pattern, *sorted(granted)) for pattern, granted in half) for half in (rules[:cut], rules[cut:])]
+    subject = acl(*halves)
+    expected = model_capabilities(rules, path)
+    assert subject.check(path, operation).allowed == (operation.value in (expected or ()))
+    assert subject.capabilities(path) == (sorted(expected) if expected else ["deny"])
+
+
+# -- single rules of precedence, as examples
+
+
+def test_exact_beats_everything():
+    subject = acl(rule("secret/*", "read"), rule("secret/a", "delete"), rule("secret/+", "update"))
+    assert subject.capabilities("secret/a") == ["delete"]
+    assert subject.capabilities("secret/b") == ["update"]
+    assert subject.capabilities("secret/b/c") == ["read"]
+
+
+def test_the_longest_prefix_decides():
+    subject = acl(rule("secret/*", "read"), rule("secret/team*", "deny"), rule("secret/team/me/*", "update"))
+    assert subject.check("secret/x", Operation.READ).allowed
+    assert not subject.check("secret/teammate", Operation.READ).allowed
+    assert subject.check("secret/team/me/x", Operation.UPDATE).allowed
+
+
+def test_deny_wins_over_all_policies_of_one_path():
+    subject = acl(rule("a/b", "read", "update"), rule("a/b", "deny"))
+    decision = subject.check("a/b", Operation.READ)
+    assert not decision.allowed
+    assert subject.capabilities("a/b") == ["deny"]
+
+
+def test_capabilities_of_several_policies_add_up():
+    subject = acl(rule("a/b", "read"), rule("a/b", "list", "sudo"))
+    assert subject.capabilities("a/b") == ["list", "read", "sudo"]
+    assert subject.check("a/b", Operation.READ).sudo
+
+
+def test_nothing_is_allowed_without_a_rule():
+    assert not acl().check("a", Operation.READ).allowed
+    assert acl().capabilities("a") == ["deny"]
+
+
+def test_root_may_everything():
+    subject = ACL([Policy("root", "", ()), Policy.parse("x", rule("a", "deny"))])
+    decision = subject.check("a", Operation.DELETE)
+    assert (decision.allowed, decision.sudo, decision.root) == (True, True, True)
+    assert subject.capabilities("a") == ["root"]
+    assert subject.resultant() == {"root": True}
+
+
+def test_a_plus_stands_for_one_segment_that_is_not_empty():
+    subject = acl(rule("secret/+/config", "read"), rule("kv/+", "list"))
+    assert subject.check("secret/a/config", Operation.READ).allowed
+    for path in ("secret//config", "secret/a/b/config", "secret/config", "secret/a/configs"):
+        assert not subject.check(path, Operation.READ).allowed
+    assert not subject.check("kv/", Operation.LIST).allowed
+
+
+@pytest.mark.parametrize("path", ["secret/foo", "secret/foo/"])
+def test_list_takes_either_spelling_of_a_folder(path: str):
+    for written in ("secret/foo", "secret/foo/", "secret/*", "secret/+", "secret/+/"):
+        assert acl(rule(written, "list")).check(path, Operation.LIST).allowed, written
+
+
+def test_a_deny_below_a_folder_also_denies_listing_it():
+    # A deny on the contents must not be got round by listing the parent under its other spelling.
+    subject = acl(rule("secret/foo", "list"), rule("secret/foo/*", "deny"))
+    assert not subject.check("secret/foo/", Operation.LIST).allowed
+    assert not subject.check("secret/foo", Operation.LIST).allowed
+    subject = acl(rule("secret/+/", "deny"), rule("secret/*", "list"))
+    assert not subject.check("secret/foo/", Operation.LIST).allowed
+    assert not subject.check("secret/foo", Operation.LIST).allowed
+
+
+def test_sudo_alone_grants_nothing():
+    decision = acl(rule("sys/rotate", "sudo")).check("sys/rotate", Operation.UPDATE)
+    assert (decision.allowed, decision.sudo) == (False, True)
+
+
+def test_has_any_under():
+    subject = acl(rule("secret/data/team/*", "read"), rule("other/x", "deny"), rule("+/shared", "read"))
+    assert subject.has_any_under("secret/")
+    assert subject.has_any_under("secret/data/team/a/")
+    assert not subject.has_any_under("secret/metadata/x/y/")
+    assert subject.has_any_under("other/"), "through the rule with the plus"
+    assert not acl(rule("other/x", "deny")).has_any_under("other/")
+    assert acl(rule("*", "read")).has_any_under("anything/")
+    assert acl(rule("se*", "read")).has_any_under("secret/")
+    assert not acl(rule("se*", "read")).has_any_under("kv/")
+
+
+def test_resultant():
+    shown = acl(rule("a/b", "read"), rule("c/*", "list", "read")).resultant()
+    assert shown["exact_paths"] == {"a/b": {"capabilities": ["read"]}}
+    assert shown["glob_paths"] == {"c/": {"capabilities": ["list", "read"]}}
+
+
+# -- parameters
+
+PARAMETERS = """
+path "kv/x" {
+  capabilities = ["create", "update", "read"]
+  allowed_parameters = { "Name" = [], "zone" = ["eu-*", "*-test", 7, true] }
+  denied_parameters = { "name" = ["root*"] }
+  required_parameters = ["NAME"]
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "allowed"),
+    [
+        ({"name": "x"}, True),
+        ({"NAME": "x"}, True),
+        ({}, False),
+        ({"zone": "eu-1"}, False),
+        ({"name": "x", "zone": "eu-1"}, True),
+        ({"name": "x", "zone": "my-test"}, True),
+        ({"name": "x", "zone": 7}, True),
+        ({"name": "x", "zone": True}, True),
+        ({"name": "x", "zone": 1}, False),
+        ({"name": "x", "zone": "us-1"}, False),
+        ({"name": "rooty"}, False),
+        ({"name": "x", "other": 1}, False),
+    ],
+)
+@pytest.mark.parametrize("operation", [Operation.CREATE, Operation.UPDATE])
+def test_parameters(data: dict, allowed: bool, operation: Operation):
+    subject = acl(PARAMETERS)
+    assert subject.check("kv/x", operation, data).allowed == allowed
+    assert subject.check("kv/x", Operation.READ, data).allowed
+
+
+def test_parameters_with_a_star():
+    open_rule = 'path "a" { capabilities = ["update"] allowed_parameters = { "x" = ["1"], "*" = [] } }'
+    assert acl(open_rule).check("a", Operation.UPDATE, {"y": 1, "x": "1"}).allowed
+    assert not acl(open_rule).check("a", Operation.UPDATE, {"x": "2"}).allowed
+    closed = 'path "a" { capabilities = ["update"] denied_parameters { "*" = [] } }'
+    assert not acl(closed).check("a", Operation.UPDATE, {"y": 1}).allowed
+    assert acl(closed).check("a", Operation.UPDATE, {}).allowed
+
+
+def test_parameters_of_several_policies():
+    one = 'path "a" { capabilities = ["update"] allowed_parameters = { "x" = ["1"] } }'
+    two = 'path "a" { capabilities = ["update"] allowed_parameters = { "x" = ["2"], "y" = [] } }'
+    subject = acl(one, two)
+    assert subject.check("a", Operation.UPDATE, {"x": "1", "y": "any"}).allowed
+    assert subject.check("a", Operation.UPDATE, {"x": "2"}).allowed
+    assert not subject.check("a", Operation.UPDATE, {"x": "3"}).allowed
+
+
+def test_wrapping_bounds():
+    subject = acl('path "a" { capabilities = ["read"] min_wrapping_ttl = "1m" max_wrapping_ttl = "1h30m" }')
+    assert not subject.check("a", Operation.READ).allowed
+    assert not subject.check("a", Operation.READ, wrap_ttl_s=59).allowed
+    assert subject.check("a", Operation.READ, wrap_ttl_s=60).allowed
+    assert subject.check("a", Operation.READ, wrap_ttl_s=5400).allowed
+    assert not subject.check("a", Operation.READ, wrap_ttl_s=5401).allowed
+
+
+# -- text
+
+
+def test_json_and_hcl_say_the_same():
+    hcl = 'path "secret/+" { capabilities = ["read"] required_parameters = ["a"] allowed_parameters = { "b" = ["c"] } }'
+    json = (
+        '{"path": {"secret/+": {"capabilities": ["read"], "required_parameters": ["a"],'
+        ' "allowed_parameters": {"b": ["c"]}}}}'
+    )
+    assert Policy.parse("x", hcl).rules == Policy.parse("x", json).rules
+
+
+def test_old_form():
+    assert acl('path "a" { policy = "write" }').capabilities("a") == ["create", "delete", "list", "read", "update"]
+    assert acl('path "a" { policy = "deny" }').capabilities("a") == ["deny"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path "a" {',
+        'path "a" { capabilities = ["fly"] }',
+        'path "a" { capabilities = "read" }',
+        'path "a" { capabilitys = ["read"] }',
+        'path { capabilities = ["read"] }',
+        'path "a" "b" { capabilities = ["read"] }',
+        'paths "a" { capabilities = ["read"] }',
+        'paths = "a"',
+        'path "a/+*" { capabilities = ["read"] }',
+        'path "a/*/b" { capabilities = ["read"] }',
+        'path "a" { policy = "fly" }',
+        'path "a" { policy = "read" capabilities = ["read"] }',
+        'path "a" { capabilities = ["read"] min_wrapping_ttl = "soon" }',
+        'path "a" { capabilities = ["read"] min_wrapping_ttl = "2h" max_wrapping_ttl = "1h" }',
+        'path "a" { capabilities = ["read"] min_wrapping_ttl = -1 }',
+        'path "a" { capabilities = ["read"] allowed_parameters = ["x"] }',
+        'path "a" { capabilities = ["read"] required_parameters = "x" }',
+        'path "a/{{identity.entity.id}}" { capabilities = ["deny"] }',
+        '{"path": {"a": {"capabilities": "read"}}}',
+        "not a policy",
+    ],
+)
+def test_text_that_is_refused(text: str):
+    with pytest.raises(InvalidRequest, match="failed to parse policy"):
+        Policy.parse("x", text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=80) | st.text('path "ab+*/" {}=[]\\,capabilities', max_size=80))
+def test_no_text_breaks_the_parser(text: str):
+    try:
+        Policy.parse("x", text)
+    except InvalidRequest as error:
+        assert str(error).startswith("failed to parse policy")
+
+
+def test_a_template_without_an_identity_matches_nothing():
+    subject = acl(rule("users/{{identity.entity.id}}/*", "read"))
+    assert not subject.check("users/{{identity.entity.id}}/x", Operation.READ).allowed
+
+
+def test_default_policy_parses():
+    subject = acl(DEFAULT_POLICY)
+    assert subject.check("auth/token/lookup-self", Operation.READ).allowed
+    assert subject.check("cubbyhole/response", Operation.READ).allowed
+    assert not subject.check("sys/mounts", Operation.READ).allowed
+
+
+# -- the store
+
+
+async def test_store_round_trip_and_names():
+    store, sealed = make_sealed()
+    policies = PolicyStore(sealed, lambda: True)
+    await policies.put(" Team/Admin ", rule("a", "read"))
+    assert (await policies.get("TEAM/admin")).text == rule("a", "read")
+    assert await policies.list() == ["default", "root", "team/admin"]
+    fresh = PolicyStore(sealed, lambda: True)
+    assert (await fresh.get("team/admin")).rules == Policy.parse("x", rule("a", "read")).rules
+    await policies.delete("Team/Admin")
+    assert await policies.get("team/admin") is None
+    await policies.delete("never-there")
+    assert len(store.commits) == 3
+
+
+@pytest.mark.parametrize("name", ["root", " Root", "ROOT ", "response-wrapping", "control-group"])
+async def test_built_in_policies_cannot_be_changed(name: str):
+    _, sealed = make_sealed()
+    policies = PolicyStore(sealed, lambda: True)
+    plain = name.strip().lower()
+    with pytest.raises(InvalidRequest, match=f'cannot update "{plain}" policy'):
+        await policies.put(name, rule("*", "read"))
+    with pytest.raises(InvalidRequest, match=f'cannot delete "{plain}" policy'):
+        await policies.delete(name)
+    assert await policies.get(name) is not None
+
+
+async def test_requests_the_store_refuses():
+    store, sealed = make_sealed()
+    policies = PolicyStore(sealed, lambda: False)
+    with pytest.raises(InvalidRequest, match="'policy' parameter not supplied or empty"):
+        await policies.put("a", "  ")
+    with pytest.raises(InvalidRequest, match="failed to parse policy"):
+        await policies.put("a", "nonsense")
+    for name in ("", " ", "a/", "/a", "a\x00b", "a//b"):
+        with pytest.raises(InvalidRequest):
+            await policies.put(name, rule("a", "read"))
+    with pytest.raises(InvalidRequest, match='cannot delete "default"'):
+        await policies.delete("default")
+    with pytest.raises(ReadOnlyStorage):
+        await policies.put("a", rule("a", "read"))
+    with pytest.raises(ReadOnlyStorage):
+        await policies.delete("a")
+    assert store.data == {}
+
+
+async def test_acl_follows_changes():
+    store, sealed = make_sealed()
+    policies = PolicyStore(sealed, lambda: True)
+    assert not (await policies.acl(["a", "b"])).check("x", Operation.READ).allowed
+    await policies.put("a", rule("x", "read"))
+    assert (await policies.acl(["b", "a"])).check("x", Operation.READ).allowed
+    reads = store.reads
+    assert await policies.acl(["a", "b"]) is await policies.acl(["b", "a", "a"])
+    assert store.reads == reads
+    other = PolicyStore(sealed, lambda: True)
+    await other.put("a", rule("x", "deny"))
+    policies.invalidate_keys(["r/policy/acl/a", "r/core/keyring"])
+    assert not (await policies.acl(["a", "b"])).check("x", Operation.READ).allowed
+    assert (await policies.acl(["root"])).is_root
+
+
+def test_normalize_policies():
+    assert normalize_policies(["B", " a", "b", ""]) == ["a", "b", "default"]
+    assert normalize_policies(["root"]) == ["root"]
+    assert normalize_policies(["a"], default=False) == ["a"]
