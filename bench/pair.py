@@ -6,23 +6,14 @@ import contextlib
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.support.cluster import Cluster, Node, consul_storage
+from tests.support.cluster import Cluster, Node, consul_storage, replicate
 from tests.support.consul_server import ConsulServer
-
-ACTIVATION_TIMEOUT_S = 60.0
-
-
-def performance(node: Node) -> dict[str, Any]:
-    """The performance half of sys/replication/status, empty while the node cannot tell."""
-    reply = node.call("GET", "sys/replication/status")
-    return reply.data["performance"] if reply.status == 200 else {}
 
 
 def checked(reply: Any) -> Any:
@@ -70,17 +61,6 @@ def replicating_pair() -> Iterator[tuple[Cluster, Cluster, str]]:
         policy = 'path "bench/*" { capabilities = ["create", "read", "update", "delete", "list"] }'
         checked(primary.call("PUT", "sys/policies/acl/bench", {"policy": policy}))
         checked(primary.call("POST", "auth/userpass/users/bench", {"password": "bench", "policies": "bench"}))
-        checked(primary.call("POST", "sys/replication/performance/primary/enable", {}))
-        issued = checked(
-            primary.call("POST", "sys/replication/performance/primary/secondary-token", {"id": "secondary"})
-        )
-        token = issued.body["wrap_info"]["token"]
-        checked(other.call("POST", "sys/replication/performance/secondary/enable", {"token": token}))
-        other.keys = primary.keys
-        deadline = time.monotonic() + ACTIVATION_TIMEOUT_S
-        while performance(other.wait_active()).get("state") != "stream-wals":
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the secondary does not stream: {performance(other.wait_active())}")
-            time.sleep(0.05)
+        replicate(primary, other, "secondary")
         login = checked(other.wait_active().call("POST", "auth/userpass/login/bench", {"password": "bench"}))
         yield primary, other, login.body["auth"]["client_token"]

@@ -21,8 +21,8 @@ REMOVE_DEAD_AFTER_S = 60
 
 @dataclass(frozen=True, slots=True)
 class ServiceEntry:
-    """``id`` is unique on the agent; ``address`` and ``port`` are where clients connect; ``check_ttl_s`` is how long one
-    :meth:`Registration.check` counts."""
+    """``id`` is unique on the agent; clients connect to ``address`` and ``port``; one :meth:`Registration.check` counts
+    for ``check_ttl_s``."""
 
     service: str
     id: str

@@ -1,8 +1,8 @@
-"""Group commit: the only code path that writes a data key. One transaction is in flight; what arrives meanwhile queues.
+"""Group commit: the only code path that writes a data key. One transaction is in flight, what arrives queues.
 
-A transaction is ``[fence, chain, data operations..., record]`` (architecture 3.2). With one in flight, the store's order
-*is* the log's order. The next one is sent at once, as full as the queue makes it; the effects of the one before (index,
-cache, acknowledgements) are worked off while it travels, so nobody waits for the other.
+A transaction is ``[fence, chain, data operations..., record]`` (architecture 3.2). With one in flight, the store's
+order *is* the log's order. The next one is sent at once, as full as the queue makes it; the effects of the one before
+(index, cache, acknowledgements) are worked off while it travels, so nobody waits for the other.
 
 How a transaction ends:
 

@@ -49,7 +49,8 @@ def merkle_prefix(generation: str) -> str:
 
 def extent_key(generation: str, cls: str, partition: str, depth: int, start: int) -> str:
     """Where an extent is stored: ``g/<generation>/merkle/<class>/<partition>/<depth>-<prefix>``."""
-    return f"{merkle_prefix(generation)}{encode_partition(cls, partition)}/{depth:02d}-{start >> (DEPTH_MAX - depth):04x}"
+    name = f"{depth:02d}-{start >> (DEPTH_MAX - depth):04x}"
+    return f"{merkle_prefix(generation)}{encode_partition(cls, partition)}/{name}"
 
 
 def parse_extent_name(name: str) -> tuple[int, int]:
@@ -126,7 +127,7 @@ class DirtyLeaf:
 
 
 class _Layout:
-    """One partition's leaves (``starts`` sorted, ``depths`` by start), stored extents by (depth, start), dirty leaves."""
+    """One partition: leaves (``starts`` sorted, ``depths`` by start), stored extents by (depth, start), dirty leaves."""
 
     __slots__ = ("depths", "dirty", "starts", "stored")
 
@@ -238,9 +239,7 @@ class ExtentTable:
     def settle(self, redo_from: int) -> None:
         """Derive the leaves from what is stored; leaves that a split left unwritten are dirty from ``redo_from``."""
         for layout in self._layouts.values():
-            split = {
-                (depth, _align(start, depth)) for below, start in layout.stored for depth in range(below)
-            }
+            split = {(depth, _align(start, depth)) for below, start in layout.stored for depth in range(below)}
             leaves = list(_derive_leaves(split, 0, 0))
             layout.starts = [start for start, _ in leaves]
             layout.depths = dict(leaves)
@@ -303,7 +302,8 @@ class ExtentTable:
             blob, checksum = encode_extent(key, plan.lsn, subpages)
             size = base64_bytes(len(blob)) + len(key) + _OP_FRAME_BYTES
             # One operation stays free for the deletion of an extent that this leaf's write completes the cover of.
-            if plan.ops + 1 + (above is not None) > ops_max or (plan.writes and plan.body_bytes + size > body_bytes_max):
+            ops = plan.ops + 1 + (above is not None)
+            if ops > ops_max or (plan.writes and plan.body_bytes + size > body_bytes_max):
                 return False
             plan.writes[key] = blob
             plan.body_bytes += size

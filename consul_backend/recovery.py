@@ -12,8 +12,8 @@ How a store gets into each case, and why the answer is safe:
 * *current*: the ordinary case. Stored extents are exactly those that the checkpoint describes; each lacks at most the
   records after its LSN; repeating those in order from the redo point gives the index at the head.
 * *log cut*: the redo point was collected. Collection never passes it, so this is damage. Halt.
-* *index damaged*: extents are missing, older, foreign or fail their checksum. With the whole log since genesis the index
-  is rebuilt from it, because the log alone says what exists. Without, halt: the index must be recomputed from data.
+* *index damaged*: extents are missing, older, foreign or fail their checksum. With the whole log since genesis the
+  index is rebuilt from it, because the log alone says what exists. Without, halt: it must be recomputed from data.
 * *first start*: nothing was flushed yet; the log since genesis is everything.
 * *checkpoint lost*: as *index damaged*, whether it is missing or fails its checksum.
 
@@ -23,6 +23,7 @@ Recovery writes nothing (a rebuild deletes what it will not use), so a crash in 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from enum import Enum
 
@@ -43,7 +44,7 @@ from consul_backend.merkle_pages import (
 )
 from consul_backend.physical import PhysicalStore
 from consul_backend.tenure import Tenure
-from consul_backend.txn import Delete, DeleteTree
+from consul_backend.txn import Delete, DeleteTree, Op
 from consul_backend.wal import GENESIS_INDEX, GENESIS_PREV, CorruptRecord, Record
 from consul_backend.wal_reader import list_segment, list_segments, scan_records
 
@@ -166,7 +167,7 @@ async def recover(physical: PhysicalStore, generation: str, tenure: Tenure, segm
     if case.action is Action.HALT:
         raise Corrupt(_explain(case, generation, found))
     if case.action is Action.REBUILD:
-        doomed = [DeleteTree(merkle_prefix(generation)), Delete(checkpoint_key(generation))]
+        doomed: list[Op] = [DeleteTree(merkle_prefix(generation)), Delete(checkpoint_key(generation))]
         await fenced_idempotent(physical, tenure, doomed)
         found.extents, found.checkpoint, found.checkpoint_index = [], None, 0
         table = ExtentTable(generation)
@@ -228,11 +229,14 @@ async def _find_log(physical: PhysicalStore, generation: str, segment_records: i
     expected: int | None = None
     for segment in segments:
         first = segment * segment_records
+        indexes: Sequence[int]
         if segment not in (segments[0], segments[-1]) and first + segment_records <= needed:
             # Older than anything recovery reads: only that the segment exists is checked.
             indexes = range(first, first + segment_records)
         else:
-            indexes = await list_segment(physical, generation, segment, segment_records)  # type: ignore[assignment]  # both are sequences of int
+            indexes = await list_segment(physical, generation, segment, segment_records)
+        if not indexes:
+            continue
         for index in indexes:
             if expected is not None and index != expected and found.missing is None:
                 found.missing = expected

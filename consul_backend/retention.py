@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from consul_backend.errors import BackendError, OutcomeUnknown, PermissionDenied, Unavailable
+from consul_backend.errors import OutcomeUnknown, PermissionDenied, Unavailable
 from consul_backend.failpoint import failpoint
 from consul_backend.fenced import fenced_idempotent
 from consul_backend.physical import PhysicalStore
@@ -85,22 +86,26 @@ class Collector:
         self._facts = facts
         self._gone = gone
         self._interval_s = interval_s
+        self._doomed: deque[int] = deque()
         self.collected = 0
         self.failures = 0
 
     async def collect(self) -> int:
         """Delete what may go; returns how many segments. Raises FenceLost, Unavailable, PermissionDenied,
         OutcomeUnknown."""
-        segments = collectable(self._facts())
-        for segment in segments:
+        for segment in collectable(self._facts()):
             self._gone(segment)
+            self._doomed.append(segment)
+        before = self.collected
+        while self._doomed:
+            # In order and one after the other: a hole in the log would be damage to whoever recovers next.
             failpoint("collect:before-send")
-            await fenced_idempotent(
-                self._physical, self._tenure, [DeleteTree(segment_prefix(self._generation, segment))]
-            )
+            prefix = segment_prefix(self._generation, self._doomed[0])
+            await fenced_idempotent(self._physical, self._tenure, [DeleteTree(prefix)])
             failpoint("collect:after-reply")
+            self._doomed.popleft()
             self.collected += 1
-        return len(segments)
+        return self.collected - before
 
     async def run(self) -> NoReturn:
         """Collect until cancelled. Raises FenceLost; failures that time or an operator mends are logged."""
@@ -110,8 +115,4 @@ class Collector:
                 await self.collect()
             except (Unavailable, PermissionDenied, OutcomeUnknown) as error:
                 self.failures += 1
-                _log_failure(error)
-
-
-def _log_failure(error: BackendError) -> None:
-    log.warning("old log segments could not be collected, trying again later: %s", error)
+                log.warning("old log segments could not be collected, trying again later: %s", error)

@@ -4,8 +4,8 @@ A record is stored and shipped as the msgpack array ``[version, header, bodies, 
 
 * *header* (bytes): a msgpack array of the fields of :class:`Header`. It names each group of entries, one per (class,
   partition), by its digest, so the header alone pins the whole record.
-* *bodies*: one item per group, in the header's order: the group's msgpack bytes ``[[path, value | nil], ...]`` (nil is a
-  deletion), or nil where whoever passed the record on left the group out.
+* *bodies*: one item per group, in the header's order: the group's msgpack bytes ``[[path, value | nil], ...]`` (nil
+  is a deletion), or nil where whoever passed the record on left the group out.
 * *chain hash*: BLAKE2b-32 of the header bytes. The header holds the chain hash of the record before, so equal chain
   hashes mean equal histories.
 
@@ -106,7 +106,9 @@ class Record:
 
     __slots__ = ("bodies", "chain_hash", "header", "header_bytes")
 
-    def __init__(self, header: Header, header_bytes: bytes, chain_hash: bytes, bodies: tuple[bytes | None, ...]) -> None:
+    def __init__(
+        self, header: Header, header_bytes: bytes, chain_hash: bytes, bodies: tuple[bytes | None, ...]
+    ) -> None:
         self.header = header
         self.header_bytes = header_bytes
         self.chain_hash = chain_hash
@@ -133,9 +135,7 @@ class Record:
             body = _encode(entries)
             heads.append(GroupHead(class_, partition, digest32(body), len(entries)))
             bodies.append(body)
-        header = Header(
-            index, prev_hash, epoch, writer, batch_id, time_ms, kind, dict(positions), tuple(heads)
-        )
+        header = Header(index, prev_hash, epoch, writer, batch_id, time_ms, kind, dict(positions), tuple(heads))
         header_bytes = _encode(header)
         return cls(header, header_bytes, digest32(header_bytes), tuple(bodies))
 

@@ -38,6 +38,7 @@ from sidecar.transport.forwarding import (
     MalformedMessage,
     decode,
     encode,
+    header_pairs,
     send_echo,
     send_forward,
 )
@@ -101,7 +102,7 @@ def to_message(request: HttpRequest, cluster_id: str, kind: str) -> ForwardReque
         method=request.method,
         path=request.path,
         query={name: list(values) for name, values in request.query.items()},
-        headers=list(request.headers.items()),
+        headers=header_pairs(request.headers.items()),
         body=request.body,
         remote_address=request.remote_address,
         trail=extend(trail_of(request.trail), cluster_id, kind),
@@ -169,7 +170,7 @@ class ForwardingServer:
                 message = decode(await request.read(), ForwardRequest)
                 arrived(message.trail, self._cluster_id, INNER)
                 answer = await self._handle(from_message(message))
-                reply = ForwardResponse(answer.status, list(answer.headers.items()), answer.body)
+                reply = ForwardResponse(answer.status, header_pairs(answer.headers.items()), answer.body)
                 return web.Response(body=encode(reply))
             if request.path == ECHO_PATH:
                 return web.Response(body=encode(self._echo(decode(await request.read(), Echo))))

@@ -40,7 +40,7 @@ from sidecar.replication.manager import PerformanceReplication
 from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
 from sidecar.request.types import ForwardedAuth
 from sidecar.sealing import Opened
-from sidecar.transport.forwarding import ForwardRequest
+from sidecar.transport.forwarding import ForwardRequest, header_pairs
 from sidecar.transport.listener import ClusterListener
 
 log = logging.getLogger("core")
@@ -221,7 +221,7 @@ class ActiveScope:
                 cluster_id=auth.cluster_id,
             )
         answer = await self._service.handle(request)
-        return Executed(answer.status, list(answer.headers.items()), answer.body, answer.position)
+        return Executed(answer.status, header_pairs(answer.headers.items()), answer.body, answer.position)
 
     async def _flip(self, result: ActivationResult) -> None:
         """Build the new store from an activation and point the cluster at it; this tenure then ends by itself."""

@@ -1,6 +1,6 @@
 """Logs in the shape operators of this field know: UTC milliseconds, bracketed level, dotted logger name, message.
 
-The message is one line whatever it holds: control characters are escaped, so that nothing a client sent forges a line.
+A message is one line whatever it holds: control characters are escaped, so that nothing a client sent forges a line.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = _LEVELS.get(record.levelname, record.levelname)
-        text = record.getMessage()
-        if record.exc_info:
-            text = f"{text}: {self.formatException(record.exc_info)}"
         bracketed = f"[{level}]"
-        return f"{_stamp(record)} {bracketed:7} {record.name}: {text.translate(_ESCAPES)}"
+        lines = [f"{_stamp(record)} {bracketed:7} {record.name}: {record.getMessage().translate(_ESCAPES)}"]
+        if record.exc_info:
+            # Indented, so that no line of a trace can pass for a record of its own.
+            lines += ["    " + line.translate(_ESCAPES) for line in self.formatException(record.exc_info).splitlines()]
+        return "\n".join(lines)
 
 
 class JSONFormatter(logging.Formatter):

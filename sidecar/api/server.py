@@ -19,6 +19,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from sidecar.api import envelopes, json_codec, paths
+from sidecar.api.connection import Server
 from sidecar.request.types import HttpRequest, HttpResponse
 
 log = logging.getLogger("http")
@@ -41,6 +42,7 @@ class ServerLimits:
     body_timeout_s: float = 60.0
     request_timeout_s: float = 90.0
     idle_timeout_s: float = 75.0
+    connections_max: int = 4096
     require_request_header: bool = False
 
 
@@ -92,12 +94,11 @@ class ApiServer:
 
     async def _started(self) -> web.ServerRunner:
         if self._runner is None:
-            server = web.Server(
+            server = Server(
                 self._serve,
+                connections_max=self._limits.connections_max,
                 access_log=None,
                 logger=log,
-                # A compressed body is not inflated: a small one could unpack to gigabytes.
-                auto_decompress=False,
                 keepalive_timeout=self._limits.idle_timeout_s,
                 max_line_size=self._limits.line_bytes_max,
                 max_field_size=self._limits.field_bytes_max,

@@ -107,25 +107,27 @@ class Call:
 
     def client(self, *, token: str | None = None, wrap_ttl: str = "") -> Client:
         """A client as flags and environment describe it; ``token`` None takes the user's, "" sends none."""
-        from sidecar.cli.client import Client, ClientOptions
+        from sidecar.cli.client import Client, ClientOptions, LocalError
 
         skip_verify = self.values.text("tls-skip-verify") or self.setting("SKIP_VERIFY")
-        return Client(
-            ClientOptions(
-                address=self.option("address", "ADDR", DEFAULT_ADDRESS),
-                token=self.token() if token is None else token,
-                namespace=self.option("namespace", "NAMESPACE"),
-                ca_file=self.option("ca-cert", "CACERT"),
-                ca_path=self.option("ca-path", "CAPATH"),
-                client_cert=self.option("client-cert", "CLIENT_CERT"),
-                client_key=self.option("client-key", "CLIENT_KEY"),
-                tls_server_name=self.option("tls-server-name", "TLS_SERVER_NAME"),
-                tls_skip_verify=skip_verify.lower() in ("1", "t", "true"),
-                timeout_s=self._number("CLIENT_TIMEOUT", 60.0),
-                retries_max=int(self._number("MAX_RETRIES", 2)),
-                wrap_ttl=self.option("wrap-ttl", "WRAP_TTL", wrap_ttl),
-            )
+        options = ClientOptions(
+            address=self.option("address", "ADDR", DEFAULT_ADDRESS),
+            token=self.token() if token is None else token,
+            namespace=self.option("namespace", "NAMESPACE"),
+            ca_file=self.option("ca-cert", "CACERT"),
+            ca_path=self.option("ca-path", "CAPATH"),
+            client_cert=self.option("client-cert", "CLIENT_CERT"),
+            client_key=self.option("client-key", "CLIENT_KEY"),
+            tls_server_name=self.option("tls-server-name", "TLS_SERVER_NAME"),
+            tls_skip_verify=skip_verify.lower() in ("1", "t", "true"),
+            timeout_s=self._number("CLIENT_TIMEOUT", 60.0),
+            retries_max=int(self._number("MAX_RETRIES", 2)),
+            wrap_ttl=self.option("wrap-ttl", "WRAP_TTL", wrap_ttl),
         )
+        try:
+            return Client(options)
+        except LocalError as error:
+            raise UsageError(str(error)) from error
 
     def path(self, number: int = 0, what: str = "PATH") -> str:
         """An argument that is a path, without slashes around it."""

@@ -90,7 +90,7 @@ def _show_version_1(call: Call, reply: Reply) -> int:
 
 def _versioned_text(path: str, data: dict[str, Any] | None, metadata: dict[str, Any]) -> str:
     sections = [
-        f"{output.title('Secret Path', [path])}\n{path}",
+        f"{output.heading('Secret Path', len(path))}\n{path}",
         f"{output.title('Metadata', list(metadata))}\n{output.pairs(sorted(metadata.items()))}",
     ]
     if data is not None:

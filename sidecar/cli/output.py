@@ -48,11 +48,16 @@ def pairs(rows: Sequence[Row]) -> str:
     return table(("Key", "Value"), rows)
 
 
-def title(text: str, keys: Sequence[str]) -> str:
-    """A centred heading over a table of pairs with these keys."""
-    signs = max((max(map(len, keys), default=0) + GAP + len("value")) - (len(text) + 2), 0) or 4
-    side = "=" * ((signs + 1) // 2)
+def heading(text: str, width: int) -> str:
+    """A heading centred over ``width`` columns, in equal signs of which at least two are on either side."""
+    signs = width - (len(text) + 2)
+    side = "=" * ((signs + 1) // 2 if signs > 0 else 2)
     return f"{side} {text} {side}"
+
+
+def title(text: str, keys: Sequence[str]) -> str:
+    """A heading over a table of pairs with these keys; the values' widths do not count, as in Vault."""
+    return heading(text, max(map(len, keys), default=0) + GAP + len("Value"))
 
 
 def encode(value: Any, form: str) -> str:

@@ -11,6 +11,7 @@ import binascii
 import hmac
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, reduce
 
 from plugin_api.errors import InvalidRequest
 
@@ -24,6 +25,7 @@ class InvalidShares(ValueError):
     """The shares cannot be combined: too few, of unequal length, or two for one x."""
 
 
+@lru_cache(maxsize=8)
 def _repeat(byte: int, length: int) -> int:
     return int.from_bytes(bytes([byte]) * length, "big")
 
@@ -40,7 +42,12 @@ def _scale(packed: int, factor: int, length: int) -> int:
 
 
 def _multiply(left: int, right: int) -> int:
-    return _scale(left, right, 1)
+    product = 0
+    for _ in range(8):
+        product ^= left & -(right & 1)
+        right >>= 1
+        left = ((left & 0x7F) << 1) ^ ((left >> 7) * 0x1B)
+    return product
 
 
 def _invert(element: int) -> int:
@@ -93,14 +100,12 @@ def combine(shares: Sequence[bytes]) -> bytes:
     points = [share[-1] for share in shares]
     if 0 in points or len(set(points)) != len(points):
         raise InvalidShares("shares must have distinct coordinates other than zero")
+    product = reduce(_multiply, points)
     secret = 0
     for x, share in zip(points, shares, strict=True):
-        numerator, denominator = 1, 1
-        for other in points:
-            if other != x:
-                numerator = _multiply(numerator, other)
-                denominator = _multiply(denominator, other ^ x)
-        weight = _multiply(numerator, _invert(denominator))
+        # Lagrange at zero: the product of all other points over the product of their distances from this one.
+        distances = reduce(_multiply, (other ^ x for other in points if other != x), x)
+        weight = _multiply(product, _invert(distances))
         secret ^= _scale(int.from_bytes(share[:-1], "big"), weight, length)
     return secret.to_bytes(length, "big")
 

@@ -277,6 +277,8 @@ def secondary_identity(known: Bundle | SecondaryRole) -> PeerIdentity:
 def _reply(answer: PeerAnswer, bundle: Bundle) -> BootstrapReply:
     if answer.status != 200:
         reason = answer.body[:300].decode("utf-8", "replace")
+        if answer.status >= 500:
+            raise Unavailable(f"the primary could not complete this activation, issue a new token: {reason}")
         raise InvalidRequest(f"the primary refused this activation: {reason}")
     try:
         reply = decode(answer.body, BootstrapReply, bytes_max=BOOTSTRAP_BYTES_MAX)

@@ -21,8 +21,9 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from consul_backend.clock import Clock
+from consul_backend.errors import BackendError
 from consul_backend.position import Position
-from plugin_api.errors import InvalidRequest, PermissionDenied
+from plugin_api.errors import InvalidRequest, PermissionDenied, Unavailable
 from sidecar.replication import protocol
 from sidecar.replication.activation import BOOTSTRAP_PATH, VERSIONS, BootstrapReply, BootstrapRequest
 from sidecar.replication.channel import ChannelClosed, WebSocketChannel
@@ -169,10 +170,15 @@ class PrimaryService:
         if not version:
             raise PermissionDenied("no common protocol version: upgrade the secondary first")
         now_ms = self._clock.time_ms()
-        role = await self._change(
-            lambda newest: claim_store(newest, fingerprint, asked.set_id, asked.epoch, asked.store_id, now_ms=now_ms),
-        )
-        material = await self._callbacks.secret_material()
+        try:
+            role = await self._change(
+                lambda newest: claim_store(
+                    newest, fingerprint, asked.set_id, asked.epoch, asked.store_id, now_ms=now_ms
+                ),
+            )
+            material = await self._callbacks.secret_material()
+        except (BackendError, Unavailable) as error:
+            return web.Response(status=503, text=str(error))
         reply = BootstrapReply(
             version=version, set_id=role.set_id, epoch=role.epoch, root_key=material.root_key, keyring=material.keyring,
             seal=material.seal, api_addr=self._node.api_addr, cluster_addrs=tuple(self._node.cluster_addresses()),
@@ -196,7 +202,7 @@ class PrimaryService:
         except (PermissionDenied, InvalidRequest) as refusal:
             reason = str(refusal)
             await self._refuse(channel, reason)
-        except (ChannelClosed, ProtocolViolation, TimeoutError) as error:
+        except (ChannelClosed, ProtocolViolation, BackendError, TimeoutError) as error:
             reason = str(error) or "no hello in time"
         finally:
             await channel.close(reason)

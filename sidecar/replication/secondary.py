@@ -27,7 +27,7 @@ from sidecar.replication.roles import SecondaryRole
 from sidecar.replication.shipper import Advertised
 from sidecar.replication.states import Action, Event, Machine, Phase, step
 from sidecar.replication.status import SyncFacts, SyncProgress
-from sidecar.replication.sync import Syncer
+from sidecar.replication.sync import Syncer, SyncRefused
 from sidecar.replication.sync import SyncProgress as ExtentsProgress
 from sidecar.replication.upstream import answer_of, upward_request
 from sidecar.replication.wiring import (
@@ -186,7 +186,8 @@ class SecondaryService:
     async def _sync(self) -> Action:
         syncer = Syncer(
             self._store, self._ask_diff, self._ask_entries, on_applied=self._callbacks.on_applied,
-            gate=self._gate, on_event=self._heard, clock=self._clock,
+            gate=self._gate, on_event=self._heard, clock=self._clock, limits=self._options.limits,
+            identity=self.applier.identity,
         )
         result = await syncer.run()
         self.sync_progress = None
@@ -205,6 +206,8 @@ class SecondaryService:
             )
         except (PeerUnreachable, PeerOutcomeUnknown) as error:
             raise ChannelClosed(str(error)) from error
+        if answer.status == 403:
+            raise SyncRefused(_text(answer.body))
         if answer.status != 200:
             raise ChannelClosed(f"the primary answered {answer.status} to the diff: {_text(answer.body)}")
         return protocol.decode_diff_reply(answer.body)
@@ -215,6 +218,8 @@ class SecondaryService:
             async with client.stream(
                 FETCH_PATH, protocol.encode(request), idle_timeout_s=self._options.fetch_idle_timeout_s,
             ) as answer:
+                if answer.status == 403:
+                    raise SyncRefused("the primary refuses to send entries to this secondary")
                 if answer.status != 200:
                     raise ChannelClosed(f"the primary answered {answer.status} to the fetch")
                 async for piece in answer.pieces:

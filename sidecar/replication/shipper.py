@@ -21,6 +21,7 @@ from consul_backend.clock import Clock
 from consul_backend.errors import BackendError
 from consul_backend.limits import Limits
 from consul_backend.wal import Record
+from consul_backend.wal_reader import RecordGone
 from sidecar.replication.channel import Channel, ChannelClosed
 from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello
 from sidecar.replication.intake import REPLICATED
@@ -39,7 +40,7 @@ from sidecar.replication.protocol import (
     encode,
     is_none,
 )
-from sidecar.replication.store_view import PrimaryStore, RecordGone
+from sidecar.replication.store_view import PrimaryStore
 
 log = logging.getLogger("replication.shipper")
 

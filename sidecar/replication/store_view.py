@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from consul_backend.errors import BackendError
 from consul_backend.position import Position
 from consul_backend.wal import Record, Write
-
-
-class RecordGone(BackendError):
-    """placeholder"""
 
 
 class Head(Protocol):

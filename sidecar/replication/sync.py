@@ -26,6 +26,7 @@ from consul_backend.errors import BackendError, TooLarge
 from consul_backend.limits import Limits
 from consul_backend.position import Position
 from consul_backend.wal import Write
+from consul_backend.wal_reader import RecordGone
 from sidecar.replication.channel import ChannelClosed
 from sidecar.replication.committer import commit, stored_position
 from sidecar.replication.diff import Differences, SyncPlan, compare, diff_request, differing_entries
@@ -54,7 +55,7 @@ from sidecar.replication.protocol import (
 )
 from sidecar.replication.shipper import frames_of
 from sidecar.replication.states import Event
-from sidecar.replication.store_view import PrimaryStore, RecordGone, SecondaryStore
+from sidecar.replication.store_view import PrimaryStore, SecondaryStore
 
 log = logging.getLogger("replication.sync")
 

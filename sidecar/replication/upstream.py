@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from multidict import CIMultiDict
 
 from sidecar.replication.wiring import AuthLike, ForwardAnswer, RequestLike
-from sidecar.transport.forwarding import ForwardedIdentity, ForwardRequest, ForwardResponse
+from sidecar.transport.forwarding import ForwardedIdentity, ForwardRequest, ForwardResponse, header_pairs
 from sidecar.transport.trail import UPWARD, extend, trail_of
 
 STALL_WARNING = (
@@ -30,7 +30,7 @@ HOP_BY_HOP = frozenset({
 
 def travelling(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """The headers that go over a hop."""
-    return [(name, value) for name, value in headers if name.lower() not in HOP_BY_HOP]
+    return header_pairs((name, value) for name, value in headers if name.lower() not in HOP_BY_HOP)
 
 
 def upward_request(request: RequestLike, auth: AuthLike, cluster_id: str) -> ForwardRequest:

@@ -8,6 +8,7 @@ after a lost answer the outcome is unknown and stays so.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
@@ -108,6 +109,11 @@ class ForwardOutcomeUnknown(Exception):
 
 _T = TypeVar("_T")
 _encoder = msgspec.msgpack.Encoder()
+
+
+def header_pairs(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Headers as a message carries them: multidict's names are a subclass of str, which msgpack refuses."""
+    return [(str(name), value) for name, value in headers]
 
 
 def encode(message: msgspec.Struct) -> bytes:

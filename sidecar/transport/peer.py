@@ -184,6 +184,8 @@ def describe(error: BaseException) -> str:
     """A short cause without addresses or certificate contents."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return "the server's certificate is not of the expected authority or name"
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "it ended the connection without an answer, as it does for a certificate that is revoked or unknown to it"
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         return "the TLS handshake was refused"
     if isinstance(error, aiohttp.ClientConnectorError):

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from consul_backend.catalog import Registration
 from consul_backend.config import ConsulConfig
-from sidecar.mesh.registration import Intervals, ServiceRegistration
+from sidecar.mesh.registration import ServiceRegistration
 from tests.support.consul_server import ConsulServer
 
 PORT = 8200
@@ -32,7 +31,7 @@ async def registered(server: ConsulServer, *, check_ttl_s: float = 5.0) -> Async
 
 
 async def instances(server: ConsulServer, query: str = "") -> list[dict[str, Any]]:
-    answer = await asyncio.to_thread(server.call, "GET", f"/v1/health/service/outrider?{query}")
+    answer = await asyncio.to_thread(server.call, "GET", f"health/service/outrider?{query}")
     found: list[dict[str, Any]] = answer.json
     return found
 
@@ -42,9 +41,7 @@ async def until(server: ConsulServer, condition: Callable[[list[dict[str, Any]]]
     started = time.monotonic()
     index = 0
     while True:
-        answer = await asyncio.to_thread(
-            server.call, "GET", f"/v1/health/service/outrider?{query}&index={index}&wait=1s"
-        )
+        answer = await asyncio.to_thread(server.call, "GET", f"health/service/outrider?{query}&index={index}&wait=1s")
         if condition(answer.json):
             return time.monotonic() - started
         index = int(answer.headers.get("x-consul-index", "0"))
@@ -77,24 +74,17 @@ async def test_an_entry_that_an_operator_removed_comes_back(consul_server: Consu
     async with registered(consul_server, check_ttl_s=0.4) as registration:
         await registration.update(sealed=False)
         await until(consul_server, lambda found: bool(found), "passing")
-        path = f"/v1/agent/service/deregister/outrider:127.0.0.1:{PORT}"
+        path = f"agent/service/deregister/outrider:127.0.0.1:{PORT}"
         await asyncio.to_thread(consul_server.call, "PUT", path)
         await until(consul_server, lambda found: bool(found), "passing")
         await until(consul_server, lambda found: tags_of(found) == {"standby", "initialized"})
 
 
 async def test_a_node_that_hangs_stops_passing(consul_server: ConsulServer) -> None:
-    config = ConsulConfig(address=consul_server.address, token=consul_server.token)
-    entry = Registration(
-        config, service="outrider", id=f"outrider:127.0.0.1:{PORT}", address="127.0.0.1", port=PORT, check_ttl_s=0.3
-    )
-    intervals = Intervals(check_s=0.1)
-    registration = ServiceRegistration(entry, intervals=intervals)
-    task = asyncio.create_task(registration.run())
-    await registration.update(sealed=False)
-    await until(consul_server, lambda found: bool(found), "passing")
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert await until(consul_server, lambda found: found == [], "passing") < 5
-    await registration.close()
+    async with registered(consul_server, check_ttl_s=0.4) as registration:
+        await registration.update(sealed=False)
+        await until(consul_server, lambda found: bool(found), "passing")
+        # What holds this lock never lets the next push through: the node is stuck, its entry is not.
+        async with registration._pushing:
+            assert await until(consul_server, lambda found: found == [], "passing") < 5
+        await until(consul_server, lambda found: bool(found), "passing")

@@ -98,6 +98,7 @@ class Node:
     settings: str = ""
     api_port: int = field(default_factory=free_port)
     cluster_port: int = field(default_factory=free_port)
+    advertised_cluster_port: int = 0
     environment: dict[str, str] = field(default_factory=dict, repr=False)
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
@@ -107,7 +108,8 @@ class Node:
 
     @property
     def cluster_address(self) -> str:
-        return f"https://127.0.0.1:{self.cluster_port}"
+        """What peers are told: the node's own port, or a proxy's in front of it."""
+        return f"https://127.0.0.1:{self.advertised_cluster_port or self.cluster_port}"
 
     @property
     def config_path(self) -> Path:
@@ -311,6 +313,61 @@ def ready(node: Node) -> bool:
     if reply is None or reply.status not in (200, 429):
         return False
     return reply.status == 200 or bool(node.call("GET", "sys/leader").body.get("leader_address"))
+
+
+def performance(node: Node) -> dict[str, Any]:
+    """The performance half of sys/replication/status; empty while the node cannot tell."""
+    try:
+        reply = node.call("GET", "sys/replication/status", timeout_s=5)
+    except OSError:
+        return {}
+    return dict(reply.data["performance"]) if reply.status == 200 else {}
+
+
+def in_step(primary: Node, secondary: Node) -> bool:
+    """Whether the secondary streams and both roots are equal."""
+    ours, theirs = performance(primary), performance(secondary)
+    if theirs.get("state") != "stream-wals" or not ours.get("merkle_root"):
+        return False
+    return bool(ours["merkle_root"] == theirs.get("merkle_root"))
+
+
+def activation_token(primary: Cluster, secondary_id: str, **parameters: Any) -> str:
+    """A new activation token. Raises ClusterError."""
+    reply = primary.call(
+        "POST", "sys/replication/performance/primary/secondary-token", {"id": secondary_id, **parameters}
+    )
+    if reply.status != 200:
+        raise ClusterError(f"secondary-token answered {reply.status}: {reply.errors}")
+    return str(reply.body["wrap_info"]["token"])
+
+
+def replicate(primary: Cluster, secondary: Cluster, secondary_id: str = "eu-west") -> None:
+    """Make ``secondary`` a performance secondary and wait until both roots are equal."""
+    if performance(primary.wait_active()).get("mode") != "primary":
+        enabled = primary.call("POST", "sys/replication/performance/primary/enable", {})
+        if enabled.status != 200:
+            raise ClusterError(f"primary/enable answered {enabled.status}: {enabled.errors}")
+    token = activation_token(primary, secondary_id)
+    reply = secondary.call("POST", "sys/replication/performance/secondary/enable", {"token": token})
+    if reply.status != 200:
+        raise ClusterError(f"secondary/enable answered {reply.status}: {reply.errors}")
+    secondary.keys = primary.keys
+    wait_in_step(primary, secondary)
+
+
+def wait_in_step(primary: Cluster, secondary: Cluster, timeout_s: float = 30.0) -> None:
+    """Wait until the secondary streams with the primary's root. Raises ClusterError with both statuses."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        ours, theirs = primary.active(), secondary.active()
+        if ours and theirs and in_step(ours, theirs):
+            return
+        if time.monotonic() > deadline:
+            tails = "\n".join(f"--- {node.name}\n{node.log_tail()}" for node in (*primary.nodes, *secondary.nodes))
+            states = [performance(node) if node else None for node in (ours, theirs)]
+            raise ClusterError(f"not in step within {timeout_s:.0f} s: {states}\n{tails}")
+        time.sleep(0.05)
 
 
 def embedded_storage(directory: Path) -> str:

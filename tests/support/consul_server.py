@@ -1,4 +1,4 @@
-"""A real Consul for tests, the demo and the benchmarks: one server, on disk, ACL default deny, on free loopback ports."""
+"""A real Consul for tests, demo and benchmarks: one server, on disk, ACL default deny, on free loopback ports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -20,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.consul_binary import NoConsul, obtain_consul
+
 ROOT = Path(__file__).resolve().parents[2]
 POLICY_FILE = ROOT / "deploy" / "nomad" / "consul-acl-policy.hcl"
 START_TIMEOUT_S = 30.0
 STARTS_MAX = 3
 IMAGE = os.environ.get("OUTRIDER_TEST_CONSUL_IMAGE", "hashicorp/consul:1.22")
 
-sys.path.insert(0, str(ROOT / "scripts"))
-from consul_binary import NoConsul, obtain_consul  # noqa: E402 - scripts is no package
 
 
 class ConsulFailed(Exception):
@@ -49,7 +48,7 @@ class RawAnswer:
 
 
 class ConsulServer:
-    """``start`` it, then use ``address`` (``host:port``) with ``token``, which has exactly the rights of the policy file.
+    """``start`` it, then use ``address`` (``host:port``) with ``token``, which has the rights of the policy file only.
 
     ``settings`` are merged into the agent's configuration. Data survive ``kill`` and ``restart``, not ``stop``.
     """

@@ -9,8 +9,8 @@ from consul_backend.errors import TooLarge
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.position import Position
 from consul_backend.wal import GENESIS_PREV, Head, Record, Write
+from consul_backend.wal_reader import RecordGone
 from sidecar.replication.channel import ChannelClosed
-from sidecar.replication.store_view import RecordGone
 
 
 class FakeClock:

@@ -143,7 +143,7 @@ def test_every_error_says_where_and_what(text, line, col, reason):
 
 
 def test_an_error_never_repeats_a_value():
-    for text in ('token = "s3cret', 'token = "s3cret" "', 'token = ["s3cret" "s3cret"]', "token = s3cret", '{"t":"s3cret}'):
+    for text in ('t = "s3cret', 't = "s3cret" "', 't = ["s3cret" "s3cret"]', "t = s3cret", '{"t":"s3cret}'):
         with pytest.raises(HCLError) as caught:
             hcl.parse_any(text)
         assert "s3cret" not in str(caught.value)
@@ -170,7 +170,7 @@ def test_json_lists_of_bodies_under_one_label_repeat_the_block():
 
 
 def test_json_policy():
-    text = '{"path": {"secret/*": {"capabilities": ["read"], "allowed_parameters": {"a": []}}, "x": {"policy": "deny"}}}'
+    text = '{"path": {"secret/*": {"capabilities": ["read"], "allowed_parameters": {"a": []}}, "x": {"policy": "d"}}}'
     body = hcl.parse_any("  \n" + text)
     assert [block.labels for block in body.blocks] == [("secret/*",), ("x",)]
     assert body.blocks[0].body.attributes["allowed_parameters"].value == {"a": []}
@@ -207,7 +207,11 @@ def test_json_errors(text, line, col, reason):
 
 
 scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(-(10**15), 10**15), st.floats(allow_nan=False, allow_infinity=False), st.text()
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**15), 10**15),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(),
 )
 documents = st.dictionaries(
     st.text(), st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12)
@@ -217,7 +221,7 @@ documents = st.dictionaries(
 @given(documents, st.booleans())
 def test_json_agrees_with_the_standard_library(document, ascii_only):
     text = json.dumps(document, ensure_ascii=ascii_only)
-    wrapped = hcl.parse_json('{"v": [0, %s]}' % text)  # the leading number keeps it an attribute
+    wrapped = hcl.parse_json(f'{{"v": [0, {text}]}}')  # the leading number keeps it an attribute
     assert wrapped.attributes["v"].value == [0, document]
 
 
@@ -229,15 +233,20 @@ pieces = st.sampled_from(
 )  # fmt: skip
 
 
+def error_of(parse, text: str) -> HCLError | None:
+    try:
+        parse(text)
+    except HCLError as error:
+        return error
+    return None
+
+
 @settings(max_examples=400)
 @given(st.one_of(st.text(), st.lists(pieces, max_size=60).map("".join)))
 def test_any_text_parses_or_raises_hclerror(text):
     for parse in (hcl.parse, hcl.parse_json, hcl.parse_any):
-        try:
-            parse(text)
-        except HCLError as error:
-            assert 1 <= error.line <= text.count("\n") + 1
-            assert error.col >= 1
+        error = error_of(parse, text)
+        assert error is None or (1 <= error.line <= text.count("\n") + 1 and error.col >= 1)
 
 
 SAMPLE = """
@@ -255,15 +264,12 @@ map = { a = 1, "b" = "\\u00e9" }
 
 @given(st.integers(0, len(SAMPLE) - 1), st.one_of(st.just(""), pieces))
 def test_a_damaged_file_parses_or_raises_hclerror(at, replacement):
-    try:
-        hcl.parse(SAMPLE[:at] + replacement + SAMPLE[at + 1 :])
-    except HCLError:
-        pass
+    error_of(hcl.parse, SAMPLE[:at] + replacement + SAMPLE[at + 1 :])
 
 
 # --- the independent parser, where HCL 1 and 2 agree --------------------------------------------------------------
 
-names = st.from_regex(re.compile(r"[a-z][a-z_]{0,8}"), fullmatch=True).filter(lambda n: n not in ("true", "false", "null"))
+names = st.from_regex(re.compile(r"[a-z][a-z_]{0,8}"), fullmatch=True).map(lambda name: f"n{name}")
 letters = st.text(st.characters(whitelist_categories=("L", "N", "Zs"), whitelist_characters="./-_*+:"), max_size=12)
 common_scalars = st.one_of(st.booleans(), st.integers(0, 10**9), letters.map(lambda text: text.strip()))
 common_values = st.one_of(common_scalars, st.lists(common_scalars, max_size=4))
@@ -283,7 +289,8 @@ def test_python_hcl2_reads_the_same(file):
     text = render(attributes) + "".join(
         f'{kind} "{label}" {{\n{render(body, "  ")}}}\n' for kind, label, body in blocks
     )
-    theirs = hcl2.loads(text, serialization_options=SerializationOptions(strip_string_quotes=True, explicit_blocks=False))
+    options = SerializationOptions(strip_string_quotes=True, explicit_blocks=False)
+    theirs = hcl2.loads(text, serialization_options=options)
     ours: dict = {name: attribute.value for name, attribute in hcl.parse(text).attributes.items()}
     for block in hcl.parse(text).blocks:
         inner = {name: attribute.value for name, attribute in block.body.attributes.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 
@@ -39,8 +40,7 @@ def model_is_pattern(path: str) -> bool:
 
 def first_wildcard(path: str) -> int:
     places = [place for place, char in enumerate(path) if char == "*"]
-    for match in re.finditer(r"(?:^|(?<=/))\+(?=/|$)", path):
-        places.append(match.start())
+    places += [match.start() for match in re.finditer(r"(?:^|(?<=/))\+(?=/|$)", path)]
     return min(places)
 
 
@@ -67,7 +67,7 @@ def model_capabilities(rules: list[tuple[str, frozenset[str]]], path: str) -> fr
         best = path
     else:
         compare = functools.cmp_to_key(lambda one, two: -1 if lower_priority(one, two) else 1)
-        best = sorted(matching, key=compare)[-1]
+        best = max(matching, key=compare)
     granted = frozenset().union(*(capabilities for pattern, capabilities in rules if pattern == best))
     return frozenset() if "deny" in granted else granted
 
@@ -83,7 +83,9 @@ PATHS = st.lists(st.sampled_from(["a", "b", "ab", "abb"]), min_size=1, max_size=
 @settings(max_examples=400, deadline=None)
 @given(RULES, st.integers(0, 6), PATHS, st.sampled_from([Operation.READ, Operation.CREATE, Operation.DELETE]))
 def test_against_the_model(rules: list[tuple[str, frozenset[str]]], cut: int, path: str, operation: Operation):
-    halves = ["".join(rule(pattern, *sorted(granted)) for pattern, granted in half) for half in (rules[:cut], rules[cut:])]
+    halves = [
+        "".join(rule(pattern, *sorted(granted)) for pattern, granted in half) for half in (rules[:cut], rules[cut:])
+    ]
     subject = acl(*halves)
     expected = model_capabilities(rules, path)
     assert subject.check(path, operation).allowed == (operation.value in (expected or ()))
@@ -293,10 +295,8 @@ def test_text_that_is_refused(text: str):
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=80) | st.text('path "ab+*/" {}=[]\\,capabilities', max_size=80))
 def test_no_text_breaks_the_parser(text: str):
-    try:
+    with contextlib.suppress(InvalidRequest):
         Policy.parse("x", text)
-    except InvalidRequest as error:
-        assert str(error).startswith("failed to parse policy")
 
 
 def test_a_template_without_an_identity_matches_nothing():

@@ -81,7 +81,7 @@ async def test_lookups_of_a_known_token_read_nothing():
 
 
 async def test_the_cache_is_bounded_and_exact():
-    store, sealed, now, tokens = await make(cache_max=3)
+    _, sealed, now, tokens = await make(cache_max=3)
     issued = [await tokens.create(CreateToken(policies=[f"p{number}"])) for number in range(6)]
     assert len(tokens._cache) == 3
     for each in issued:
@@ -114,6 +114,33 @@ async def test_a_read_that_overlaps_a_change_does_not_enter_the_cache():
     assert await task is not None
     assert len(reader._cache) == 0
     assert len(reader._loading) == 0
+
+
+async def test_a_read_during_a_commit_does_not_undo_it_in_the_cache():
+    store, _, _, tokens = await make(cache_max=1)
+    issued = await tokens.create(CreateToken(policies=["a"], ttl_s=100))
+    get, commit, applied = store.get, store.commit, asyncio.Event()
+    reading, old = asyncio.Event(), None
+
+    async def slow_get(key: str) -> bytes | None:
+        value = store.data.get(key)
+        reading.set()
+        await applied.wait()
+        return value
+
+    async def slow_commit(writes: list[Write]):
+        nonlocal old
+        store.get = slow_get
+        old = asyncio.create_task(tokens.lookup(issued.token))
+        await reading.wait()
+        store.get = get
+        return await commit(writes)
+
+    store.commit = slow_commit
+    renewed = await tokens.renew(issued.token, 500)
+    applied.set()
+    assert await old == issued.entry, "the read began before the renewal was durable"
+    assert await tokens.lookup(issued.token) == renewed.entry
 
 
 async def test_expired_tokens_are_gone_at_once_and_swept_later():
@@ -185,7 +212,7 @@ async def test_uses_are_counted_across_concurrent_requests():
 
 
 async def test_a_spent_token_that_nobody_finished_is_removed():
-    store, sealed, now, tokens = await make()
+    store, _, now, tokens = await make()
     for _ in range(2):
         issued = await tokens.create(CreateToken(policies=["a"], num_uses=1))
         assert (await tokens.use(issued.token)).spent
@@ -313,7 +340,7 @@ def test_no_renewal_makes_a_token_immortal(
     [
         ({"ttl_s": -1}, "must not be negative"),
         ({"num_uses": -1}, "must not be negative"),
-        ({"type": "robot"}, "invalid \"token_type\" value"),
+        ({"type": "robot"}, 'invalid "token_type" value'),
         ({"id": "a.b"}, "cannot have a '.'"),
         ({"id": ""}, "cannot have a '.'"),
         ({"type": "batch", "id": "x"}, "batch tokens cannot have a custom ID"),
@@ -452,18 +479,39 @@ async def test_revoking_without_the_children():
 
 
 async def test_no_child_outlives_a_concurrent_revocation():
-    for _ in range(20):
-        store, _, _, tokens = await make()
-        parent = await tokens.create(CreateToken(policies=["a"]))
+    store, _, _, tokens = await make()
+    parent = await tokens.create(CreateToken(policies=["a"]))
+    late = CreateToken(policies=["a"], parent=parent.entry)
+    commit, begun, release = store.commit, asyncio.Event(), asyncio.Event()
 
-        async def child(tokens: TokenStore = tokens, parent: TokenEntry = parent.entry) -> None:
-            try:
-                await tokens.create(CreateToken(policies=["a"], parent=parent))
-            except PermissionDenied as error:
-                assert str(error) == "parent token lookup failed"
+    async def slow(writes: list[Write]):
+        begun.set()
+        await release.wait()
+        return await commit(writes)
 
-        await asyncio.gather(*(child() for _ in range(5)), tokens.revoke(parent.token), *(child() for _ in range(5)))
-        assert left(store) == []
+    store.commit = slow
+    creation = asyncio.create_task(tokens.create(late))
+    await begun.wait()
+    store.commit = commit
+    revocation = asyncio.create_task(tokens.revoke(parent.token))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    release.set()
+    child = await creation
+    await revocation
+    assert await tokens.lookup(child.token) is None
+    assert left(store) == []
+    with pytest.raises(PermissionDenied, match="parent token lookup failed"):
+        await tokens.create(late)
+
+
+async def test_creations_and_a_revocation_at_once():
+    store, _, _, tokens = await make()
+    parent = await tokens.create(CreateToken(policies=["a"]))
+    calls = [tokens.create(CreateToken(policies=["a"], parent=parent.entry)) for _ in range(10)]
+    calls.insert(5, tokens.revoke(parent.token))
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert left(store) == []
 
 
 async def test_cubbyholes_are_apart():
@@ -478,7 +526,7 @@ async def test_cubbyholes_are_apart():
 
 
 async def test_batch_tokens_are_not_stored():
-    store, sealed, now, tokens = await make()
+    store, _, now, tokens = await make()
     parent = await tokens.create(CreateToken(policies=["a"]))
     before = len(store.commits)
     orphan = await tokens.create(CreateToken(policies=["a"], type="batch", ttl_s=60))
@@ -501,7 +549,7 @@ async def test_batch_tokens_are_not_stored():
 
 
 async def test_batch_tokens_on_the_other_clusters_of_a_set():
-    _, sealed, now, primary = await make()
+    _, _, now, primary = await make()
     shared = await primary.create(CreateToken(policies=["a"], type="batch"))
     # Another cluster: the same replicated ring, a local ring and a store of its own.
     barrier = make_sealed()[1].barrier
@@ -524,10 +572,18 @@ async def test_run_survives_a_store_that_cannot_write(monkeypatch: pytest.Monkey
     await tokens.create(CreateToken(policies=["a"], ttl_s=60))
     now.advance(180)
     store.fail = Unavailable("not now")
+    commit, tidy = store.commit, asyncio.Event()
+
+    async def watched(writes: list[Write]):
+        head = await commit(writes)
+        if not left(store):
+            tidy.set()
+        return head
+
+    store.commit = watched
     task = asyncio.create_task(tokens.run())
     async with asyncio.timeout(5):
-        while left(store):
-            await asyncio.sleep(0)
+        await tidy.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

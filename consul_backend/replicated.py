@@ -1,0 +1,377 @@
+"""The replicated store of one tenure: committed entries, their log and their index.
+
+Invariants while a :class:`ReplicatedStore` lives:
+
+* ``head``, ``forest``, ``positions`` and the cache change together, once per commit, between two awaits.
+* A key exists exactly when the index has it; a value is served only if it has the digest that the index has.
+* A value is served only under the read lease, tested again after the value was read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from consul_backend.batching import Prepared
+from consul_backend.clock import Clock
+from consul_backend.errors import ForeignWrite
+from consul_backend.failpoint import failpoint
+from consul_backend.generation import drop_generation, genesis, physical_key, read_entry
+from consul_backend.group_commit import CommitOptions, Committed, GroupCommit
+from consul_backend.keys import decode_segment, encode_partition, encode_path
+from consul_backend.merkle import Forest, entry_digest
+from consul_backend.merkle_flush import Flusher, FlushView
+from consul_backend.physical import PhysicalStore
+from consul_backend.position import Position
+from consul_backend.read_lease import ReadLease
+from consul_backend.recovery import Recovered, recover
+from consul_backend.retention import HARD_FACTOR, Collector, RetentionFacts, keep_from
+from consul_backend.tenure import Tenure
+from consul_backend.value_cache import ValueCache
+from consul_backend.wal import CorruptRecord, Head, Record, Write
+from consul_backend.wal_reader import RecordGone, RecordRing, read_stored
+
+__all__ = [
+    "Head",
+    "ReplicatedStore",
+    "StoreOptions",
+    "Tenure",
+    "Write",
+    "drop_generation",
+    "genesis",
+    "physical_key",
+    "read_entry",
+]
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """Bounds of one node's store. ``segment_records`` must stay what the generation began with (recovery checks)."""
+
+    cache_bytes_max: int = 64 * _MIB
+    queue_batches_max: int = 4096
+    queue_bytes_max: int = 64 * _MIB
+    ring_records_max: int = 4096
+    ring_bytes_max: int = 32 * _MIB
+    wal_keep_records: int = 16_384
+    wal_keep_bytes: int = 256 * _MIB
+    segment_records: int = 512
+    flush_interval_s: float = 1.0
+    flush_extents_per_s: float = 64.0
+    collect_interval_s: float = 5.0
+    resolve_timeout_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.segment_records < 2:
+            raise ValueError("a segment of the log has at least two records")
+
+
+class ReplicatedStore:
+    """Made by :meth:`recover`; serves while :meth:`run` runs."""
+
+    def __init__(
+        self,
+        physical: PhysicalStore,
+        generation: str,
+        tenure: Tenure,
+        options: StoreOptions,
+        recovered: Recovered,
+        *,
+        clock: Clock,
+        lease: ReadLease,
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        self.generation = generation
+        self.tenure = tenure
+        self.forest: Forest = recovered.forest
+        self.head: Head = recovered.tip.head
+        self.positions: Mapping[str, Position] = recovered.tip.record.header.positions
+        self.oldest_index = recovered.oldest_index
+        self._physical = physical
+        self._options = options
+        self._lease = lease
+        self._table = recovered.table
+        self._segment_bytes = recovered.segment_bytes
+        self._recovered_case, self._redone = recovered.case, recovered.redone
+        self._cache = ValueCache(options.cache_bytes_max)
+        self._ring = RecordRing(options.ring_records_max, options.ring_bytes_max)
+        for record in recovered.recent:
+            self._ring.append(record)
+        self._holds: dict[str, int] = {}
+        self._advanced = asyncio.Event()
+        self._foreign_writes = 0
+        commit_options = CommitOptions(
+            options.queue_batches_max, options.queue_bytes_max, options.resolve_timeout_s, options.segment_records
+        )
+        self._group_commit = GroupCommit(
+            physical,
+            generation,
+            tenure,
+            recovered.tip,
+            commit_options,
+            clock=clock,
+            lease=lease,
+            random_bytes=random_bytes,
+            on_commit=self._on_commit,
+        )
+        self._flusher = Flusher(
+            physical,
+            generation,
+            tenure,
+            self.forest,
+            self._table,
+            view=lambda: FlushView(self.head, self.positions, self._segment_bytes),
+            checkpoint=recovered.checkpoint,
+            checkpoint_index=recovered.checkpoint_index,
+            interval_s=options.flush_interval_s,
+            extents_per_s=options.flush_extents_per_s,
+        )
+        self._collector = Collector(
+            physical,
+            generation,
+            tenure,
+            facts=self._retention_facts,
+            gone=self._segment_gone,
+            interval_s=options.collect_interval_s,
+        )
+
+    @classmethod
+    async def recover(
+        cls,
+        physical: PhysicalStore,
+        generation: str,
+        tenure: Tenure,
+        options: StoreOptions,
+        *,
+        clock: Clock,
+        lease: ReadLease,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> ReplicatedStore:
+        """Recover a generation and commit the tenure record. The caller holds the lock as ``tenure``.
+
+        Raises Corrupt, FenceLost, StoreWentBack, SentinelMissing, OutcomeUnknown, Unavailable, PermissionDenied.
+        """
+        recovered = await recover(physical, generation, tenure, options.segment_records)
+        store = cls(
+            physical, generation, tenure, options, recovered, clock=clock, lease=lease, random_bytes=random_bytes
+        )
+        failpoint("recovery:before-tenure")
+        await store._group_commit.begin()
+        failpoint("recovery:after-tenure")
+        return store
+
+    async def run(self) -> None:
+        """Commit, flush and collect until cancelled. Raises (in an exception group) FenceLost, StoreWentBack,
+        SentinelMissing, OutcomeUnknown, Corrupt: whichever it is, this tenure is over."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._group_commit.run(), name="commit")
+            tasks.create_task(self._flusher.run(), name="flush index")
+            tasks.create_task(self._collector.run(), name="collect log")
+
+    # -- reading
+
+    async def get(self, key: str) -> bytes | None:
+        """The value of a key, or None when it does not exist.
+
+        Raises ValueError (malformed key), FenceLost, Unavailable, PermissionDenied; ForeignWrite when the stored value
+        is none that this cluster wrote.
+        """
+        where = physical_key(self.generation, key)
+        while True:
+            await self._lease.ensure()
+            value = self._cache.get(key)
+            if value is not None:
+                return value
+            digest = self.forest.digest_of(key)
+            if digest is None:
+                return None
+            value = await self._read(key, where)
+            if value is not None:
+                self._cache.put(key, value)
+            if self._lease.valid():
+                return value
+
+    async def _read(self, key: str, where: str) -> bytes | None:
+        """The stored value that has the index's digest; None when the key is gone from the index meanwhile."""
+        consistent = False
+        while True:
+            before = self.forest.digest_of(key)
+            item = await self._physical.get(where, consistent=consistent)
+            digest = self.forest.digest_of(key)
+            if digest is None:
+                return None
+            if item is not None and entry_digest(key, item.value) == digest:
+                return item.value
+            if await self._group_commit.settled(lambda entries: key in entries) or digest != before:
+                continue
+            if consistent and self._lease.valid():
+                # With the lease valid after the read, no successor of ours can have written it.
+                self._foreign_writes += 1
+                raise ForeignWrite(f"the stored value of {_public_name(key)} is not what the index says")
+            await self._lease.ensure()
+            consistent = True
+
+    # -- writing
+
+    async def commit(self, writes: Sequence[Write], *, positions: Mapping[str, Position] | None = None) -> Head:
+        """Commit ``writes`` atomically, with the newest position of a mode if given; returns the head of the record
+        that holds them. Nothing to commit returns the head as it is.
+
+        Raises ValueError, TooLarge, Overloaded, NotApplied, PermissionDenied: nothing was written; OutcomeUnknown.
+        """
+        if not writes and not positions:
+            return self.head
+        return await self._group_commit.commit(writes, positions)
+
+    def _on_commit(self, committed: Committed) -> None:
+        record = committed.record
+        index = record.header.index
+        change, mark, put = self.forest.change, self._table.mark, self._cache.put
+        entries: Mapping[str, Prepared] = committed.entries
+        for key, write in entries.items():
+            cls, partition = write.group
+            mark(cls, partition, change(cls, partition, write.path, write.digest), index)
+            put(key, write.value)
+        self.positions = record.header.positions
+        self.head = committed.head
+        self._ring.append(record)
+        segment = index // self._options.segment_records
+        self._segment_bytes[segment] = self._segment_bytes.get(segment, 0) + committed.size_bytes
+        self._advanced.set()
+        self._advanced = asyncio.Event()
+
+    # -- the log
+
+    async def wait_head(self, after: int) -> Head:
+        """The head, once its index is greater than ``after``."""
+        while self.head.index <= after:
+            await self._advanced.wait()
+        return self.head
+
+    async def records(self, start: int, limit: int, *, bytes_max: int = 4 * _MIB) -> list[Record]:
+        """Up to ``limit`` records from ``start`` on, about ``bytes_max`` bytes of them; empty beyond the head.
+
+        Raises RecordGone when ``start`` was collected, and what reading raises.
+        """
+        if start > self.head.index or limit < 1:
+            return []
+        found = self._ring.read(start, limit, bytes_max)
+        if found:
+            return found
+        if start < self.oldest_index:
+            raise RecordGone(f"record {start} was collected, the oldest is {self.oldest_index}")
+        stop = min(start + limit - 1, self.head.index)
+        segment_records = self._options.segment_records
+        try:
+            return await read_stored(self._physical, self.generation, start, stop, segment_records, bytes_max)
+        except CorruptRecord:
+            if start < self.oldest_index:
+                raise RecordGone(f"record {start} was collected, the oldest is {self.oldest_index}") from None
+            raise
+
+    def hold(self, name: str, index: int) -> None:
+        """Secondary ``name`` still needs the log from record ``index`` on (up to the hard bound)."""
+        self._holds[name] = index
+
+    def unhold(self, name: str) -> None:
+        """Secondary ``name`` needs nothing any more."""
+        self._holds.pop(name, None)
+
+    def _retention_facts(self) -> RetentionFacts:
+        options = self._options
+        return RetentionFacts(
+            oldest=self.oldest_index,
+            head=self.head.index,
+            redo_from=self._flusher.redo_from,
+            keep_records=options.wal_keep_records,
+            keep_bytes=options.wal_keep_bytes,
+            segment_records=options.segment_records,
+            sizes=self._segment_bytes,
+            holds=self._holds,
+        )
+
+    def _segment_gone(self, segment: int) -> None:
+        self.oldest_index = max(self.oldest_index, (segment + 1) * self._options.segment_records)
+        self._segment_bytes.pop(segment, None)
+
+    # -- upkeep
+
+    async def flush(self) -> None:
+        """Store everything of the index that is dirty now, regardless of the pace. For tests and orderly ends; must not
+        run beside :meth:`run`."""
+        await self._flusher.flush_all()
+
+    async def collect(self) -> int:
+        """Collect old log segments now; how many went. Must not run beside :meth:`run`."""
+        return await self._collector.collect()
+
+    def statistics(self) -> dict[str, int | float]:
+        """Counters and gauges, by the names of their metrics."""
+        counts = self._group_commit.counts
+        return {
+            "wal_head_index": self.head.index,
+            "wal_oldest_index": self.oldest_index,
+            "wal_bytes": sum(self._segment_bytes.values()),
+            "wal_keep_from": keep_from(self._retention_facts()),
+            "wal_hard_records": HARD_FACTOR * self._options.wal_keep_records,
+            "wal_segments_collected": self._collector.collected,
+            "collect_failures": self._collector.failures,
+            "commit_transactions": counts.transactions,
+            "commit_batches": counts.batches,
+            "commit_resent": counts.resent,
+            "commit_narrowed": counts.narrowed,
+            "commit_queue": self._group_commit.queued,
+            "commit_queue_peak": counts.queue_peak,
+            "cache_entries": len(self._cache),
+            "cache_bytes": self._cache.size_bytes,
+            "cache_hits": self._cache.hits,
+            "cache_misses": self._cache.misses,
+            "ring_records": len(self._ring),
+            "ring_bytes": self._ring.size_bytes,
+            "index_dirty_extents": self._table.dirty_count,
+            "index_stored_extents": self._table.count,
+            "index_extents_written": self._flusher.extents_written,
+            "index_flush_failures": self._flusher.failures,
+            "index_redo_from": self._flusher.redo_from,
+            "recovery_records_redone": self._redone,
+            "foreign_writes": self._foreign_writes,
+        }
+
+    async def list(self, prefix: str) -> list[str]:
+        """The names one level below ``prefix`` (``<class>/<partition>/`` and perhaps folders, with a slash at its end),
+        sorted; folders end in a slash. Raises as :meth:`get`."""
+        cls, partition, path = _split_prefix(prefix)
+        where = f"g/{self.generation}/d/{encode_partition(cls, partition)}/"
+        if path:
+            where += f"{encode_path(path)}/"
+        while True:
+            await self._lease.ensure()
+            if not self.forest.count(cls, partition):
+                return []
+            names = await self._physical.list(where)
+            await self._group_commit.settled(lambda entries: any(name.startswith(prefix) for name in entries))
+            if self._lease.valid():
+                return sorted(_decode_name(name) for name in names)
+
+
+def _public_name(key: str) -> str:
+    """A key's class and partition; paths may be nobody else's business."""
+    cls, partition, _ = key.split("/", 2)
+    return f"an entry of class {cls}, partition {partition}"
+
+
+def _split_prefix(prefix: str) -> tuple[str, str, str]:
+    parts = prefix.split("/", 2)
+    if len(parts) != 3 or parts[0] not in ("r", "l", "c") or not parts[1] or (parts[2] and parts[2][-1] != "/"):
+        raise ValueError(f"not a list prefix: {prefix!r}")
+    return parts[0], parts[1], parts[2].removesuffix("/")
+
+
+def _decode_name(name: str) -> str:
+    folder = name.endswith("/")
+    decoded = decode_segment(name.removesuffix("/"))
+    return f"{decoded}/" if folder else decoded

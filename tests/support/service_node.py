@@ -1,0 +1,275 @@
+"""A whole active node without cluster, store or disk: Service and Front behind a real HTTP server on loopback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import aiohttp
+
+from consul_backend.wal import Write
+from plugin_api.errors import InvalidRequest
+from plugin_api.request import Response
+from plugin_api.testing import SettableClock
+from sidecar.api.front import Front
+from sidecar.api.node_view import InitOptions, InitOutcome, LeaderStatus, NodeHealth, SealStatus
+from sidecar.api.server import ApiServer, ServerLimits
+from sidecar.api.service import Service, ServiceOptions
+from sidecar.core.barrier import load_barrier
+from sidecar.core.init import Genesis, build_genesis
+from sidecar.core.seal import UnsealAttempt, combine
+from sidecar.core.seal_record import SealRecord, open_root_key
+from sidecar.request.types import ForwardedAuth, HttpRequest, HttpResponse
+
+API_ADDR = "http://127.0.0.1:8200"
+
+
+@dataclass(frozen=True)
+class Head:
+    index: int
+
+
+class MemoryStore:
+    """A LogicalStore in a dict, which counts commits as WAL indexes."""
+
+    def __init__(self, writes: Sequence[Write] = ()) -> None:
+        self.entries: dict[str, bytes] = {write.key: write.value for write in writes if write.value is not None}
+        self.index = 1
+        self.fail_next: Exception | None = None
+
+    async def get(self, key: str) -> bytes | None:
+        return self.entries.get(key)
+
+    async def list(self, prefix: str) -> list[str]:
+        names = set()
+        for key in self.entries:
+            if key.startswith(prefix):
+                name, slash, _ = key[len(prefix) :].partition("/")
+                names.add(name + slash)
+        return sorted(names)
+
+    async def commit(self, writes: Sequence[Write]) -> Head:
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        for write in writes:
+            if write.value is None:
+                self.entries.pop(write.key, None)
+            else:
+                self.entries[write.key] = write.value
+        self.index += 1
+        return Head(self.index)
+
+
+@dataclass
+class FakeNode:
+    """A NodeView whose state a test sets. ``asked`` collects what the service asked of it."""
+
+    genesis: Genesis
+    state: NodeHealth = field(default_factory=lambda: NodeHealth(True, False, False, "disabled", "disabled", "c", "id"))
+    leading: LeaderStatus = field(default_factory=lambda: LeaderStatus(True, True, 1_700_000_000.0, API_ADDR, "https://h:1"))
+    service: Service | None = None
+    dispatched: Callable[[HttpRequest], Any] | None = None
+    asked: list[str] = field(default_factory=list)
+    version: str = "0.1.0"
+    storage_type: str = "inmem"
+    attempt: UnsealAttempt | None = None
+
+    async def health(self) -> NodeHealth:
+        return self.state
+
+    async def seal_status(self) -> SealStatus:
+        progress = self.attempt.progress if self.attempt else 0
+        return SealStatus(self.state.initialized, self.state.sealed, 2, 3, progress, "n" if progress else "")
+
+    async def leader(self) -> LeaderStatus:
+        return self.leading
+
+    async def init(self, options: InitOptions) -> InitOutcome:
+        if self.state.initialized:
+            raise InvalidRequest("Vault is already initialized")
+        self.asked.append(f"init {options.shares}/{options.threshold}")
+        return InitOutcome(tuple(self.genesis.keys), self.genesis.root_token)
+
+    async def unseal(self, key: bytes) -> SealStatus:
+        self.asked.append(f"unseal {len(key)}")
+        return await self.seal_status()
+
+    async def reset_unseal(self) -> SealStatus:
+        if not self.state.sealed:
+            raise InvalidRequest("vault is unsealed")
+        return await self.seal_status()
+
+    async def seal(self) -> None:
+        self.asked.append("seal")
+        self.state = replace(self.state, sealed=True, standby=True)
+
+    async def step_down(self) -> None:
+        self.asked.append("step-down")
+
+    def is_active(self) -> bool:
+        return not self.state.standby and not self.state.sealed
+
+    async def dispatch(self, request: HttpRequest) -> HttpResponse:
+        if self.dispatched is not None:
+            answer: HttpResponse = await self.dispatched(request)
+            return answer
+        assert self.service is not None
+        return await self.service.handle(request)
+
+
+class FakeReplication:
+    """A ReplicationAPI. With ``primary`` set this is a performance secondary that forwards to that service."""
+
+    def __init__(self, primary: Service | None = None) -> None:
+        self.primary = primary
+        self.calls: list[tuple[Any, ...]] = []
+        self.forwarded: list[tuple[HttpRequest, ForwardedAuth]] = []
+
+    def is_primary_writable(self) -> bool:
+        return self.primary is None
+
+    async def forward_to_primary(self, request: HttpRequest, auth: ForwardedAuth) -> HttpResponse:
+        assert self.primary is not None
+        self.forwarded.append((request, auth))
+        return await self.primary.handle(replace(request, forwarded_auth=auth))
+
+    async def status(self, mode: str | None) -> dict[str, Any]:
+        one = {"mode": "primary"}
+        return {"dr": {"mode": "disabled"}, "performance": one} if mode is None else one
+
+    async def primary_enable(self, mode: str, primary_cluster_addr: str) -> Response:
+        self.calls.append(("primary_enable", mode, primary_cluster_addr))
+        return Response(warnings=["This cluster is being enabled as a primary for replication."])
+
+    async def primary_disable(self, mode: str) -> Response:
+        self.calls.append(("primary_disable", mode))
+        return Response(warnings=["disabled"])
+
+    async def secondary_token(
+        self, mode: str, id: str, ttl_s: int, public_key: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        self.calls.append(("secondary_token", mode, id, ttl_s))
+        return {"id": id, "client_key": "secret"}, {"ca_sha256": "ab" * 32}
+
+    async def revoke_secondary(self, mode: str, id: str) -> None:
+        self.calls.append(("revoke_secondary", mode, id))
+
+    async def secondary_enable(
+        self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str
+    ) -> Response:
+        self.calls.append(("secondary_enable", mode, token, primary_api_addr))
+        return Response(warnings=["found secondary information"])
+
+    async def secondary_disable(self, mode: str) -> Response:
+        self.calls.append(("secondary_disable", mode))
+        return Response(warnings=["disabled"])
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP answer; ``body`` is decoded JSON, None when empty."""
+
+    status: int
+    body: Any
+    headers: Mapping[str, str]
+
+    @property
+    def data(self) -> Any:
+        return self.body["data"]
+
+    @property
+    def errors(self) -> list[str]:
+        return list((self.body or {}).get("errors") or [])
+
+
+@dataclass
+class Harness:
+    """Everything of one node, with an HTTP client for it."""
+
+    store: MemoryStore
+    node: FakeNode
+    service: Service
+    clock: SettableClock
+    address: str
+    root: str
+    keys: list[bytes]
+    replication: FakeReplication | None
+    session: aiohttp.ClientSession
+    gate: list[str]
+
+    async def call(
+        self, method: str, path: str, body: Any = None, *, token: str | None = "root", **headers: str
+    ) -> Reply:
+        """One request to ``/v1/<path>`` as root, as another token, or (None) without one."""
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        if token is not None:
+            sent["X-Vault-Token"] = self.root if token == "root" else token
+        async with self.session.request(
+            method, f"{self.address}/v1/{path}", json=body, headers=sent, allow_redirects=False
+        ) as answer:
+            raw = await answer.read()
+            return Reply(answer.status, await answer.json() if raw.strip() else None, answer.headers)
+
+    async def token(self, policy: str, **fields: Any) -> str:
+        """A token that holds exactly ``policy`` (its HCL text) and the default policy."""
+        name = f"p{self.store.index}"
+        assert (await self.call("PUT", f"sys/policies/acl/{name}", {"policy": policy})).status == 204
+        reply = await self.call("POST", "auth/token/create", {"policies": [name], **fields})
+        assert reply.status == 200, reply.errors
+        return str(reply.body["auth"]["client_token"])
+
+
+@asynccontextmanager
+async def running(
+    *,
+    replication: FakeReplication | None = None,
+    store: MemoryStore | None = None,
+    genesis: Genesis | None = None,
+    limits: ServerLimits | None = None,
+    api_addr: str = API_ADDR,
+) -> AsyncIterator[Harness]:
+    """A started service behind an HTTP server on a free port."""
+    clock = SettableClock()
+    genesis = genesis or build_genesis(
+        shares=3, threshold=2, cluster_name="test", now_s=clock.now_s, random_bytes=os.urandom
+    )
+    store = store or MemoryStore(genesis.writes)
+    unseal_key = combine(genesis.keys[:2])
+    record = SealRecord.decode(store.entries["c/core/seal"])
+    barrier = await load_barrier(store.get, open_root_key(record, unseal_key))
+    node = FakeNode(genesis)
+    gate: list[str] = []
+    service = Service(
+        store,
+        barrier,
+        genesis.cluster,
+        ServiceOptions(api_addr=api_addr),
+        node=node,
+        replication=replication,
+        now=clock,
+        gate=lambda: gate[0] if gate else None,
+    )
+    node.service = service
+    await service.start()
+    server = ApiServer(Front(node, now=clock).handle, limits=limits)
+    host, port = await server.listen("127.0.0.1", 0)
+    try:
+        async with aiohttp.ClientSession() as session:
+            yield Harness(
+                store,
+                node,
+                service,
+                clock,
+                f"http://{host}:{port}",
+                genesis.root_token,
+                genesis.keys,
+                replication,
+                session,
+                gate,
+            )
+    finally:
+        await server.close()

@@ -1,0 +1,153 @@
+"""Sizes are exact to the byte, and each limit holds at its edge."""
+
+import json
+import uuid
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consul_backend.errors import TooLarge
+from consul_backend.limits import (
+    BODY_BYTES_MIN,
+    KEY_BYTES_MAX,
+    OPS_MIN,
+    Limits,
+    body_bytes,
+    excess,
+    fits,
+    op_bytes,
+    require_body,
+    require_fit,
+    require_key,
+    require_prefix,
+    require_shape,
+)
+from consul_backend.txn import (
+    Cas,
+    CheckIndex,
+    CheckNotExists,
+    CheckSession,
+    Delete,
+    DeleteTree,
+    Get,
+    Lock,
+    Op,
+    Set,
+    Unlock,
+)
+from consul_backend.wire import encode_txn
+
+SESSION = "01234567-89ab-cdef-0123-456789abcdef"
+keys = st.from_regex(r"[A-Za-z0-9_-]{1,9}(/[A-Za-z0-9_-]{1,9}){0,3}", fullmatch=True)
+values = st.binary(max_size=50)
+indexes = st.integers(0, 2**63)
+ops = st.one_of(
+    st.builds(Get, keys),
+    st.builds(Set, keys, values),
+    st.builds(Cas, keys, values, indexes),
+    st.builds(Lock, keys, values, st.just(SESSION)),
+    st.builds(Unlock, keys, values, st.just(SESSION)),
+    st.builds(Delete, keys),
+    st.builds(DeleteTree, keys.map(lambda key: key + "/") | st.just("")),
+    st.builds(CheckIndex, keys, indexes),
+    st.builds(CheckSession, keys, st.just(SESSION)),
+    st.builds(CheckNotExists, keys),
+)
+
+
+@given(st.lists(ops, min_size=1, max_size=20), st.sampled_from(["", "outrider/", "a/b_c/"]))
+def test_the_size_is_the_size_on_the_wire(batch: list[Op], prefix: str) -> None:
+    body = encode_txn(batch, prefix)
+    assert body_bytes(batch, len(prefix)) == len(body)
+    assert body_bytes(batch, len(prefix)) == 1 + sum(op_bytes(op, len(prefix)) for op in batch)
+    assert [next(iter(op)) for op in json.loads(body)] == ["KV"] * len(batch)
+
+
+@given(st.lists(ops, min_size=1, max_size=8), st.integers(-2, 2))
+def test_the_body_limit_holds_to_the_byte(batch: list[Op], slack: int) -> None:
+    limits = Limits(body_bytes_max=BODY_BYTES_MIN, prefix_bytes=3)
+    filler = Set("filler", b"")
+    rest = limits.body_bytes_max - body_bytes([*batch, filler], 3) + slack
+    padded = [*batch, Set("filler" + "x" * (rest % 4), b"v" * (rest // 4 * 3))]
+    assert body_bytes(padded, 3) == limits.body_bytes_max + slack
+    assert fits(padded, limits) == (slack <= 0)
+
+
+@pytest.mark.parametrize(("count", "fit"), [(63, True), (64, True), (65, False)])
+def test_the_operation_limit(count: int, fit: bool) -> None:
+    batch: list[Op] = [CheckNotExists("a")] * count
+    assert fits(batch, Limits()) is fit
+    if not fit:
+        with pytest.raises(TooLarge, match="65 operations, the store takes 64"):
+            require_fit(batch, Limits())
+
+
+@pytest.mark.parametrize("make", [Set, lambda k, v: Cas(k, v, 0), lambda k, v: Lock(k, v, SESSION)])
+def test_the_value_limit(make: Callable[[str, bytes], Op]) -> None:
+    limits = Limits(value_bytes_max=100)
+    assert fits([make("a", b"x" * 100)], limits)
+    assert excess([make("a", b"x" * 101)], limits) == "a value of 101 bytes, the store takes 100"
+
+
+def test_consuls_own_figures() -> None:
+    """Measured on Consul 1.8.7: one value of at most 393,174 bytes, 64 equal ones of at most 6,102 (short keys)."""
+    limits = Limits()
+    assert fits([Set("k", b"x" * 393_174)], limits)
+    assert not fits([Set("k", b"x" * 393_200)], limits)
+    assert fits([Set(f"k{n:02}", b"x" * 6_102) for n in range(64)], limits)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "/", "a/", "/a", "a//b", "a.b", "a b", "ü", "a\n", "a\nb", 'a"', "a\\", "x" * (KEY_BYTES_MAX + 1)]
+)
+def test_keys_outside_the_alphabet_are_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="not a physical key"):
+        require_key(key)
+    for batch in ([Set(key, b"")], [Get("fine"), Delete(key), Get("fine")]):
+        with pytest.raises(ValueError, match="not a physical key"):
+            require_shape(batch, Limits())
+
+
+@pytest.mark.parametrize("prefix", ["/", "a//", "/a", "a.b/", "a\n"])
+def test_prefixes_outside_the_alphabet_are_refused(prefix: str) -> None:
+    with pytest.raises(ValueError, match="not a physical key"):
+        require_prefix(prefix)
+    with pytest.raises(ValueError, match="not a physical key"):
+        require_shape([DeleteTree(prefix)], Limits())
+
+
+@pytest.mark.parametrize("prefix", ["", "a", "a/", "a/b", "a/b/"])
+def test_prefixes_may_end_anywhere(prefix: str) -> None:
+    assert require_prefix(prefix) == prefix
+    require_shape([DeleteTree(prefix)], Limits())
+
+
+def test_an_empty_transaction_is_a_bug() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        require_fit([], Limits())
+
+
+def test_a_body_over_the_limit_names_both_numbers() -> None:
+    require_body(524_288, Limits())
+    with pytest.raises(TooLarge, match="524289 bytes, the store takes 524288"):
+        require_body(524_289, Limits())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"ops_max": OPS_MIN - 1}, {"body_bytes_max": BODY_BYTES_MIN - 1}, {"value_bytes_max": 0}, {"prefix_bytes": -1}],
+)
+def test_limits_that_leave_no_room_are_refused(values: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Limits(**values)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda s: CheckSession("l", s), lambda s: Lock("l", b"", s), lambda s: Unlock("l", b"", s)]
+)
+@pytest.mark.parametrize("session", ["", "none", str(uuid.UUID(int=0)).upper() + "x", SESSION + "\n"])
+def test_an_unfenced_operation_cannot_be_built(make: Callable[[str], Op], session: str) -> None:
+    with pytest.raises(ValueError, match="UUID"):
+        make(session)

@@ -1,0 +1,410 @@
+"""Merkle diff and sync between two stores in memory; the round trips are function calls."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from consul_backend.errors import FenceLost
+from consul_backend.merkle import entry_digest
+from consul_backend.position import Position
+from consul_backend.wal import Write
+from sidecar.replication import diff as diffing
+from sidecar.replication import protocol as wire
+from sidecar.replication.channel import ChannelClosed
+from sidecar.replication.committer import stored_position
+from sidecar.replication.diff import Range, SyncPlan, compare, diff_request
+from sidecar.replication.hello import Identity, Source
+from sidecar.replication.intake import KEYRING_KEY
+from sidecar.replication.protocol import NONE_POSITION, encode, is_none
+from sidecar.replication.states import Event
+from sidecar.replication.sync import Syncer, SyncRefused, answer_diff, answer_fetch
+from tests.support.replication import Crash, FakeClock, MemoryStore
+
+SOURCE = Source("primary-cluster", "set", "generation", 1, "epoch-id")
+
+
+class Pair:
+    """A primary, a secondary, and everything a sync told the world. ``meanwhile(step)`` runs at "diff" (after the
+    answer) and at each "chunk"; ``mangle(frames)`` changes an answer to a fetch."""
+
+    def __init__(self) -> None:
+        self.primary = MemoryStore("primary")
+        self.secondary = MemoryStore("secondary")
+        self.meanwhile = lambda step: None
+        self.mangle = lambda frames: frames
+        self.gates: list[object] = []
+        self.events: list[Event] = []
+        self.applied: list[str] = []
+        self.requests: list[wire.Frame] = []
+
+    async def _request(self, request: wire.DiffRequest) -> wire.DiffReply:
+        self.requests.append(request)
+        request = wire.decode_diff_request(encode(request))
+        reply = await answer_diff(self.primary, SOURCE, request, hold_as="second")
+        self.meanwhile("diff")
+        return wire.decode_diff_reply(encode(reply))
+
+    async def _fetch(self, request: wire.FetchRequest):
+        self.requests.append(request)
+        request = wire.decode_fetch_request(encode(request))
+        frames = [chunk async for chunk in answer_fetch(self.primary, request)]
+        for chunk in self.mangle(frames):
+            self.meanwhile("chunk")
+            yield chunk
+
+    async def _on_applied(self, keys) -> None:
+        assert all(key in self.secondary.data or key not in self.primary.data for key in keys)
+        self.applied += keys
+
+    async def sync(self, **options):
+        syncer = Syncer(
+            self.secondary, self._request, self._fetch, on_applied=self._on_applied, gate=self.gates.append,
+            on_event=self.events.append, clock=FakeClock(), **options,
+        )
+        return await syncer.run()
+
+    def at(self, index: int) -> Position:
+        return Position("set", "generation", 1, index, self.primary.log[index - 1].chain_hash)
+
+    def assert_in_step(self, index: int) -> None:
+        assert self.secondary.replicated() == self.primary.fold(index)
+        assert stored_position(self.secondary) == self.at(index)
+
+
+def fill(store: MemoryStore, count: int, *, partition: str = "p", value: bytes = b"old") -> None:
+    for start in range(0, count, 50):
+        store.write(*((f"r/{partition}/{number}", value) for number in range(start, min(count, start + 50))))
+
+
+async def test_equal_roots_take_one_round_trip_and_only_set_the_position():
+    pair = Pair()
+    fill(pair.primary, 100)
+    fill(pair.secondary, 100)
+    pair.secondary.positions = {"performance": NONE_POSITION}
+    result = await pair.sync()
+    assert (result.event, result.round_trips, result.keys) == (Event.EQUAL, 1, 0)
+    assert result.position == pair.at(pair.primary.head.index)
+    pair.assert_in_step(pair.primary.head.index)
+    assert pair.gates == [None]
+    again = len(pair.secondary.log)
+    assert (await pair.sync()).event is Event.EQUAL
+    assert len(pair.secondary.log) == again, "an unchanged position is not written again"
+
+
+async def test_a_first_fill_takes_two_round_trips_and_is_gated():
+    pair = Pair()
+    fill(pair.primary, 500)
+    fill(pair.primary, 70, partition="q")
+    pair.primary.write(("l/token/secret", b"local"), ("c/core/seal", b"cluster"))
+    pair.primary.write((KEYRING_KEY, b"keys"))
+    result = await pair.sync()
+    assert (result.event, result.round_trips, result.keys) == (Event.SYNCED, 2, 571)
+    pair.assert_in_step(pair.primary.head.index)
+    assert pair.applied[0] == KEYRING_KEY
+    assert pair.events == [Event.DIFFERS]
+    assert pair.gates[-1] is None
+    assert all(gate is not None for gate in pair.gates[:-1])
+    positions = [record.header.positions["performance"] for record in pair.secondary.log[1:]]
+    assert [is_none(position) for position in positions] == [True] * (len(positions) - 1) + [False]
+
+
+async def test_a_small_difference_is_one_commit_that_readers_see_whole():
+    pair = Pair()
+    fill(pair.primary, 300)
+    fill(pair.secondary, 300)
+    pair.primary.write(("r/p/7", b"new"), ("r/p/8", None), ("r/p/new", b"new"))
+    pair.secondary.write(("r/p/9", b"wrong"), ("r/p/extra", b"wrong"))
+    pair.secondary.positions = {"performance": pair.at(1)}
+    commits = len(pair.secondary.log)
+    result = await pair.sync()
+    assert (result.event, result.round_trips, result.keys) == (Event.SYNCED, 2, 5)
+    assert len(pair.secondary.log) == commits + 1
+    assert pair.gates == [None]
+    pair.assert_in_step(pair.primary.head.index)
+
+
+async def test_gone_partitions_and_one_sided_pages():
+    pair = Pair()
+    fill(pair.primary, 30)
+    fill(pair.primary, 300, partition="only-primary")
+    fill(pair.secondary, 30, partition="only-secondary")
+    fill(pair.secondary, 250)
+    fill(pair.secondary, 20, partition="mixed")
+    pair.primary.write(("r/mixed/other", b"1"))
+    result = await pair.sync()
+    assert (result.event, result.round_trips) == (Event.SYNCED, 2)
+    pair.assert_in_step(pair.primary.head.index)
+    assert "only-secondary" not in pair.secondary.forest.partitions("r")
+
+
+@pytest.mark.parametrize("seed", range(15))
+async def test_the_primary_goes_on_writing(seed):
+    dice = random.Random(seed)
+    pair = Pair()
+    fill(pair.primary, 400)
+    fill(pair.secondary, 400)
+    changed = dice.sample(range(400), dice.choice([5, 200]))
+    for number in changed:
+        pair.primary.write((f"r/p/{number}", dice.randbytes(20)))
+
+    def meanwhile(step: str) -> None:
+        for _ in range(dice.randint(0, 4)):
+            key = f"r/{dice.choice('pq')}/{dice.choice(changed)}"
+            value = None if dice.random() < 0.4 else dice.randbytes(3)
+            pair.primary.write((key, value), ("l/x/y", b"1"))
+
+    pair.meanwhile = meanwhile
+    store_get = pair.primary.get
+
+    async def get(key: str) -> bytes | None:
+        meanwhile("read")
+        return await store_get(key)
+
+    pair.primary.get = get
+    result = await pair.sync()
+    assert (result.event, result.round_trips) == (Event.SYNCED, 2)
+    assert result.position.index <= pair.primary.head.index
+    pair.assert_in_step(result.position.index)
+
+
+async def test_a_keyring_that_arrives_with_the_records_is_loaded_before_what_follows():
+    pair = Pair()
+    fill(pair.primary, 100)
+
+    def meanwhile(step: str) -> None:
+        if step == "diff":
+            pair.primary.write((KEYRING_KEY, b"rotated"))
+            pair.primary.write(("r/p/after", b"under the new key"))
+
+    pair.meanwhile = meanwhile
+    assert (await pair.sync()).event is Event.SYNCED
+    assert pair.applied.index(KEYRING_KEY) < pair.applied.index("r/p/after")
+    commits = [[write.key for write in record.writes()] for record in pair.secondary.log]
+    with_keyring = next(keys for keys in commits if KEYRING_KEY in keys)
+    assert "r/p/after" not in with_keyring
+
+
+@pytest.mark.parametrize("crash_at", [1, 2, 5, 11])
+@pytest.mark.parametrize("step", ["before", "after"])
+async def test_a_crash_in_the_middle_finds_none_and_fetches_only_the_rest(crash_at, step):
+    pair = Pair()
+    fill(pair.primary, 600)
+    hits = 0
+
+    def die(name: str) -> None:
+        nonlocal hits
+        hits += name == step
+        if hits == crash_at:
+            raise Crash
+
+    pair.secondary.hook = die
+    with pytest.raises(Crash):
+        await pair.sync()
+    pair.secondary.hook = lambda name: None
+    there = len(pair.secondary.data)
+    if there:
+        assert is_none(stored_position(pair.secondary))
+        assert pair.gates[-1] is not None
+    pair.primary.write(("r/p/3", b"newer"))
+    result = await pair.sync()
+    assert result.event is Event.SYNCED
+    assert result.keys <= 601 - there + 1
+    assert pair.gates[-1] is None
+    pair.assert_in_step(pair.primary.head.index)
+
+
+@pytest.mark.parametrize(
+    ("mangle", "word"),
+    [
+        (lambda frames: frames[:-1], "without its guard"),
+        (lambda frames: [*frames[:-1], frames[-1][:-3]], "middle of a frame"),
+        (lambda frames: [*frames, frames[0]], "after its guard"),
+        (lambda frames: [frames[0], frames[-1]], "records end at"),
+        (lambda frames: [frames[0], frames[2], frames[1], frames[-1]], "after record"),
+        (lambda frames: [frames[0], frames[1], frames[1], frames[-1]], "after record"),
+        (lambda frames: [wire.with_length(encode(wire.Entries([("l/x/y", b"1")], [], 0))), *frames], "only class r"),
+        (lambda frames: [wire.with_length(encode(wire.Entries([("r/x", b"1")], [], 0))), *frames], "malformed"),
+        (lambda frames: [wire.with_length(encode(wire.Bye("need-diff", "collected")))], "collected"),
+        (lambda frames: [b"\xff\xff\xff\xff"], "allowed are up to"),
+    ],
+)
+async def test_answers_that_do_not_hold_leave_the_old_state(mangle, word):
+    pair = Pair()
+    fill(pair.primary, 10)
+
+    def meanwhile(step: str) -> None:
+        if step == "diff":
+            pair.primary.write(("r/p/1", b"2"))
+            pair.primary.write(("r/p/2", b"2"))
+
+    pair.meanwhile = meanwhile
+    pair.mangle = mangle
+    result = await pair.sync()
+    assert result.event is Event.LOST
+    assert word in result.reason
+    assert pair.secondary.data == {}
+    assert result.position is None
+
+
+async def test_a_value_that_is_not_what_the_index_says_ends_in_mismatch_and_keeps_reads_closed():
+    pair = Pair()
+    fill(pair.primary, 200)
+    pair.primary.data["r/p/5"] = b"damaged under the index"
+    result = await pair.sync()
+    assert result.event is Event.MISMATCH
+    assert is_none(result.position)
+    assert pair.gates[-1] is not None
+
+
+async def test_records_collected_meanwhile_and_a_store_that_fails():
+    pair = Pair()
+    fill(pair.primary, 100)
+
+    def meanwhile(step: str) -> None:
+        if step == "diff":
+            fill(pair.primary, 300, value=b"newer")
+            pair.primary.oldest_index = pair.primary.head.index
+
+    pair.meanwhile = meanwhile
+    result = await pair.sync()
+    assert result.event is Event.LOST
+    assert "no matching WALs available" in result.reason
+    pair.meanwhile = lambda step: None
+    assert (await pair.sync()).event is Event.SYNCED
+
+    async def get(key: str):
+        raise FenceLost("gone")
+
+    pair.primary.write(("r/p/3", b"newest"))
+    pair.primary.get = get
+    result = await pair.sync()
+    assert (result.event, result.reason) == (Event.LOST, "gone")
+
+    def fail(name: str) -> None:
+        raise FenceLost("our own")
+
+    del pair.primary.get
+    pair.secondary.hook = fail
+    with pytest.raises(FenceLost):
+        await pair.sync()
+
+
+async def test_unreachable_refused_and_forked():
+    pair = Pair()
+    fill(pair.primary, 10)
+    result = await pair.sync(identity=Identity("second", "store", "set", 1, "twin"))
+    assert result.event is Event.REFUSED
+    assert "fork" in result.reason
+
+    async def gone(request):
+        raise ChannelClosed("no route")
+
+    async def refused(request):
+        raise SyncRefused("revoked")
+
+    for request, event in ((gone, Event.LOST), (refused, Event.REFUSED)):
+        pair._request = request
+        assert (await pair.sync()).event is event
+
+
+async def test_large_requests_are_cut_and_only_the_last_is_final(monkeypatch):
+    monkeypatch.setattr("sidecar.replication.sync.FETCH_REQUEST_BYTES", 2000)
+    pair = Pair()
+    fill(pair.primary, 400, value=b"new")
+    fill(pair.secondary, 400)
+    result = await pair.sync()
+    fetches = [request for request in pair.requests if isinstance(request, wire.FetchRequest)]
+    assert len(fetches) > 5
+    assert [request.final for request in fetches] == [False] * (len(fetches) - 1) + [True]
+    assert result.round_trips == len(fetches) + 1
+    assert result.event is Event.SYNCED
+    pair.assert_in_step(pair.primary.head.index)
+
+
+async def test_digests_beyond_the_bound_become_whole_pages(monkeypatch):
+    monkeypatch.setattr(diffing.Differences, "__init__", _few_digests(diffing.Differences.__init__))
+    pair = Pair()
+    fill(pair.primary, 2000, value=b"new")
+    fill(pair.secondary, 2000)
+    result = await pair.sync()
+    assert (result.event, result.keys) == (Event.SYNCED, 2000)
+    pair.assert_in_step(pair.primary.head.index)
+
+
+def _few_digests(original):
+    def initialise(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.digests_left = 100
+
+    return initialise
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_plan_names_exactly_the_subpages_that_differ(seed):
+    dice = random.Random(seed)
+    ours, theirs = MemoryStore(), MemoryStore()
+    for store in (ours, theirs):
+        fill(store, 200)
+    for _ in range(dice.randint(1, 30)):
+        store = dice.choice([ours, theirs])
+        store.write((f"r/{dice.choice('pq')}/{dice.randint(0, 300)}", dice.choice([None, b"changed", b"other"])))
+    request = [item for item in diff_request(theirs.forest) if item is not None][0]
+    found = diffing.Differences()
+    for _ in compare(ours.forest, request, found):
+        pass
+    reply = wire.DiffReply(
+        "c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, found.gone, found.pages, found.subpages
+    )
+    plan = SyncPlan.of(reply, theirs.forest)
+    named = {key for part in plan.ranges for key in _keys_in(ours, part) | _keys_in(theirs, part)}
+    named |= {write.key for write in plan.deletions(theirs.forest)}
+    differing = {
+        key for key in ours.replicated().keys() | theirs.replicated().keys() if ours.data.get(key) != theirs.data.get(key)
+    }
+    assert differing <= named
+    assert len(named) <= 3 * len(differing) + 8 * bool(differing)
+
+
+def _keys_in(store: MemoryStore, part: Range) -> set[str]:
+    return {f"r/{part.partition}/{path}" for path, _ in diffing.entries_in(store.forest, part)}
+
+
+def test_the_keyring_comes_first_of_all_ranges_and_of_its_own():
+    ours = MemoryStore()
+    ours.write((KEYRING_KEY, b"1"), ("r/core/mounts", b"1"), ("r/core/auth", b"1"), ("r/a/b", b"1"))
+    request = [item for item in diff_request(MemoryStore().forest) if item is not None][0]
+    found = diffing.Differences()
+    for _ in compare(ours.forest, request, found):
+        pass
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, [], found.pages, found.subpages)
+    plan = SyncPlan.of(reply, MemoryStore().forest)
+    assert plan.ranges[0] == Range("core")
+    assert diffing.entries_in(ours.forest, plan.ranges[0])[0][0] == "keyring"
+    theirs = MemoryStore()
+    theirs.write(*((f"r/core/{number}", b"1") for number in range(300)), (KEYRING_KEY, b"0"))
+    ours.write(*((f"r/core/{number}", b"2") for number in range(300)))
+    request = [item for item in diff_request(theirs.forest) if item is not None][0]
+    found = diffing.Differences()
+    for _ in compare(ours.forest, request, found):
+        pass
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, [], found.pages, found.subpages)
+    plan = SyncPlan.of(reply, theirs.forest)
+    assert ("keyring", entry_digest(KEYRING_KEY, b"1")) in diffing.entries_in(ours.forest, plan.ranges[0])
+
+
+async def test_the_wal_after_the_base_is_held():
+    pair = Pair()
+    fill(pair.primary, 10)
+    await pair.sync()
+    assert pair.primary.holds == {"second": pair.primary.head.index}
+
+
+async def test_a_commit_that_is_too_large_after_all_is_halved():
+    pair = Pair()
+    fill(pair.primary, 50)
+    pair.secondary.writes_max = 7
+    assert (await pair.sync()).event is Event.SYNCED
+    pair.assert_in_step(pair.primary.head.index)
+    assert Write("r/p/1", b"old") in [write for record in pair.secondary.log for write in record.writes()]
