@@ -9,6 +9,7 @@ Sizes are exact for the data operations and an upper bound for the record, so wh
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -32,6 +33,7 @@ _RECORD_FRAME_BYTES = 224  # the header's fixed fields at their longest, the has
 _POSITIONS_RESERVE_BYTES = 512  # so that a position arriving before a queued batch does not push it over the limit
 _INDEX_MAX = (1 << 64) - 1
 
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9-]+(?:/[A-Za-z0-9-]+)*\Z")  # stands for itself when encoded
 _encode_positions = msgspec.msgpack.Encoder().encode
 
 
@@ -67,16 +69,12 @@ class Preparer:
         self._prefix = f"g/{generation}/d/"
         self._limits = limits
 
-    def physical_key(self, key: str) -> str:
-        """Where a logical key is stored. Raises ValueError for a malformed key."""
-        cls, partition, path = split_key(key)
-        return f"{self._prefix}{encode_partition(cls, partition)}/{encode_path(path)}"
-
     def prepare(self, write: Write) -> Prepared:
         """Raises ValueError for a malformed key, TooLarge for a key or value that no transaction can hold."""
         key, value = write.key, write.value
         cls, partition, path = split_key(key)
-        where = f"{self._prefix}{encode_partition(cls, partition)}/{encode_path(path)}"
+        encoded = path if _PLAIN_PATH.match(path) else encode_path(path)
+        where = f"{self._prefix}{encode_partition(cls, partition)}/{encoded}"
         path_bytes = len(path) if path.isascii() else len(path.encode())
         if path_bytes > PATH_BYTES_MAX or len(where) > KEY_BYTES_MAX:
             raise TooLarge(f"a key of {len(where)} bytes as stored, the limit is {KEY_BYTES_MAX}")

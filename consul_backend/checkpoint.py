@@ -76,7 +76,7 @@ def decode_checkpoint(generation: str, raw: bytes) -> Checkpoint:
         if _checksum(generation, body) != checksum:
             raise Corrupt(f"{key} does not have its checksum")
         return _decode_body(body)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         raise Corrupt(f"{key} is malformed") from None
 
 

@@ -76,7 +76,7 @@ class EmbeddedStore:
     async def get_many(self, keys: Sequence[str], *, consistent: bool = False) -> list[Item | None]:
         for key in keys:
             require_key(key)
-        items = await self._hub.run(self._hub.engine.get_many, keys, self._now())
+        items = await self._run(self._hub.engine.get_many, keys, self._now())
         if any(item is not None and item.key == SENTINEL_KEY for item in items):
             self._sentinel_seen = True
         return items
@@ -84,54 +84,59 @@ class EmbeddedStore:
     async def list(self, prefix: str, *, consistent: bool = False) -> list[str]:
         if prefix and not prefix.endswith("/"):
             raise ValueError(f"a list prefix ends in a slash: {prefix!r}")
-        names = await self._hub.run(self._hub.engine.list, require_prefix(prefix))
+        names = await self._run(self._hub.engine.list, require_prefix(prefix))
         if await self.get(SENTINEL_KEY) is None and self._sentinel_seen:
             raise SentinelMissing("the sentinel is gone: an empty or short list proves nothing")
         return names
 
     async def txn(self, ops: Sequence[Op]) -> TxnResult:
         require_fit(ops, self.limits)
-        result = await self._hub.run(self._hub.engine.txn, tuple(ops), self._now())
+        result = await self._run(self._hub.engine.txn, tuple(ops), self._now())
         self._sentinel_seen = self._sentinel_seen or writes_sentinel(ops)
         return result
 
     async def watch(self, key: str, index: int, wait_s: float) -> tuple[Item | None, int]:
         require_key(key)
         with _Waiter(self._hub, key) as changed:
-            item, changed_at, store_index = await self._hub.run(self._hub.engine.look, key, self._now())
+            item, changed_at, store_index = await self._run(self._hub.engine.look, key, self._now())
             if index and changed_at <= index:
                 try:
                     await asyncio.wait_for(changed.wait(), wait_s)
                 except TimeoutError:
                     return item, index
-                item, _, store_index = await self._hub.run(self._hub.engine.look, key, self._now())
+                item, _, store_index = await self._run(self._hub.engine.look, key, self._now())
         return item, item.modify_index if item else store_index
 
     async def create_session(self, name: str, *, beat_ttl_s: float, lock_delay_s: float) -> str:
         self._beat_ttl_s = beat_ttl_s
         await self.beat()
-        session = await self._hub.run(self._hub.engine.create_session, self._beat, lock_delay_s)
+        session = await self._run(self._hub.engine.create_session, self._beat, lock_delay_s)
         self._hub.watch_deadlines()
         return session
 
     async def beat(self) -> None:
         if not self._opened:
-            raise Unavailable("the embedded store is closed")
+            raise Unavailable("the embedded store is not open")
         now_s = self._now()
         if self._beat.deadline_s <= now_s:  # too late: what was missed is missed, also if the timer has not run yet
-            await self._hub.run(self._hub.engine.expire, now_s)
+            await self._run(self._hub.engine.expire, now_s)
         self._beat.deadline_s = now_s + self._beat_ttl_s
 
     async def renew_session(self, session: str) -> bool:
-        return await self._hub.run(self._hub.engine.session_alive, require_session(session), self._now())
+        return await self._run(self._hub.engine.session_alive, require_session(session), self._now())
 
     async def destroy_session(self, session: str) -> None:
-        await self._hub.run(self._hub.engine.destroy_session, session, self._now())
+        await self._run(self._hub.engine.destroy_session, session, self._now())
 
     async def stop_beat(self) -> None:
         self._beat.deadline_s = float("-inf")
         if self._opened:
-            await self._hub.run(self._hub.engine.expire, self._now())
+            await self._run(self._hub.engine.expire, self._now())
+
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if not self._opened:
+            raise Unavailable("the embedded store is not open")
+        return await self._hub.run(work, *args, **kwargs)
 
     def _now(self) -> float:
         return self._hub.clock.monotonic()

@@ -65,7 +65,11 @@ def unpack_entries(blob: bytes) -> Iterator[tuple[str, bytes]]:
         if position > end or path <= before:
             raise Corrupt("a subpage of the merkle index is malformed")
         before = path
-        yield path.decode(), blob[cut:position]
+        try:
+            name = path.decode()
+        except UnicodeDecodeError:
+            raise Corrupt("a subpage of the merkle index is malformed") from None
+        yield name, blob[cut:position]
 
 
 class _Page:

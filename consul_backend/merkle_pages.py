@@ -93,7 +93,7 @@ def decode_extent(key: str, raw: bytes) -> Extent:
         if _checksum(key, body) != checksum:
             raise Corrupt(f"index extent {key} does not have its checksum")
         version, lsn, subpages = _decode_body(body)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         raise Corrupt(f"index extent {key} is malformed") from None
     if version != EXTENT_VERSION:
         raise Corrupt(f"index extent {key} has version {version}, this program knows {EXTENT_VERSION}")
@@ -127,7 +127,7 @@ class DirtyLeaf:
 
 
 class _Layout:
-    """One partition: leaves (``starts`` sorted, ``depths`` by start), stored extents by (depth, start), dirty leaves."""
+    """One partition: leaves (``starts`` sorted, ``depths`` by start), extents by (depth, start), dirty leaves."""
 
     __slots__ = ("depths", "dirty", "starts", "stored")
 

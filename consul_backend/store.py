@@ -59,6 +59,10 @@ T = TypeVar("T")
 Items = list[Item | None]
 
 
+class NotOpen(Unavailable):
+    """Called before ``open`` or after ``close``."""
+
+
 class ConsulStore:
     """See ``physical.py`` for the rules. ``request_timeout_s`` bounds a single write."""
 
@@ -297,13 +301,13 @@ class ConsulStore:
     @property
     def _transport(self) -> Transport:
         if self._transport_now is None:
-            raise Unavailable("the Consul store is not open")
+            raise NotOpen("the Consul store is not open")
         return self._transport_now
 
     @property
     def _sessions(self) -> Sessions:
         if self._sessions_now is None:
-            raise Unavailable("the Consul store is not open")
+            raise NotOpen("the Consul store is not open")
         return self._sessions_now
 
 
@@ -319,7 +323,7 @@ def _decoded(decode: Callable[[bytes], T], answer: Answer) -> T:
 
 
 def _worth_another_try(error: BaseException) -> bool:
-    return isinstance(error, Unavailable) and not isinstance(error, AnswerTooBig)
+    return isinstance(error, Unavailable) and not isinstance(error, AnswerTooBig | NotOpen)
 
 
 async def _again(read: Callable[[], Awaitable[T]]) -> T:

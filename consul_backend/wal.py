@@ -89,6 +89,8 @@ class Head(msgspec.Struct, frozen=True, gc=False):
 Groups = Mapping[tuple[str, str], Sequence[tuple[str, bytes | None]]]
 """Entries (path, value) by (class, partition)."""
 
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError)  # msgspec lets bad UTF-8 through as the latter
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_outer = msgspec.msgpack.Decoder(tuple[int, bytes, tuple[bytes | None, ...], bytes]).decode
 _decode_version = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw, msgspec.Raw, msgspec.Raw]).decode
@@ -161,7 +163,7 @@ class Record:
             if version != RECORD_VERSION:
                 raise CorruptRecord(f"record of version {version}, this program knows {RECORD_VERSION}")
             header = _decode_header(header_bytes)
-        except msgspec.MsgspecError as error:
+        except _MALFORMED as error:
             raise CorruptRecord(_describe_malformed(raw, error)) from None
         if digest32(header_bytes) != chain_hash:
             raise CorruptRecord("a record's header does not have the record's chain hash")
@@ -226,7 +228,7 @@ class Record:
             raise CorruptRecord(f"{where}: the entries do not have the digest in the header")
         try:
             entries = _decode_body(body)
-        except msgspec.MsgspecError:
+        except _MALFORMED:
             raise CorruptRecord(f"{where}: the entries are malformed") from None
         paths = {path for path, _ in entries}
         if len(entries) != head.count or len(paths) != len(entries) or "" in paths:
@@ -234,10 +236,10 @@ class Record:
         return entries
 
 
-def _describe_malformed(raw: bytes, error: msgspec.MsgspecError) -> str:
+def _describe_malformed(raw: bytes, error: Exception) -> str:
     try:
         version = _decode_version(raw)[0]
-    except msgspec.MsgspecError:
+    except _MALFORMED:
         return f"malformed record: {error}"
     if version != RECORD_VERSION:
         return f"record of version {version}, this program knows {RECORD_VERSION}"

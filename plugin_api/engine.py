@@ -1,9 +1,9 @@
 """The contract of a secrets engine or auth method that runs inside the sidecar.
 
-A class is registered by the entry-point groups ``outrider.secrets`` and ``outrider.auth`` under its type name. One instance
-serves one mount. Every call runs on the active node of a cluster; writes to replicated storage on a performance
-secondary raise :class:`~plugin_api.errors.ReadOnlyStorage`, which an engine lets pass: the sidecar then forwards the
-request to the primary.
+A class is registered by the entry-point groups ``outrider.secrets`` and ``outrider.auth`` under its type name. One
+instance serves one mount. Every call runs on the active node of a cluster; writes to replicated storage on a
+performance secondary raise :class:`~plugin_api.errors.ReadOnlyStorage`, which an engine lets pass: the sidecar then
+forwards the request to the primary.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Engine(ABC):
 
     async def invalidate(self, path: str) -> None:
         """Replication changed ``path`` in this mount's storage: forget what was cached of it."""
-        return None
+        return
 
     def help(self, path: str) -> str:
         """A line or two for ``?help=1``."""

@@ -86,7 +86,7 @@ def format_time(unix_s: float) -> str:
 def format_time_us(unix_us: int) -> str:
     """:func:`format_time` of whole microseconds, for times that are stored and must read back unchanged."""
     seconds, micros = divmod(unix_us, 1_000_000)
-    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    text = datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
     if micros:
         text += f".{micros:06d}".rstrip("0")
     return text + "Z"

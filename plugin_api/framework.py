@@ -230,7 +230,7 @@ def _is_bare_failure(response: Response) -> bool:
 
 
 def _warnings(path: Path, data: Mapping[str, Any], captured: Mapping[str, str]) -> list[str]:
-    if path.free_form:
+    if path.free_form or not data:
         return []
     known = _QUERY_WORDS.union(path.fields, captured)
     ignored = sorted(name for name in data if name not in known)

@@ -56,7 +56,7 @@ class Auth:
     period_s: int = 0
     num_uses: int = 0
     renewable: bool = True
-    token_type: str = "default"
+    token_type: str = "default"  # noqa: S105 - a kind of token
     no_default_policy: bool = False
     bound_cidrs: list[str] = field(default_factory=list)
     alias: str = ""

@@ -38,7 +38,7 @@ def _run(name: tuple[str, ...], tokens: list[str]) -> int:
     command = registry.load(name)
     try:
         values, arguments = flags.parse(tokens, command.all_flags())
-        code = command.run(Call(values, arguments))
+        code = command.run(Call(values, arguments, formats=command.formats))
         sys.stdout.flush()
         return code
     except flags.HelpWanted:

@@ -11,6 +11,7 @@ from consul_backend import errors as backend
 from plugin_api.errors import PermissionDenied, PluginError, UnsupportedOperation, UnsupportedPath
 from sidecar.api.envelopes import multi_error
 from sidecar.api.json_codec import JSONRefused
+from sidecar.core.barrier import DecryptionFailed
 from sidecar.request.errors import JoinedError, TokenRefused
 
 OUTCOME_UNKNOWN = (
@@ -36,6 +37,7 @@ _BACKEND: tuple[tuple[type[BaseException], Refusal], ...] = (
     (backend.StoreWentBack, Refusal(503, ("the storage was changed underneath this server; an operator must decide",))),
     (backend.SentinelMissing, Refusal(503, ("the storage cannot be read with this server's credentials",))),
     (backend.Corrupt, Refusal(500, ("stored data failed its integrity check",))),
+    (DecryptionFailed, Refusal(500, ("stored data failed its integrity check",))),
     (backend.Unavailable, Refusal(503, ("the storage is not available; try again",))),
 )
 

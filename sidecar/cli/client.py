@@ -250,4 +250,5 @@ def _explain(error: Exception, scheme: str) -> str:
         return "the server closed the connection without an answer; it may expect https"
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
-    return type(error).__name__  # the text of a ValueError here may hold a header, and so the token
+    # The text of a ValueError may hold a header here, and so the token.
+    return "the address, token or namespace holds a character that no request can carry"

@@ -85,11 +85,11 @@ class Command(NamedTuple):
 class Call:
     """One run of a command: its flags and arguments, the environment, and the ways to print."""
 
-    def __init__(self, values: Values, arguments: list[str], environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, values: Values, arguments: list[str], *, formats: bool = True) -> None:
         self.values = values
         self.arguments = arguments
-        self.environ = environ
-        self.format = self._format()
+        self.environ: Mapping[str, str] = os.environ
+        self.format = self._format() if formats else "table"
 
     def setting(self, name: str, default: str = "") -> str:
         """An environment variable: OUTRIDER_<name>, else VAULT_<name>."""
@@ -212,9 +212,11 @@ class Call:
         text = self.setting(name).strip()
         if not text:
             return default
-        try:
-            from sidecar.config_reader import parse_duration_s
+        if text.isascii() and text.isdigit():
+            return float(text)
+        from sidecar.config.reader import parse_duration_s  # rarely needed, and slow to load
 
+        try:
             return parse_duration_s(text)
         except ValueError as error:
             raise UsageError(f"environment {name} must be a number") from error

@@ -39,7 +39,7 @@ def run(call: Call) -> int:
         settings = replace(settings, log_level=level)
     from sidecar.app import run_server
 
-    return run_server(settings, dev)
+    return run_server(settings, dev, tuple(paths))
 
 
 SERVER = Command(

@@ -119,8 +119,9 @@ class KeyMetadata(msgspec.Struct):
 
     def describe_version(self, number: int) -> dict[str, Any]:
         """As data answers show one version."""
-        version = self.versions[number]
-        return version.describe() | {"version": number, "custom_metadata": dict(self.custom) or None}
+        shared = self.versions[number].describe()
+        shown = {"created_time": shared["created_time"], "custom_metadata": dict(self.custom) or None}
+        return shown | shared | {"version": number}
 
 
 def check_cas(options: dict[str, Any], config: Config, metadata: KeyMetadata | None) -> None:

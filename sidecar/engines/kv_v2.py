@@ -50,6 +50,8 @@ _CLI_COMMANDS = {
 }
 
 _Record = TypeVar("_Record")
+_CONFIG_DECODER = msgspec.msgpack.Decoder(Config)
+_METADATA_DECODER = msgspec.msgpack.Decoder(KeyMetadata)
 
 
 class KVv2(PathEngine):
@@ -118,7 +120,7 @@ class KVv2(PathEngine):
 
     async def _config(self) -> Config:
         raw = await self._storage.get(_CONFIG_KEY)
-        return Config() if raw is None else _decoded(raw, Config)
+        return Config() if raw is None else _decoded(raw, _CONFIG_DECODER)
 
     async def _read_config(self, request: Request, fields: Fields) -> Response:
         return Response(data=(await self._config()).describe())
@@ -273,7 +275,7 @@ class KVv2(PathEngine):
 
     async def _metadata(self, path: str) -> KeyMetadata | None:
         raw = await self._storage.get(_metadata_key(path))
-        return None if raw is None else _decoded(raw, KeyMetadata)
+        return None if raw is None else _decoded(raw, _METADATA_DECODER)
 
     def _new_metadata(self) -> KeyMetadata:
         now_us = self._now_us()
@@ -351,9 +353,9 @@ def _metadata_write(path: str, metadata: KeyMetadata) -> Write:
     return Write(_metadata_key(path), msgspec.msgpack.encode(metadata))
 
 
-def _decoded(raw: bytes, record: type[_Record]) -> _Record:
+def _decoded(raw: bytes, decoder: msgspec.msgpack.Decoder[_Record]) -> _Record:
     try:
-        return msgspec.msgpack.decode(raw, type=record)
+        return decoder.decode(raw)
     except msgspec.DecodeError:
         raise PluginError("a stored record of this mount cannot be read") from None
 

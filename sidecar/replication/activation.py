@@ -115,7 +115,12 @@ class ActivationResult:
 
 
 def build_bundle(
-    authority: Credentials, *, secondary_id: str, set_id: str, epoch: Epoch, primary_cluster_addr: str,
+    authority: Credentials,
+    *,
+    secondary_id: str,
+    set_id: str,
+    epoch: Epoch,
+    primary_cluster_addr: str,
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """(payload to wrap, extra JWT claims, fingerprint of the new client certificate).
 
@@ -166,7 +171,8 @@ def parse_bundle(data: Any, ca_sha256: str) -> Bundle:
         authority_der = base64.b64decode(data["ca_cert"], validate=True)
         client_der = base64.b64decode(data["client_cert"], validate=True)
         bundle = Bundle(
-            secondary_id=str(data["id"]), set_id=str(data["cluster_id"]),
+            secondary_id=str(data["id"]),
+            set_id=str(data["cluster_id"]),
             epoch=Epoch(int(data["epoch"]["number"]), str(data["epoch"]["id"])),
             primary_cluster_addr=str(data["primary_cluster_addr"]),
             authority_pem=certificates.der_to_pem(authority_der),
@@ -179,15 +185,19 @@ def parse_bundle(data: Any, ca_sha256: str) -> Bundle:
         raise InvalidRequest("the unwrapped activation bundle is malformed; the token is used up") from None
     if hashlib.sha256(authority_der).hexdigest() != ca_sha256:
         raise InvalidRequest("the unwrapped bundle's authority is not the one the activation token names")
-    if not certificates.belongs(
-        bundle.credentials.certificate_pem, bundle.credentials.key_pem, bundle.authority_pem
-    ):
+    if not certificates.belongs(bundle.credentials.certificate_pem, bundle.credentials.key_pem, bundle.authority_pem):
         raise InvalidRequest("the unwrapped bundle's certificate, key and authority do not belong together")
     return bundle
 
 
 async def activate(
-    token: str, *, primary_api_addr: str, ca_file: str, ca_path: str, store_id: str, now_s: float,
+    token: str,
+    *,
+    primary_api_addr: str,
+    ca_file: str,
+    ca_path: str,
+    store_id: str,
+    now_s: float,
     timeout_s: float = 30.0,
 ) -> ActivationResult:
     """From token to everything a new store generation needs.
@@ -234,7 +244,8 @@ def api_trust(address: str, ca_file: str, ca_path: str) -> ssl.SSLContext | None
 async def unwrap(address: str, wrapping_token: str, trust: ssl.SSLContext | None, timeout_s: float) -> Any:
     """Check that the wrapping token came from ``secondary-token`` and exchange it for the bundle, which consumes it."""
     session = aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=timeout_s), connector=aiohttp.TCPConnector(ssl=trust or False),
+        timeout=aiohttp.ClientTimeout(total=timeout_s),
+        connector=aiohttp.TCPConnector(ssl=trust or False),
         headers={"X-Vault-Request": "true"},
     )
     async with session:
@@ -257,7 +268,10 @@ async def bootstrap(bundle: Bundle, *, store_id: str, timeout_s: float) -> Activ
         raise InvalidRequest(f"the activation bundle's primary_cluster_addr is unusable: {error}") from None
     try:
         answer = await client.post(
-            BOOTSTRAP_PATH, encode(request), timeout_s=timeout_s, answer_bytes_max=BOOTSTRAP_BYTES_MAX,
+            BOOTSTRAP_PATH,
+            encode(request),
+            timeout_s=timeout_s,
+            answer_bytes_max=BOOTSTRAP_BYTES_MAX,
         )
     except (PeerUnreachable, PeerOutcomeUnknown) as error:
         raise Unavailable(
@@ -293,19 +307,33 @@ def _reply(answer: PeerAnswer, bundle: Bundle) -> BootstrapReply:
 
 def _result(bundle: Bundle, reply: BootstrapReply, store_id: str) -> ActivationResult:
     role = SecondaryRole(
-        set_id=bundle.set_id, epoch=bundle.epoch, secondary_id=bundle.secondary_id, store_id=store_id,
-        primary_cluster_addr=bundle.primary_cluster_addr, primary_api_addr=reply.api_addr,
-        authority_pem=bundle.authority_pem, certificate_pem=bundle.credentials.certificate_pem,
-        key_pem=bundle.credentials.key_pem, addresses=reply.cluster_addrs[:16],
+        set_id=bundle.set_id,
+        epoch=bundle.epoch,
+        secondary_id=bundle.secondary_id,
+        store_id=store_id,
+        primary_cluster_addr=bundle.primary_cluster_addr,
+        primary_api_addr=reply.api_addr,
+        authority_pem=bundle.authority_pem,
+        certificate_pem=bundle.credentials.certificate_pem,
+        key_pem=bundle.credentials.key_pem,
+        addresses=reply.cluster_addrs[:16],
     )
     return ActivationResult(
-        root_key=reply.root_key, keyring=reply.keyring, seal=reply.seal, store_id=store_id,
-        secondary_id=bundle.secondary_id, set_id=bundle.set_id, entries={ROLE_KEY: encode_role(role)},
+        root_key=reply.root_key,
+        keyring=reply.keyring,
+        seal=reply.seal,
+        store_id=store_id,
+        secondary_id=bundle.secondary_id,
+        set_id=bundle.set_id,
+        entries={ROLE_KEY: encode_role(role)},
     )
 
 
 async def _call(
-    session: aiohttp.ClientSession, url: str, headers: Mapping[str, str], body: Mapping[str, str],
+    session: aiohttp.ClientSession,
+    url: str,
+    headers: Mapping[str, str],
+    body: Mapping[str, str],
 ) -> dict[str, Any]:
     """One JSON call. 4xx is the token's fault, everything else the primary's."""
     try:

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from consul_backend.clock import Clock
-from consul_backend.errors import BackendError, TooLarge
+from consul_backend.errors import BackendError, PermissionDenied, TooLarge
 from consul_backend.limits import Limits
 from consul_backend.position import Position
 from sidecar.replication.channel import Channel, ChannelClosed
@@ -301,6 +301,8 @@ class _Reception:
             return Outcome(End.LOST, str(violation), alarm=True)
         except ChannelClosed as closed:
             return Outcome(End.LOST, str(closed))
+        except PermissionDenied as denied:
+            return Outcome(End.LOST, f"this cluster's own store refused a write: {denied}", alarm=True)
         except _NeedDiff as need:
             return Outcome(End.NEED_DIFF, str(need))
 

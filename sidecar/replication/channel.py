@@ -30,14 +30,20 @@ class Channel(Protocol):
 
 
 class WebSocketChannel:
-    """One aiohttp websocket, server or client side; build it with :meth:`accept` or :meth:`WS_OPTIONS`.
+    """One aiohttp websocket: a server's from :meth:`accept`, a client's from ``ws_connect``, which must set
+    ``max_msg_size`` and no compression.
 
     Only binary messages of at most ``FRAME_BYTES_MAX`` bytes pass; anything else closes the channel. No compression: a
     small message must not become a large one.
     """
 
-    def __init__(self, socket: ClientWebSocketResponse | web.WebSocketResponse) -> None:
+    def __init__(
+        self,
+        socket: ClientWebSocketResponse | web.WebSocketResponse,
+        transport: asyncio.Transport | None = None,
+    ) -> None:
         self._socket = socket
+        self._transport = transport
         self._sending = asyncio.Lock()
 
     @classmethod
@@ -47,7 +53,7 @@ class WebSocketChannel:
             max_msg_size=FRAME_BYTES_MAX, compress=False, autoping=True, timeout=CLOSE_TIMEOUT_S
         )
         await socket.prepare(request)
-        return cls(socket)
+        return cls(socket, request.transport)
 
     @property
     def socket(self) -> ClientWebSocketResponse | web.WebSocketResponse:
@@ -82,8 +88,8 @@ class WebSocketChannel:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._socket.close(message=message)
         except (TimeoutError, ClientConnectionError, ConnectionError, RuntimeError):
-            return
+            pass  # the peer is gone or stuck, which is why we close
+        if self._transport is not None and self._transport.get_write_buffer_size():
+            self._transport.abort()  # a peer that does not read would keep what was not sent for as long as it likes
 
 
-CLIENT_OPTIONS = {"max_msg_size": FRAME_BYTES_MAX, "compress": 0, "autoping": True}
-"""Keyword arguments for ``ClientSession.ws_connect`` on the secondary's side."""

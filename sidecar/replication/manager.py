@@ -67,8 +67,15 @@ class PerformanceReplication:
     """See the module. ``store`` is the raw replicated store, ``sealed`` the same through the barrier."""
 
     def __init__(
-        self, *, store: ClusterStore, sealed: SealedEntries, listener: ClusterListener, node: NodeInfo,
-        callbacks: Callbacks, clock: Clock, options: ReplicationOptions | None = None,
+        self,
+        *,
+        store: ClusterStore,
+        sealed: SealedEntries,
+        listener: ClusterListener,
+        node: NodeInfo,
+        callbacks: Callbacks,
+        clock: Clock,
+        options: ReplicationOptions | None = None,
     ) -> None:
         self._store = store
         self._sealed = sealed
@@ -139,9 +146,15 @@ class PerformanceReplication:
         roles.check_cluster_addr(primary_cluster_addr)
         set_id, epoch_id = str(uuid.uuid4()), str(uuid.uuid4())
         authority = await asyncio.to_thread(certificates.make_authority, f"outrider performance replication {set_id}")
-        await self._change(lambda role: roles.enable_primary(
-            role, set_id=set_id, epoch_id=epoch_id, cluster_addr=primary_cluster_addr, authority=authority,
-        ))
+        await self._change(
+            lambda role: roles.enable_primary(
+                role,
+                set_id=set_id,
+                epoch_id=epoch_id,
+                cluster_addr=primary_cluster_addr,
+                authority=authority,
+            )
+        )
         await self._turn()
         return Response(warnings=[ENABLING_PRIMARY])
 
@@ -161,7 +174,11 @@ class PerformanceReplication:
         return Response(warnings=[DISABLING])
 
     async def secondary_token(
-        self, mode: str, id: str, ttl_s: int, public_key: str,  # noqa: A002 - the API's own name
+        self,
+        mode: str,
+        id: str,  # noqa: A002 - the API's own name
+        ttl_s: int,
+        public_key: str,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(payload to wrap, extra JWT claims) for a new secondary, which is known from now on (contract 1.6)."""
         roles.require_performance(mode)
@@ -172,7 +189,11 @@ class PerformanceReplication:
         role = roles.require_primary(self._role)
         roles.check_new(role, roles.check_id(id))
         payload, claims, fingerprint = await asyncio.to_thread(
-            build_bundle, role.authority, secondary_id=id, set_id=role.set_id, epoch=role.epoch,
+            build_bundle,
+            role.authority,
+            secondary_id=id,
+            set_id=role.set_id,
+            epoch=role.epoch,
             primary_cluster_addr=role.primary_cluster_addr or self._node.cluster_addr,
         )
         replaced: list[str] = []
@@ -181,7 +202,11 @@ class PerformanceReplication:
             if roles.require_primary(newest).set_id != role.set_id:
                 raise InvalidRequest("replication was set up anew meanwhile; try again")
             after, before = roles.add_secondary(
-                newest, id, fingerprint, now_ms=self._clock.time_ms(), ttl_ms=ttl_s * 1000,
+                newest,
+                id,
+                fingerprint,
+                now_ms=self._clock.time_ms(),
+                ttl_ms=ttl_s * 1000,
             )
             replaced.extend([before] if before else [])
             return after
@@ -212,7 +237,12 @@ class PerformanceReplication:
         logger.warning("replication: secondary %s was revoked", id)
 
     async def secondary_enable(
-        self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str,
+        self,
+        mode: str,
+        token: str,
+        primary_api_addr: str,
+        ca_file: str,
+        ca_path: str,
     ) -> Response:
         """Become a secondary of the token's issuer; replaces everything this cluster holds (contract 1.9).
 
@@ -226,8 +256,13 @@ class PerformanceReplication:
         async with self._activating:
             roles.require_disabled(self._role)
             result = await activate(
-                token, primary_api_addr=primary_api_addr, ca_file=ca_file, ca_path=ca_path, store_id=str(uuid.uuid4()),
-                now_s=self._clock.time_ms() / 1000, timeout_s=self._options.activation_timeout_s,
+                token,
+                primary_api_addr=primary_api_addr,
+                ca_file=ca_file,
+                ca_path=ca_path,
+                store_id=str(uuid.uuid4()),
+                now_s=self._clock.time_ms() / 1000,
+                timeout_s=self._options.activation_timeout_s,
             )
             await self._callbacks.flip(result)
         warnings = [ENABLING_SECONDARY] if result.protected else [ENABLING_SECONDARY, PLAIN_HTTP]
@@ -267,13 +302,27 @@ class PerformanceReplication:
         try:
             if isinstance(role, PrimaryRole):
                 self._primary = PrimaryService(
-                    self._store, self._listener, self._node, self._callbacks, self._clock, self._options, role,
-                    newest=self._primary_of(role.set_id), change=self._change_primary, serving=self._serving,
+                    self._store,
+                    self._listener,
+                    self._node,
+                    self._callbacks,
+                    self._clock,
+                    self._options,
+                    role,
+                    newest=self._primary_of(role.set_id),
+                    change=self._change_primary,
+                    serving=self._serving,
                 )
                 await self._primary.run()
             elif isinstance(role, SecondaryRole):
                 self._secondary = SecondaryService(
-                    self._store, self._node, self._callbacks, self._clock, self._options, role, learned=self._learned,
+                    self._store,
+                    self._node,
+                    self._callbacks,
+                    self._clock,
+                    self._options,
+                    role,
+                    learned=self._learned,
                 )
                 await self._secondary.run()
         finally:
@@ -304,24 +353,34 @@ class PerformanceReplication:
 
     def _primary_status(self, role: PrimaryRole) -> dict[str, Any]:
         peers = self._primary.shipper.peers if self._primary is not None else {}
-        return statuses.primary_status(statuses.PrimaryFacts(
-            set_id=role.set_id, epoch_number=role.epoch.number, epoch_id=role.epoch.id,
-            primary_cluster_addr=role.primary_cluster_addr, known_secondaries=sorted(role.secondaries),
-            secondaries=[
-                self._peer_facts(id_, peers[id_])
-                for id_ in sorted(role.secondaries) if id_ in peers and peers[id_].heard_at_s is not None
-            ],
-            head_index=self._store.head.index, merkle_root=self._store.forest.root(REPLICATED).hex(),
-            running=self._primary is not None and self._primary.serving.is_set(),
-        ))
+        return statuses.primary_status(
+            statuses.PrimaryFacts(
+                set_id=role.set_id,
+                epoch_number=role.epoch.number,
+                epoch_id=role.epoch.id,
+                primary_cluster_addr=role.primary_cluster_addr,
+                known_secondaries=sorted(role.secondaries),
+                secondaries=[
+                    self._peer_facts(id_, peers[id_])
+                    for id_ in sorted(role.secondaries)
+                    if id_ in peers and peers[id_].heard_at_s is not None
+                ],
+                head_index=self._store.head.index,
+                merkle_root=self._store.forest.root(REPLICATED).hex(),
+                running=self._primary is not None and self._primary.serving.is_set(),
+            )
+        )
 
     def _peer_facts(self, id_: str, peer: Peer) -> statuses.SecondaryFacts:
         lag_s = peer.lag_s(self._clock.monotonic())
         return statuses.SecondaryFacts(
-            id_, acked_index=peer.applied,
+            id_,
+            acked_index=peer.applied,
             heartbeats=statuses.Heartbeats(
-                connected=peer.connected, api_addr=peer.advertised.api_addr,
-                cluster_addr=next(iter(peer.advertised.cluster_addrs), ""), last_ms=self._heard_ms(peer.heard_at_s),
+                connected=peer.connected,
+                api_addr=peer.advertised.api_addr,
+                cluster_addr=next(iter(peer.advertised.cluster_addrs), ""),
+                last_ms=self._heard_ms(peer.heard_at_s),
                 canary_age_ms=None if lag_s is None else int(lag_s * 1000),
             ),
         )
@@ -330,27 +389,45 @@ class PerformanceReplication:
         service = self._secondary
         position = stored_position(self._store)
         facts = statuses.SecondaryStatusFacts(
-            set_id=role.set_id, epoch_number=role.epoch.number, epoch_id=role.epoch.id,
-            secondary_id=role.secondary_id, primary_cluster_addr=role.primary_cluster_addr,
-            known_addresses=role.dial_order, state="idle", connection_state="idle",
-            last_remote_wal=position.index if position else 0, last_wal=self._store.head.index,
-            merkle_root=self._store.forest.root(REPLICATED).hex(), started_ms=self._clock.time_ms(),
+            set_id=role.set_id,
+            epoch_number=role.epoch.number,
+            epoch_id=role.epoch.id,
+            secondary_id=role.secondary_id,
+            primary_cluster_addr=role.primary_cluster_addr,
+            known_addresses=role.dial_order,
+            state="idle",
+            connection_state="idle",
+            last_remote_wal=position.index if position else 0,
+            last_wal=self._store.head.index,
+            merkle_root=self._store.forest.root(REPLICATED).hex(),
+            started_ms=self._clock.time_ms(),
         )
         if service is None:
             return statuses.secondary_status(facts)
         applied, upstream = service.applier.position, service.applier.upstream
         lag_s = service.applier.lag_s()
         beats = statuses.Heartbeats(
-            connected=upstream.connected, api_addr=upstream.advertised.api_addr or role.primary_api_addr,
-            cluster_addr=service.connected_to or role.primary_cluster_addr, last_ms=self._heard_ms(upstream.heard_at_s),
+            connected=upstream.connected,
+            api_addr=upstream.advertised.api_addr or role.primary_api_addr,
+            cluster_addr=service.connected_to or role.primary_cluster_addr,
+            last_ms=self._heard_ms(upstream.heard_at_s),
             canary_age_ms=None if lag_s is None else int(lag_s * 1000),
         )
-        return statuses.secondary_status(replace(
-            facts, state=service.state, connection_state=service.connection_state, started_ms=service.started_ms,
-            last_remote_wal=applied.index if applied else 0, reason=service.machine.reason, alarm=service.machine.alarm,
-            lag_s=lag_s, last_sync=service.last_sync, sync_progress=service.sync_progress,
-            primary=beats if upstream.heard_at_s is not None else None,
-        ))
+        return statuses.secondary_status(
+            replace(
+                facts,
+                state=service.state,
+                connection_state=service.connection_state,
+                started_ms=service.started_ms,
+                last_remote_wal=applied.index if applied else 0,
+                reason=service.machine.reason,
+                alarm=service.machine.alarm,
+                lag_s=lag_s,
+                last_sync=service.last_sync,
+                sync_progress=service.sync_progress,
+                primary=beats if upstream.heard_at_s is not None else None,
+            )
+        )
 
     def _heard_ms(self, heard_at_s: float | None) -> int:
         if heard_at_s is None:

@@ -72,8 +72,17 @@ class PrimaryService:
     None when there is none any more; ``serving`` is set while the cluster port offers this."""
 
     def __init__(
-        self, store: ClusterStore, listener: ClusterListener, node: NodeInfo, callbacks: Callbacks, clock: Clock,
-        options: ReplicationOptions, role: PrimaryRole, *, newest: Callable[[], PrimaryRole | None], change: ChangeRole,
+        self,
+        store: ClusterStore,
+        listener: ClusterListener,
+        node: NodeInfo,
+        callbacks: Callbacks,
+        clock: Clock,
+        options: ReplicationOptions,
+        role: PrimaryRole,
+        *,
+        newest: Callable[[], PrimaryRole | None],
+        change: ChangeRole,
         serving: asyncio.Event,
     ) -> None:
         self._store = store
@@ -86,15 +95,24 @@ class PrimaryService:
         self._change = change
         self.serving = serving
         self.source = Source(
-            node.local_cluster_id, role.set_id, store.generation, role.epoch.number, role.epoch.id,
+            node.local_cluster_id,
+            role.set_id,
+            store.generation,
+            role.epoch.number,
+            role.epoch.id,
         )
         self.shipper = Shipper(
-            store, self.source,
+            store,
+            self.source,
             ShipperOptions(
-                beat_s=options.beat_s, silent_beats_max=options.silent_beats_max, limits=options.limits,
-                window_records=options.window_records, window_bytes=options.window_bytes,
+                beat_s=options.beat_s,
+                silent_beats_max=options.silent_beats_max,
+                limits=options.limits,
+                window_records=options.window_records,
+                window_bytes=options.window_bytes,
             ),
-            clock, advertise=self._advertised,
+            clock,
+            advertise=self._advertised,
         )
         self._streams: dict[str, asyncio.Event] = {}
         self._handlers: dict[tuple[str, str], Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]] = {
@@ -112,10 +130,16 @@ class PrimaryService:
             self.shipper.expect(secondary_id)
         name = server_name(role.set_id)
         credentials = await asyncio.to_thread(certificates.issue_server, role.authority, name)
-        self._listener.add(Purpose(
-            sni=name, alpn=ALPN, credentials=credentials, trust_root_pem=role.authority_pem,
-            handler=self._dispatch, allow=self._allow,
-        ))
+        self._listener.add(
+            Purpose(
+                sni=name,
+                alpn=ALPN,
+                credentials=credentials,
+                trust_root_pem=role.authority_pem,
+                handler=self._dispatch,
+                allow=self._allow,
+            )
+        )
         self.serving.set()
         try:
             await asyncio.get_running_loop().create_future()
@@ -180,8 +204,14 @@ class PrimaryService:
         except (BackendError, Unavailable) as error:
             return web.Response(status=503, text=str(error))
         reply = BootstrapReply(
-            version=version, set_id=role.set_id, epoch=role.epoch, root_key=material.root_key, keyring=material.keyring,
-            seal=material.seal, api_addr=self._node.api_addr, cluster_addrs=tuple(self._node.cluster_addresses()),
+            version=version,
+            set_id=role.set_id,
+            epoch=role.epoch,
+            root_key=material.root_key,
+            keyring=material.keyring,
+            seal=material.seal,
+            api_addr=self._node.api_addr,
+            cluster_addrs=tuple(self._node.cluster_addresses()),
         )
         logger.info("replication: secondary %s received its keys", asked.secondary_id)
         return _binary(encode(reply))
@@ -214,9 +244,19 @@ class PrimaryService:
     async def _refuse(self, channel: WebSocketChannel, reason: str) -> None:
         head, source = self._store.head, self.source
         reply = HelloReply(
-            version=protocol.PROTOCOL_VERSIONS[-1], mode="refuse", reason=reason, cluster_id=source.cluster_id,
-            set_id=source.set_id, generation=source.generation, epoch=source.epoch, epoch_id=source.epoch_id,
-            head_index=head.index, head_hash=head.chain_hash, ops_max=0, body_bytes_max=0, prefix_bytes=0,
+            version=protocol.PROTOCOL_VERSIONS[-1],
+            mode="refuse",
+            reason=reason,
+            cluster_id=source.cluster_id,
+            set_id=source.set_id,
+            generation=source.generation,
+            epoch=source.epoch,
+            epoch_id=source.epoch_id,
+            head_index=head.index,
+            head_hash=head.chain_hash,
+            ops_max=0,
+            body_bytes_max=0,
+            prefix_bytes=0,
         )
         try:
             await channel.send(protocol.encode(reply))

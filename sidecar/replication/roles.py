@@ -142,8 +142,11 @@ def enable_primary(role: Role, *, set_id: str, epoch_id: str, cluster_addr: str,
     if isinstance(role, SecondaryRole):
         raise InvalidRequest("this cluster is a performance replication secondary; promote or disable it first")
     return PrimaryRole(
-        set_id=set_id, epoch=Epoch(1, epoch_id), primary_cluster_addr=cluster_addr,
-        authority_pem=authority.certificate_pem, authority_key_pem=authority.key_pem,
+        set_id=set_id,
+        epoch=Epoch(1, epoch_id),
+        primary_cluster_addr=cluster_addr,
+        authority_pem=authority.certificate_pem,
+        authority_key_pem=authority.key_pem,
     )
 
 
@@ -205,7 +208,12 @@ def check_cluster_addr(address: str) -> None:
 
 
 def add_secondary(
-    role: Role, secondary_id: str, fingerprint: str, *, now_ms: int, ttl_ms: int,
+    role: Role,
+    secondary_id: str,
+    fingerprint: str,
+    *,
+    now_ms: int,
+    ttl_ms: int,
 ) -> tuple[PrimaryRole, str | None]:
     """The role that knows a new secondary, and the fingerprint that this one replaces, if any.
 
@@ -239,7 +247,13 @@ def revoke(role: Role, secondary_id: str) -> tuple[PrimaryRole, str]:
 
 
 def claim_store(
-    role: Role, fingerprint: str, set_id: str, epoch: Epoch, store_id: str, *, now_ms: int,
+    role: Role,
+    fingerprint: str,
+    set_id: str,
+    epoch: Epoch,
+    store_id: str,
+    *,
+    now_ms: int,
 ) -> PrimaryRole:
     """At bootstrap: bind the activation to the store that asks. Raises PermissionDenied.
 

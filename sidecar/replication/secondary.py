@@ -61,8 +61,15 @@ class SecondaryService:
     """One tenure as secondary. ``learned`` stores the primary's addresses and returns the role with them."""
 
     def __init__(
-        self, store: ClusterStore, node: NodeInfo, callbacks: Callbacks, clock: Clock, options: ReplicationOptions,
-        role: SecondaryRole, *, learned: Callable[[tuple[str, ...]], Awaitable[SecondaryRole]],
+        self,
+        store: ClusterStore,
+        node: NodeInfo,
+        callbacks: Callbacks,
+        clock: Clock,
+        options: ReplicationOptions,
+        role: SecondaryRole,
+        *,
+        learned: Callable[[tuple[str, ...]], Awaitable[SecondaryRole]],
     ) -> None:
         self._store = store
         self._node = node
@@ -157,7 +164,8 @@ class SecondaryService:
         for address in self._addresses():
             try:
                 socket = await self._client(address).websocket(
-                    STREAM_PATH, message_bytes_max=protocol.FRAME_BYTES_MAX,
+                    STREAM_PATH,
+                    message_bytes_max=protocol.FRAME_BYTES_MAX,
                 )
             except (PeerUnreachable, PeerRefused) as error:
                 problems.append(str(error))
@@ -185,8 +193,14 @@ class SecondaryService:
 
     async def _sync(self) -> Action:
         syncer = Syncer(
-            self._store, self._ask_diff, self._ask_entries, on_applied=self._callbacks.on_applied,
-            gate=self._gate, on_event=self._heard, clock=self._clock, limits=self._options.limits,
+            self._store,
+            self._ask_diff,
+            self._ask_entries,
+            on_applied=self._callbacks.on_applied,
+            gate=self._gate,
+            on_event=self._heard,
+            clock=self._clock,
+            limits=self._options.limits,
             identity=self.applier.identity,
         )
         result = await syncer.run()
@@ -195,14 +209,20 @@ class SecondaryService:
             self.last_sync = SyncFacts("merkle", result.round_trips, result.bytes, result.keys, result.seconds)
             logger.info(
                 "replication: merkle sync done: %d keys, %d bytes, %d round trips, %.3f s",
-                result.keys, result.bytes, result.round_trips, result.seconds,
+                result.keys,
+                result.bytes,
+                result.round_trips,
+                result.seconds,
             )
         return self._step(result.event, result.reason)
 
     async def _ask_diff(self, request: DiffRequest) -> DiffReply:
         try:
             answer = await self._client(self._address()).post(
-                DIFF_PATH, protocol.encode(request), timeout_s=DIFF_TIMEOUT_S, answer_bytes_max=protocol.DIFF_BYTES_MAX,
+                DIFF_PATH,
+                protocol.encode(request),
+                timeout_s=DIFF_TIMEOUT_S,
+                answer_bytes_max=protocol.DIFF_BYTES_MAX,
             )
         except (PeerUnreachable, PeerOutcomeUnknown) as error:
             raise ChannelClosed(str(error)) from error
@@ -216,7 +236,9 @@ class SecondaryService:
         client = self._client(self._address())
         try:
             async with client.stream(
-                FETCH_PATH, protocol.encode(request), idle_timeout_s=self._options.fetch_idle_timeout_s,
+                FETCH_PATH,
+                protocol.encode(request),
+                idle_timeout_s=self._options.fetch_idle_timeout_s,
             ) as answer:
                 if answer.status == 403:
                     raise SyncRefused("the primary refuses to send entries to this secondary")
@@ -254,7 +276,10 @@ class SecondaryService:
         self.last_sync = SyncFacts("wal", 1, caught.channel.received_bytes, caught.keys, seconds)
         logger.info(
             "replication: in step again by the write-ahead log: %d records, %d keys, %d bytes, %.3f s",
-            position.index - caught.index, caught.keys, caught.channel.received_bytes, seconds,
+            position.index - caught.index,
+            caught.keys,
+            caught.channel.received_bytes,
+            seconds,
         )
 
     async def _on_applied(self, keys: Sequence[str]) -> None:
@@ -302,7 +327,10 @@ class SecondaryService:
     def _make_applier(self) -> Applier:
         role, options = self._role, self._options
         return Applier(
-            self._store, stored_position(self._store), self._on_applied, self._clock,
+            self._store,
+            stored_position(self._store),
+            self._on_applied,
+            self._clock,
             ApplierOptions(beat_s=options.beat_s, silent_beats_max=options.silent_beats_max, limits=options.limits),
             identity=Identity(role.secondary_id, role.store_id, role.set_id, role.epoch.number, role.epoch.id),
             advertise=lambda: Advertised(self._node.api_addr, tuple(self._node.cluster_addresses())),

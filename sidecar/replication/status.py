@@ -166,7 +166,10 @@ def _last_sync(sync: SyncFacts | None) -> dict[str, Any] | None:
     if sync is None:
         return None
     return {
-        "by": sync.by, "round_trips": sync.round_trips, "bytes": sync.bytes, "keys": sync.keys,
+        "by": sync.by,
+        "round_trips": sync.round_trips,
+        "bytes": sync.bytes,
+        "keys": sync.keys,
         "seconds": round(sync.seconds, 3),
     }
 

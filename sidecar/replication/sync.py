@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from consul_backend.clock import Clock
-from consul_backend.errors import BackendError, TooLarge
+from consul_backend.errors import BackendError, PermissionDenied, TooLarge
 from consul_backend.limits import Limits
+from consul_backend.merkle import entry_digest
 from consul_backend.position import Position
 from consul_backend.wal import Write
 from consul_backend.wal_reader import RecordGone
@@ -119,6 +120,17 @@ async def answer_fetch(store: PrimaryStore, request: FetchRequest) -> AsyncItera
 
 
 async def _fetched_entries(store: PrimaryStore, extents: Sequence[Extent]) -> AsyncIterator[Entries]:
+    """The keyring first, and again before any frame that may hold entries under a newer one."""
+    keyring: bytes | None = None
+    async for frame in _differing_entries(store, extents):
+        digest = store.forest.digest_of(KEYRING_KEY)
+        if digest != keyring and (value := await store.get(KEYRING_KEY)) is not None:
+            keyring = digest
+            yield Entries([(KEYRING_KEY, value)], [], 0)
+        yield frame
+
+
+async def _differing_entries(store: PrimaryStore, extents: Sequence[Extent]) -> AsyncIterator[Entries]:
     puts: list[tuple[str, bytes]] = []
     deletes: list[str] = []
     size_bytes = 0
@@ -126,6 +138,7 @@ async def _fetched_entries(store: PrimaryStore, extents: Sequence[Extent]) -> As
         prefix = f"{REPLICATED}/{extent.partition}/"
         wanted, extra = differing_entries(store.forest, extent)
         deletes += [prefix + path for path in extra]
+        size_bytes += sum(map(len, extra))
         for start in range(0, len(wanted), _READS_AT_ONCE):
             keys = [prefix + path for path in wanted[start : start + _READS_AT_ONCE]]
             for key, value in zip(keys, await asyncio.gather(*map(store.get, keys)), strict=True):
@@ -136,7 +149,6 @@ async def _fetched_entries(store: PrimaryStore, extents: Sequence[Extent]) -> As
                     puts, deletes, size_bytes = [], [], 0
                 puts.append((key, value))
                 size_bytes += len(value) + len(key)
-        size_bytes += sum(map(len, extra))
         if size_bytes > _ENTRIES_FRAME_BYTES:
             yield Entries(puts, deletes, done + 1)
             puts, deletes, size_bytes = [], [], 0
@@ -233,7 +245,7 @@ class Syncer:
             event, reason = await self._run()
         except SyncRefused as refused:
             event, reason = Event.REFUSED, str(refused)
-        except (ChannelClosed, ProtocolViolation, TooLarge, _Broken) as error:
+        except (ChannelClosed, ProtocolViolation, TooLarge, PermissionDenied, _Broken) as error:
             event, reason = Event.LOST, str(error)
             log.warning("merkle sync ended early: %s", reason)
         return SyncResult(
@@ -311,15 +323,21 @@ class Syncer:
 
     async def _received(self, frame: FromFetch, intake: Intake, done_before: int) -> None:
         if isinstance(frame, Entries):
-            self._staging.done = done_before + frame.done
+            self._staging.done = max(self._staging.done, done_before + frame.done)
             writes = [Write(key, value) for key, value in frame.puts] + [Write(key, None) for key in frame.deletes]
-            await self._staging.add(checked_writes(writes))
+            await self._staging.add([write for write in checked_writes(writes) if not self._has_keyring(write)])
         elif isinstance(frame, RecordFrame | Skip):
             intake.accept(frame)
             while (batch := intake.take()) is not None:
                 await self._staging.add(batch.writes)
         elif isinstance(frame, Bye):
             raise _Broken(frame.reason)
+
+    def _has_keyring(self, write: Write) -> bool:
+        """Whether a write is the keyring that is here already: it travels with every answer."""
+        if write.key != KEYRING_KEY or write.value is None:
+            return False
+        return self._store.forest.digest_of(KEYRING_KEY) == entry_digest(write.key, write.value)
 
     async def _conclude(self, guard: Guard, position: Position) -> tuple[Event, str]:
         if self._staging.fits_one_commit():

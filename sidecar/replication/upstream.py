@@ -21,10 +21,20 @@ STALL_WARNING = (
     "reads of values written during this operation."
 )
 
-HOP_BY_HOP = frozenset({
-    "connection", "content-length", "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
-    "transfer-encoding", "upgrade",
-})
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "content-length",
+        "host",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
 """Headers that belong to one connection; everything else travels."""
 
 
@@ -36,13 +46,21 @@ def travelling(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 def upward_request(request: RequestLike, auth: AuthLike, cluster_id: str) -> ForwardRequest:
     """``request`` as it goes up from ``cluster_id``. Raises LoopRefused."""
     return ForwardRequest(
-        method=request.method, path=request.path,
+        method=request.method,
+        path=request.path,
         query={name: list(values) for name, values in request.query.items()},
-        headers=travelling(request.headers.items()), body=request.body, remote_address=request.remote_address,
-        trail=extend(trail_of(request.trail), cluster_id, UPWARD), raw_target=request.raw_target,
+        headers=travelling(request.headers.items()),
+        body=request.body,
+        remote_address=request.remote_address,
+        trail=extend(trail_of(request.trail), cluster_id, UPWARD),
+        raw_target=request.raw_target,
         auth=ForwardedIdentity(
-            policies=tuple(auth.policies), display_name=auth.display_name, accessor=auth.accessor,
-            entity_id=auth.entity_id, metadata=dict(auth.metadata), cluster_id=auth.cluster_id or cluster_id,
+            policies=tuple(auth.policies),
+            display_name=auth.display_name,
+            accessor=auth.accessor,
+            entity_id=auth.entity_id,
+            metadata=dict(auth.metadata),
+            cluster_id=auth.cluster_id or cluster_id,
         ),
     )
 
@@ -60,8 +78,14 @@ def with_warning(answer: ForwardAnswer, warning: str) -> ForwardAnswer:
     needs a body; a body that is no JSON object passes unchanged."""
     if not answer.body:
         envelope: object = {
-            "request_id": str(uuid.uuid4()), "lease_id": "", "renewable": False, "lease_duration": 0, "data": None,
-            "wrap_info": None, "warnings": None, "auth": None,
+            "request_id": str(uuid.uuid4()),
+            "lease_id": "",
+            "renewable": False,
+            "lease_duration": 0,
+            "data": None,
+            "wrap_info": None,
+            "warnings": None,
+            "auth": None,
         }
     else:
         try:

@@ -99,7 +99,10 @@ def belongs(certificate_pem: bytes, key_pem: bytes, authority_pem: bytes) -> boo
 
 
 def _issue(
-    authority: Credentials, common_name: str, san: x509.SubjectAlternativeName | None, usage: x509.ObjectIdentifier,
+    authority: Credentials,
+    common_name: str,
+    san: x509.SubjectAlternativeName | None,
+    usage: x509.ObjectIdentifier,
 ) -> Credentials:
     signer = serialization.load_pem_private_key(authority.key_pem, password=None)
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
@@ -138,9 +141,15 @@ def _name(common_name: str) -> x509.Name:
 
 def _key_usage(*, sign_certificates: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=not sign_certificates, key_cert_sign=sign_certificates, crl_sign=sign_certificates,
-        content_commitment=False, key_encipherment=False, data_encipherment=False, key_agreement=False,
-        encipher_only=False, decipher_only=False,
+        digital_signature=not sign_certificates,
+        key_cert_sign=sign_certificates,
+        crl_sign=sign_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
     )
 
 
@@ -150,5 +159,7 @@ def _pem(certificate: x509.Certificate) -> bytes:
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption(),
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
     )

@@ -99,8 +99,12 @@ class ClusterListener:
         base = base_server_context()
         base.sni_callback = self._choose
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: _Connection(self), self._host, self._port, ssl=base,
-            ssl_handshake_timeout=self._options.handshake_timeout_s, backlog=128,
+            lambda: _Connection(self),
+            self._host,
+            self._port,
+            ssl=base,
+            ssl_handshake_timeout=self._options.handshake_timeout_s,
+            backlog=128,
         )
 
     async def close(self) -> None:
@@ -118,8 +122,11 @@ class ClusterListener:
             raise ValueError(f"the cluster port serves {purpose.sni} already")
         context = server_context(purpose.credentials, purpose.trust_root_pem, purpose.alpn)
         server = web.Server(
-            self._guarded(purpose), request_factory=self._make_request, access_log=None,
-            keepalive_timeout=self._options.keepalive_s, auto_decompress=False,
+            self._guarded(purpose),
+            request_factory=self._make_request,
+            access_log=None,
+            keepalive_timeout=self._options.keepalive_s,
+            auto_decompress=False,
         )
         self._entries[purpose.sni] = _Entry(purpose, server)
         self._contexts[purpose.sni] = context
@@ -189,10 +196,20 @@ class ClusterListener:
         return handle
 
     def _make_request(
-        self, message: Any, payload: Any, protocol: Any, writer: Any, task: asyncio.Task[None],
+        self,
+        message: Any,
+        payload: Any,
+        protocol: Any,
+        writer: Any,
+        task: asyncio.Task[None],
     ) -> web.BaseRequest:
         return web.BaseRequest(
-            message, payload, protocol, writer, task, asyncio.get_running_loop(),
+            message,
+            payload,
+            protocol,
+            writer,
+            task,
+            asyncio.get_running_loop(),
             client_max_size=self._options.body_bytes_max,
         )
 
@@ -205,6 +222,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._entry: _Entry | None = None
         self._inner: Any = None
+        self._aborted = False
         self.peer: Peer | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -221,7 +239,7 @@ class _Connection(asyncio.Protocol):
         self._inner.connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._inner is not None:
+        if self._inner is not None and not self._aborted:
             self._inner.data_received(data)
 
     def eof_received(self) -> bool | None:
@@ -242,7 +260,10 @@ class _Connection(asyncio.Protocol):
             self._inner.connection_lost(exc)
 
     def abort(self) -> None:
-        """Drop the connection now, unsent bytes included."""
+        """Drop the connection now, unsent bytes included; nothing that still arrives on it is read."""
+        self._aborted = True
+        if self._entry is not None:
+            self._entry.connections.discard(self)
         if self._transport is not None:
             self._transport.abort()
 

@@ -67,7 +67,12 @@ class PeerClient:
     """
 
     def __init__(
-        self, identity: PeerIdentity, address: str, *, connect_timeout_s: float = 5.0, connections_max: int = 64,
+        self,
+        identity: PeerIdentity,
+        address: str,
+        *,
+        connect_timeout_s: float = 5.0,
+        connections_max: int = 64,
     ) -> None:
         self.address = address
         self._host, self._port = parse_address(address)
@@ -76,13 +81,20 @@ class PeerClient:
         limit_tls_buffers()
         connector = aiohttp.TCPConnector(
             ssl=client_context(identity.credentials, identity.authority_pem, identity.alpn),
-            resolver=_Fixed(self._host), limit=connections_max, use_dns_cache=False,
+            resolver=_Fixed(self._host),
+            limit=connections_max,
+            use_dns_cache=False,
         )
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, connect=connect_timeout_s)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
 
     async def post(
-        self, path: str, body: bytes, *, timeout_s: float, answer_bytes_max: int = 64 * 1024 * 1024,
+        self,
+        path: str,
+        body: bytes,
+        *,
+        timeout_s: float,
+        answer_bytes_max: int = 64 * 1024 * 1024,
         headers: Mapping[str, str] | None = None,
     ) -> PeerAnswer:
         """POST ``body`` to ``path`` and read the whole answer, at most ``answer_bytes_max``.
@@ -90,9 +102,15 @@ class PeerClient:
         Raises PeerUnreachable, PeerOutcomeUnknown (time-out, reset, answer too large). Never follows a redirect.
         """
         try:
-            async with asyncio.timeout(timeout_s), self._session.post(
-                self._url(path), data=_payload(body), headers=headers, allow_redirects=False,
-            ) as response:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.post(
+                    self._url(path),
+                    data=_payload(body),
+                    headers=headers,
+                    allow_redirects=False,
+                ) as response,
+            ):
                 return PeerAnswer(response.status, await read_answer(response, answer_bytes_max))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise PeerUnreachable(f"{self.address}: {describe(error)}") from error
@@ -110,7 +128,10 @@ class PeerClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=idle_timeout_s, sock_connect=self._connect_timeout_s)
         try:
             response = await self._session.post(
-                self._url(path), data=_payload(body), allow_redirects=False, timeout=timeout,
+                self._url(path),
+                data=_payload(body),
+                allow_redirects=False,
+                timeout=timeout,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise PeerUnreachable(f"{self.address}: {describe(error)}") from error
@@ -120,12 +141,20 @@ class PeerClient:
             yield PeerStream(response.status, _pieces(response, self.address))
 
     async def websocket(
-        self, path: str, *, message_bytes_max: int, headers: Mapping[str, str] | None = None,
+        self,
+        path: str,
+        *,
+        message_bytes_max: int,
+        headers: Mapping[str, str] | None = None,
     ) -> aiohttp.ClientWebSocketResponse:
         """Open a websocket at ``path``. Raises PeerUnreachable, or PeerRefused when the peer answers otherwise."""
         try:
             return await self._session.ws_connect(
-                self._url(path, "wss"), max_msg_size=message_bytes_max, autoping=True, compress=0, headers=headers,
+                self._url(path, "wss"),
+                max_msg_size=message_bytes_max,
+                autoping=True,
+                compress=0,
+                headers=headers,
             )
         except aiohttp.WSServerHandshakeError as error:
             raise PeerRefused(error.status, f"{self.address} answered {error.status} to {path}") from error
@@ -155,14 +184,25 @@ class _Fixed(AbstractResolver):
         self._host = host
 
     async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET,
+        self,
+        host: str,
+        port: int = 0,
+        family: socket.AddressFamily = socket.AF_INET,
     ) -> list[ResolveResult]:
         found = await asyncio.get_running_loop().getaddrinfo(
-            self._host, port, type=socket.SOCK_STREAM, family=socket.AF_UNSPEC, flags=socket.AI_ADDRCONFIG,
+            self._host,
+            port,
+            type=socket.SOCK_STREAM,
+            family=socket.AF_UNSPEC,
+            flags=socket.AI_ADDRCONFIG,
         )
         return [
             ResolveResult(
-                hostname=host, host=str(address[0]), port=port, family=address_family, proto=protocol,
+                hostname=host,
+                host=str(address[0]),
+                port=port,
+                family=address_family,
+                proto=protocol,
                 flags=socket.AI_NUMERICHOST,
             )
             for address_family, _, protocol, _, address in found
@@ -185,7 +225,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return "the server's certificate is not of the expected authority or name"
     if isinstance(error, aiohttp.ServerDisconnectedError):
-        return "it ended the connection without an answer, as it does for a certificate that is revoked or unknown to it"
+        return "the connection was ended without an answer, as for a certificate that is revoked or unknown there"
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         return "the TLS handshake was refused"
     if isinstance(error, aiohttp.ClientConnectorError):

@@ -81,5 +81,6 @@ def well_formed(trail: Trail) -> bool:
 
 
 def show(trail: Trail) -> str:
-    """``a:inner > a:upward``, for people."""
-    return " > ".join(f"{hop.cluster_id}:{hop.kind}" for hop in trail) or "no hop yet"
+    """``a:inner > a:upward``, for people; a trail of a liar is cut short."""
+    shown = " > ".join(f"{hop.cluster_id[:64]}:{hop.kind[:16]}" for hop in trail[: HOPS_MAX // 2]) or "no hop yet"
+    return f"{shown} > {len(trail) - HOPS_MAX // 2} more" if len(trail) > HOPS_MAX // 2 else shown

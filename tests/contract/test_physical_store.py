@@ -24,7 +24,6 @@ from consul_backend.errors import (
 )
 from consul_backend.limits import body_bytes
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, SENTINEL_KEY, PhysicalStore
-from consul_backend.store import ConsulStore
 from consul_backend.txn import (
     Cas,
     CheckIndex,
@@ -53,12 +52,17 @@ class Bench:
 
 
 @pytest.fixture(params=["inmem", "embedded", "consul"])
-async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
-    if request.param == "consul":
-        factory = request.getfixturevalue("consul_store_factory")
-        yield Bench(await factory(), factory)
+def consul_factory(request: pytest.FixtureRequest) -> Any:
+    """The factory of Consul stores, or else the kind of embedded store to test; no Consul is started for those."""
+    return request.getfixturevalue("consul_store_factory") if request.param == "consul" else request.param
+
+
+@pytest.fixture
+async def bench(consul_factory: Any, tmp_path: Path) -> AsyncIterator[Bench]:
+    if not isinstance(consul_factory, str):
+        yield Bench(await consul_factory(), consul_factory)
         return
-    store = EmbeddedStore(None if request.param == "inmem" else str(tmp_path / "store"))
+    store = EmbeddedStore(None if consul_factory == "inmem" else str(tmp_path / "store"))
     await store.open()
     opened = [store]
 
@@ -490,11 +494,9 @@ async def test_a_closed_store_is_unavailable(bench: Bench) -> None:
     handle = await bench.another()
     await handle.close()
     await handle.close()
-    if isinstance(handle, ConsulStore):
+    for call in (handle.get("a"), handle.list(""), handle.txn([Set("a", b"")]), handle.watch("a", 0, 1), handle.beat()):
         with pytest.raises(Unavailable):
-            await handle.get("a")
-    with pytest.raises(Unavailable):
-        await handle.beat()
+            await call
     await bench.store.txn([Set("a", b"still here")])
 
 

@@ -23,7 +23,7 @@ from sidecar.transport.peer import (
     PeerRefused,
     PeerUnreachable,
 )
-from sidecar.transport.tls import TLS_BUFFER_BYTES
+from sidecar.transport.tls import TLS_BUFFER_BYTES, _load
 
 REPLICATION = ("set.performance.outrider", "replication_v1")
 FORWARDING = ("fw.cluster.outrider", "req_fw_sb-act_v1")
@@ -96,7 +96,11 @@ async def port() -> AsyncIterator[Port]:
     for side in SIDES:
         listener.add(
             Purpose(
-                side.sni, side.alpn, side.server, side.authority.certificate_pem, port.handle,
+                side.sni,
+                side.alpn,
+                side.server,
+                side.authority.certificate_pem,
+                port.handle,
                 lambda fingerprint: fingerprint in allowed,
             )
         )
@@ -120,8 +124,6 @@ def lax_context(credentials: Credentials | None, alpn: list[str] | None) -> ssl.
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     if credentials is not None:
-        from sidecar.transport.tls import _load
-
         _load(context, credentials)
     if alpn is not None:
         context.set_alpn_protocols(alpn)
@@ -286,9 +288,7 @@ async def test_tls_buffers_are_16_kib_on_both_ends(port: Port) -> None:
     port.handle = look  # type: ignore[method-assign]
     side = SIDES[0]
     await port.listener.remove(side.sni)
-    port.listener.add(
-        Purpose(side.sni, side.alpn, side.server, side.authority.certificate_pem, look, lambda _: True)
-    )
+    port.listener.add(Purpose(side.sni, side.alpn, side.server, side.authority.certificate_pem, look, lambda _: True))
     async with client_of(port, side.identity()) as client:
         await client.post("/x", b"", timeout_s=5)
     assert sizes == [TLS_BUFFER_BYTES] == [16 * 1024]
@@ -335,8 +335,6 @@ async def test_the_client_refuses_a_wrong_server_before_it_sends_anything(flaw: 
     authority = certificates.make_authority("foreign") if flaw == "authority" else side.authority
     server_credentials = certificates.issue_server(authority, "other.name" if flaw == "name" else side.sni)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    from sidecar.transport.tls import _load
-
     _load(context, server_credentials)
     context.set_alpn_protocols(["http/1.1"] if flaw == "alpn" else [side.alpn])
     received = bytearray()

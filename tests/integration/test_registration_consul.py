@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,13 +14,17 @@ from sidecar.mesh.registration import ServiceRegistration
 from tests.support.consul_server import ConsulServer
 
 PORT = 8200
+SERVICE = f"outrider-{uuid.uuid4().hex[:8]}"
+"""A name of this run: other tests' nodes may linger in the same catalog."""
 WAIT_S = 15.0
 
 
 @asynccontextmanager
 async def registered(server: ConsulServer, *, check_ttl_s: float = 5.0) -> AsyncIterator[ServiceRegistration]:
     config = ConsulConfig(address=server.address, token=server.token)
-    registration = ServiceRegistration.of(config, address="127.0.0.1", port=PORT, check_ttl_s=check_ttl_s)
+    registration = ServiceRegistration.of(
+        config, service=SERVICE, address="127.0.0.1", port=PORT, check_ttl_s=check_ttl_s
+    )
     task = asyncio.create_task(registration.run())
     try:
         yield registration
@@ -31,7 +36,7 @@ async def registered(server: ConsulServer, *, check_ttl_s: float = 5.0) -> Async
 
 
 async def instances(server: ConsulServer, query: str = "") -> list[dict[str, Any]]:
-    answer = await asyncio.to_thread(server.call, "GET", f"health/service/outrider?{query}")
+    answer = await asyncio.to_thread(server.call, "GET", f"health/service/{SERVICE}?{query}")
     found: list[dict[str, Any]] = answer.json
     return found
 
@@ -41,7 +46,7 @@ async def until(server: ConsulServer, condition: Callable[[list[dict[str, Any]]]
     started = time.monotonic()
     index = 0
     while True:
-        answer = await asyncio.to_thread(server.call, "GET", f"health/service/outrider?{query}&index={index}&wait=1s")
+        answer = await asyncio.to_thread(server.call, "GET", f"health/service/{SERVICE}?{query}&index={index}&wait=1s")
         if condition(answer.json):
             return time.monotonic() - started
         index = int(answer.headers.get("x-consul-index", "0"))
@@ -61,7 +66,11 @@ async def test_life_of_a_node(consul_server: ConsulServer) -> None:
         await registration.update(active=True, performance_mode="primary")
         await until(consul_server, lambda found: "active" in tags_of(found), "passing")
         service = (await instances(consul_server, "passing&tag=active"))[0]["Service"]
-        assert (service["ID"], service["Address"], service["Port"]) == (f"outrider:127.0.0.1:{PORT}", "127.0.0.1", PORT)
+        assert (service["ID"], service["Address"], service["Port"]) == (
+            f"{SERVICE}:127.0.0.1:{PORT}",
+            "127.0.0.1",
+            PORT,
+        )
         await registration.leaving()
         assert await until(consul_server, lambda found: found == [], "passing") < 2
         await until(consul_server, lambda found: "active" not in tags_of(found))
@@ -74,7 +83,7 @@ async def test_an_entry_that_an_operator_removed_comes_back(consul_server: Consu
     async with registered(consul_server, check_ttl_s=0.4) as registration:
         await registration.update(sealed=False)
         await until(consul_server, lambda found: bool(found), "passing")
-        path = f"agent/service/deregister/outrider:127.0.0.1:{PORT}"
+        path = f"agent/service/deregister/{SERVICE}:127.0.0.1:{PORT}"
         await asyncio.to_thread(consul_server.call, "PUT", path)
         await until(consul_server, lambda found: bool(found), "passing")
         await until(consul_server, lambda found: tags_of(found) == {"standby", "initialized"})

@@ -28,7 +28,6 @@ STARTS_MAX = 3
 IMAGE = os.environ.get("OUTRIDER_TEST_CONSUL_IMAGE", "hashicorp/consul:1.22")
 
 
-
 class ConsulFailed(Exception):
     """The server did not come up; the message ends with the tail of its log."""
 

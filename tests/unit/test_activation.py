@@ -23,8 +23,14 @@ from sidecar.transport import certificates
 KEY = ec.generate_private_key(ec.SECP521R1())
 NOW_S = 1_700_000_000.0
 CLAIMS: dict[str, Any] = {
-    "jti": "hvs.wrapping", "iat": int(NOW_S), "nbf": int(NOW_S) - 5, "exp": int(NOW_S) + 1800, "accessor": "",
-    "addr": "https://us:8200", "type": "wrapping", "ca_sha256": "ab" * 32,
+    "jti": "hvs.wrapping",
+    "iat": int(NOW_S),
+    "nbf": int(NOW_S) - 5,
+    "exp": int(NOW_S) + 1800,
+    "accessor": "",
+    "addr": "https://us:8200",
+    "type": "wrapping",
+    "ca_sha256": "ab" * 32,
 }
 AUTHORITY = certificates.make_authority("the set's authority")
 PAYLOAD, EXTRA, FINGERPRINT = build_bundle(
@@ -50,9 +56,9 @@ BAD_TOKENS: dict[str, Callable[[], str]] = {
     "two parts": lambda: ".".join(token().split(".")[:2]),
     "four parts": lambda: token() + ".x",
     "truncated signature": lambda: token()[:-8],
-    "truncated payload": lambda: "{}.{}.{}".format(*(part[: len(part) - 9 * (n == 1)] for n, part in enumerate(
-        token().split(".")
-    ))),
+    "truncated payload": lambda: "{}.{}.{}".format(
+        *(part[: len(part) - 9 * (n == 1)] for n, part in enumerate(token().split(".")))
+    ),
     "not base64": lambda: "!!!." + token().split(".", 1)[1],
     "alg none": lambda: token(algorithm="none") + "AAAA",
     "HS256": lambda: token(algorithm="HS256"),

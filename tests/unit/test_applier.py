@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 
 import pytest
@@ -91,7 +92,8 @@ def test_intake_refuses_duplicates_gaps_reorder_and_other_histories():
     for value in (b"1", b"2", b"3"):
         store.write(("r/p/a", value))
         other.write(("r/p/a", value))
-    for bad in (frame_at(store, 1), frame_at(store, 3), frame_at(other, 3), Skip(3, 3, bytes(32)), Skip(2, 1, bytes(32))):
+    skips = (Skip(3, 3, bytes(32)), Skip(2, 1, bytes(32)))
+    for bad in (frame_at(store, 1), frame_at(store, 3), frame_at(other, 3), *skips):
         intake = intake_for(store)
         with pytest.raises(ProtocolViolation):
             intake.accept(bad)
@@ -470,10 +472,8 @@ class Link:
             return await applier.run(theirs)
         finally:
             await theirs.close("the secondary is gone")
-            try:
+            with contextlib.suppress(ChannelClosed):
                 await serving
-            except ChannelClosed:
-                pass
 
     async def until_in_step(self) -> None:
         self.in_step.clear()
@@ -578,13 +578,13 @@ async def test_a_bad_wire_never_applies_anything_wrong(seed):
 
 
 async def test_a_slow_secondary_is_bounded_and_does_not_slow_the_primary():
-    primary, secondary = in_step_pair()
+    primary, _ = in_step_pair()
     shipper = Shipper(
         primary, SOURCE, ShipperOptions(beat_s=0.02, silent_beats_max=1000, window_records=10, chunk_records=4),
         FakeClock(),
     )
     ours, theirs = channel_pair()
-    hello = wire.decode_hello(encode(wire.Hello((1,), "slow", "s", "set", 1, "epoch-id", position_at(primary, 1), 0, 0, 0)))
+    hello = wire.Hello((1,), "slow", "s", "set", 1, "epoch-id", position_at(primary, 1), 0, 0, 0)
     serving = asyncio.create_task(shipper.serve(ours, hello))
     wire.decode_hello_reply(await theirs.recv())
     for number in range(500):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import ssl
 import stat
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -171,8 +176,8 @@ def test_a_call_imports_neither_the_server_nor_its_libraries(name):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
-    unwanted = {"aiohttp", "cryptography", "msgspec", "asyncio", "argparse", "dataclasses", "consul_backend", "plugin_api",
-                "sidecar.app", "sidecar.config", "sidecar.hcl"}  # fmt: skip
+    unwanted = {"aiohttp", "cryptography", "msgspec", "asyncio", "dataclasses", "consul_backend", "plugin_api"}
+    unwanted |= {"sidecar.app", "sidecar.config", "sidecar.hcl"}
     assert not loaded & unwanted
     assert f"sidecar.cli.{registry.COMMANDS[name].module}" in loaded
 
@@ -182,8 +187,8 @@ def test_a_call_imports_neither_the_server_nor_its_libraries(name):
 
 def test_status_of_an_active_node(server, run):
     server.answer("GET", "sys/seal-status", (200, UNSEALED))
-    server.answer("GET", "sys/leader", (200, {"ha_enabled": True, "is_self": True, "active_time": "2026-01-01T00:00:00Z",
-                  "leader_address": "http://a:8200", "leader_cluster_address": "https://a:8201"}))  # fmt: skip
+    leader = {"ha_enabled": True, "is_self": True, "active_time": "2026-01-01T00:00:00Z"}
+    server.answer("GET", "sys/leader", (200, leader | {"leader_cluster_address": "https://a:8201"}))
     code, out, err = run("status")
     assert (code, err) == (0, "")
     assert out == (
@@ -349,10 +354,11 @@ def test_a_wrapped_answer(server, run):
     server.answer("PUT", "sys/wrapping/wrap", (200, envelope(wrap_info=wrap)))
     _, out, _ = run("write", "sys/wrapping/wrap", "a=b")
     assert server.last["headers"]["X-Vault-Wrap-TTL"] == "5m"
-    assert (
-        "wrapping_token:                  eyJ\nwrapping_accessor:               acc\nwrapping_token_ttl:              30m\n"
-        in out
-    )
+    assert out.splitlines()[2:5] == [
+        "wrapping_token:                  eyJ",
+        "wrapping_accessor:               acc",
+        "wrapping_token_ttl:              30m",
+    ]
     assert run("write", "-field=wrapping_token", "-wrap-ttl=1h", "sys/wrapping/wrap", "a=b")[1] == "eyJ"
     assert server.last["headers"]["X-Vault-Wrap-TTL"] == "1h"
 
@@ -438,10 +444,64 @@ def test_outrider_variables_win_and_flags_win_over_both(server, run, monkeypatch
     assert run("read", "a")[0] == 1
 
 
+def self_signed(folder) -> tuple[str, str]:
+    """A certificate for the name outrider.test, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "outrider.test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("outrider.test")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    cert_file, key_file = folder / "cert.pem", folder / "key.pem"
+    cert_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return str(cert_file), str(key_file)
+
+
+def test_tls(server, run, tmp_path):
+    cert_file, key_file = self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert_file, key_file)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    server.answer("GET", "a", (200, envelope({"k": "v"})))
+    address = f"-address={server.address.replace('http', 'https')}"
+    code, _, err = run("read", address, "a")
+    assert code == 2
+    assert "certificate verification failed" in err
+    assert run("read", address, "-tls-skip-verify", "a")[0] == 0
+    assert run("read", address, f"-ca-cert={cert_file}", "-tls-server-name=outrider.test", "a")[0] == 0
+    code, _, err = run("read", address, f"-ca-cert={cert_file}", "a")
+    assert code == 2
+    assert "certificate verification failed" in err, "the address is not the certificate's name"
+    code, _, err = run("read", address, f"-ca-cert={tmp_path}/none", "a")
+    assert code == 2
+    assert "cannot load the TLS files" in err
+
+
+def test_a_token_that_no_header_can_carry_is_not_shown(server, run, monkeypatch):
+    monkeypatch.setenv("VAULT_TOKEN", "s3cret\nline")
+    code, _, err = run("read", "a")
+    assert code == 2
+    assert "s3cret" not in err
+
+
 # --- login ----------------------------------------------------------------------------------------------------------
 
-AUTH = {"client_token": "hvs.new", "accessor": "acc", "policies": ["default", "dev"], "token_policies": ["default", "dev"],
-        "identity_policies": None, "metadata": {"username": "ann"}, "lease_duration": 3600, "renewable": True}  # fmt: skip
+AUTH = {
+    "client_token": "hvs.new",
+    "accessor": "acc",
+    "policies": ["default", "dev"],
+    "token_policies": ["default", "dev"],
+    "identity_policies": None,
+    "metadata": {"username": "ann"},
+    "lease_duration": 3600,
+    "renewable": True,
+}
 
 
 def test_login_with_userpass_stores_the_token_for_later_calls(server, run, monkeypatch, tmp_path):
@@ -509,7 +569,7 @@ def test_kv_version_2(server, run):
     assert code == 0
     assert out == (
         "=== Secret Path ===\nsecret/data/app/db\n\n"
-        "======= Metadata =======\n"
+        "====== Metadata ======\n"
         "Key              Value\n---              -----\ncreated_time     then\ndeletion_time    n/a\n"
         "destroyed        false\nversion          2\n\n"
         "=== Data ===\nKey    Value\n---    -----\npw     x\n"
@@ -596,7 +656,7 @@ def test_replication_status(server, run):
     server.answer("GET", "sys/replication/status", (200, envelope({"dr": {"mode": "disabled"}, "performance": state})))
     code, out, _ = run("replication", "status")
     assert code == 0
-    performance, _, dr = out.partition("\n\n=== dr ===\n")
+    performance, _, dr = out.partition("\n\n===== dr =====\n")
     assert "mode                 primary\nstate                running\n" in performance
     assert "last_sync.by         wal\n" in performance
     assert "\n\nsecondaries:\nId         Connection    Last Heartbeat    API Address\n" in performance
@@ -639,7 +699,9 @@ def test_mounts(server, run):
     assert run("auth", "enable", "-path=people", "-local", "userpass")[0] == 0
     assert server.last["body"] == {"type": "userpass", "description": "", "local": True, "config": {}}
     assert run("secrets", "list")[1] == (
-        "Path       Type    Accessor    Description\n----       ----    --------    -----------\nsecret/    kv      kv_1        mine\n"
+        "Path       Type    Accessor    Description\n"
+        "----       ----    --------    -----------\n"
+        "secret/    kv      kv_1        mine\n"
     )
     assert run("secrets", "disable", "secret/")[0] == 0
 
@@ -650,13 +712,14 @@ def test_mounts(server, run):
 def test_server_hands_configuration_and_dev_options_to_the_application(run, monkeypatch, tmp_path):
     started = []
     application = type(sys)("sidecar.app")
-    application.run_server = lambda settings, dev: started.append((settings, dev)) or 0
+    application.run_server = lambda settings, dev, paths: started.append((settings, dev, paths)) or 0
     monkeypatch.setitem(sys.modules, "sidecar.app", application)
     for name in ("VAULT_DEV_LISTEN_ADDRESS", "OUTRIDER_DEV_LISTEN_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VAULT_DEV_ROOT_TOKEN_ID", "root")
     assert run("server", "-dev", "-dev-listen-address=127.0.0.1:9000", "-log-level=WARNING")[0] == 0
-    settings, dev = started.pop()
+    settings, dev, paths = started.pop()
+    assert paths == ()
     assert dev == config.DevOptions("root", "127.0.0.1:9000")
     assert (settings.log_level, settings.api_addr) == ("warn", "http://127.0.0.1:9000")
     (tmp_path / "a.hcl").write_text('storage "inmem" {}\ndisable_mlock = true')
@@ -664,7 +727,8 @@ def test_server_hands_configuration_and_dev_options_to_the_application(run, monk
     code, _, err = run("server", f"-config={tmp_path}/a.hcl", "-config", f"{tmp_path}/b.hcl")
     assert code == 0
     assert err == f'WARNING! {tmp_path}/a.hcl:2: "disable_mlock" has no effect\n'
-    settings, dev = started.pop()
+    settings, dev, paths = started.pop()
+    assert paths == (f"{tmp_path}/a.hcl", f"{tmp_path}/b.hcl")
     assert (settings.storage, dev) == (config.InmemStorage(), None)
     (tmp_path / "b.hcl").write_text("listener tcp { tls_disabel = true }")
     code, _, err = run("server", f"-config={tmp_path}")

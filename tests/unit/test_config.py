@@ -24,7 +24,7 @@ from sidecar.config import (
     load_dev,
     load_text,
 )
-from sidecar.config_reader import parse_duration_s
+from sidecar.config.reader import parse_duration_s
 
 MINIMAL = 'storage "inmem" {}\nlistener "tcp" { tls_disable = true }\n'
 
@@ -83,18 +83,18 @@ def test_a_vault_file_loads_with_warnings_only():
     (listener,) = loaded.listeners
     assert (listener.address, listener.cluster_address) == ("0.0.0.0:8200", "10.0.0.7:8201")
     assert (listener.tls_min_version, listener.max_request_size_bytes) == ("tls13", 1048576)
-    assert listener.x_forwarded_for_authorized_addrs == ("10.0.0.0/8",)
     assert (loaded.api_addr, loaded.cluster_addr) == ("https://10.0.0.7:8200", "https://10.0.0.7:8201")
     assert (loaded.default_lease_ttl_s, loaded.max_lease_ttl_s) == (3600, 7200)
     assert (loaded.log_level, loaded.log_format, loaded.cluster_name) == ("warn", "json", "us-east")
     registration = loaded.service_registration
     assert (registration.disable, registration.service, registration.tags) == (False, "vault", ("a", "b"))
     assert (registration.check_timeout_s, registration.connection) == (7.0, None)
-    assert loaded.replication == ReplicationSettings(0.5, 100, 5.0)
+    assert loaded.replication == ReplicationSettings(0.5, 5.0)
     assert loaded.election == ElectionSettings(2.0, 0.5, 0.25, 10.0)
     assert (loaded.store.wal_keep_records, loaded.store.wal_keep_bytes) == (1000, 64 * 2**20)
     assert sorted(warning.partition('"')[2].partition('"')[0] for warning in loaded.warnings) == [
-        "disable_mlock", "resolver_discover_servers", "session_ttl", "telemetry", "telemetry", "ui",
+        "disable_mlock", "logshipper_buffer_length", "resolver_discover_servers", "session_ttl", "telemetry",
+        "telemetry", "ui", "x_forwarded_for_authorized_addrs",
     ]  # fmt: skip
     assert all(warning.startswith("v.hcl:") for warning in loaded.warnings)
     assert "s3cret" not in repr(loaded)
@@ -156,7 +156,7 @@ def test_assigned_objects_are_blocks_as_in_hcl_1():
         (MINIMAL + "default_lease_ttl = true", "must be a duration"),
         (MINIMAL + 'log_level = "loud"', 'f:3: "log_level" must be one of trace'),
         (MINIMAL + "log_level {}", 'f:3: "log_level" is a setting, not a block'),
-        (MINIMAL + "replication { logshipper_buffer_length = 1.5 }", "must be a whole number"),
+        (MINIMAL + "sidecar { wal_keep_records = 1.5 }", "must be a whole number"),
         (MINIMAL + "replication { allow_forwarding_via_header = true }", "is not available"),
         (MINIMAL + 'sidecar { beat_ttl = "1s" }', 'f:3: "beat_ttl" in sidecar leaves no room for one lost beat'),
         (MINIMAL + "disable_clustering = true", "is not available"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import hcl2
 import pytest
@@ -247,6 +248,26 @@ def test_any_text_parses_or_raises_hclerror(text):
     for parse in (hcl.parse, hcl.parse_json, hcl.parse_any):
         error = error_of(parse, text)
         assert error is None or (1 <= error.line <= text.count("\n") + 1 and error.col >= 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'a = "${"' + '\\"' * 200_000,
+        'a = "' + "${" * 200_000,
+        "a = [" + "1," * 200_000,
+        "/*" * 400_000,
+        "#\n" * 400_000,
+        "a = <<X\n" + " " * 400_000,
+        '{"a":"' + "\\" * 400_001,
+        "a " * 200_000,
+    ],
+    ids=lambda text: text[:8],
+)
+def test_a_hostile_text_costs_one_pass(text):
+    started = time.process_time()
+    error_of(hcl.parse_any, text)
+    assert time.process_time() - started < 5.0, "a quadratic parser would take minutes"
 
 
 SAMPLE = """

@@ -24,8 +24,14 @@ def primary() -> PrimaryRole:
 
 def secondary() -> SecondaryRole:
     return SecondaryRole(
-        set_id="set", epoch=EPOCH, secondary_id="eu", store_id="store", primary_cluster_addr="https://us:8201",
-        primary_api_addr="https://us:8200", authority_pem=b"authority", certificate_pem=b"certificate",
+        set_id="set",
+        epoch=EPOCH,
+        secondary_id="eu",
+        store_id="store",
+        primary_cluster_addr="https://us:8201",
+        primary_api_addr="https://us:8200",
+        authority_pem=b"authority",
+        certificate_pem=b"certificate",
         key_pem=b"key bytes",
     )
 
@@ -50,8 +56,12 @@ CHANGES: dict[str, Callable[[Role], object]] = {
 }
 
 ALLOWED = {
-    ("disabled", "primary/enable"), ("disabled", "secondary/enable"), ("primary", "primary/disable"),
-    ("primary", "primary/secondary-token"), ("primary", "primary/revoke-secondary"), ("secondary", "secondary/disable"),
+    ("disabled", "primary/enable"),
+    ("disabled", "secondary/enable"),
+    ("primary", "primary/disable"),
+    ("primary", "primary/secondary-token"),
+    ("primary", "primary/revoke-secondary"),
+    ("secondary", "secondary/disable"),
 }
 
 

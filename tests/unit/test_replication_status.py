@@ -19,17 +19,39 @@ from sidecar.replication.status import (
 )
 
 BEATS = Heartbeats(
-    connected=True, api_addr="https://10.0.0.7:8200", cluster_addr="https://10.0.0.7:8201", last_ms=1_709_564_756_789,
-    duration_ms=3, clock_skew_ms=-2, canary_age_ms=660,
+    connected=True,
+    api_addr="https://10.0.0.7:8200",
+    cluster_addr="https://10.0.0.7:8201",
+    last_ms=1_709_564_756_789,
+    duration_ms=3,
+    clock_skew_ms=-2,
+    canary_age_ms=660,
 )
 PRIMARY = PrimaryFacts(
-    set_id="set", epoch_number=1, epoch_id="epoch", primary_cluster_addr="", known_secondaries=["eu-1", "eu-2"],
-    secondaries=[SecondaryFacts("eu-1", BEATS, acked_index=220)], head_index=223, merkle_root="ab" * 20,
+    set_id="set",
+    epoch_number=1,
+    epoch_id="epoch",
+    primary_cluster_addr="",
+    known_secondaries=["eu-1", "eu-2"],
+    secondaries=[SecondaryFacts("eu-1", BEATS, acked_index=220)],
+    head_index=223,
+    merkle_root="ab" * 20,
 )
 SECONDARY = SecondaryStatusFacts(
-    set_id="set", epoch_number=1, epoch_id="epoch", secondary_id="eu-1", primary_cluster_addr="https://us:8201",
-    known_addresses=["https://us:8201"], state="stream-wals", connection_state="ready", last_remote_wal=223,
-    last_wal=99, merkle_root="ab" * 20, started_ms=1_709_564_756_789, primary=BEATS, lag_s=0.66049,
+    set_id="set",
+    epoch_number=1,
+    epoch_id="epoch",
+    secondary_id="eu-1",
+    primary_cluster_addr="https://us:8201",
+    known_addresses=["https://us:8201"],
+    state="stream-wals",
+    connection_state="ready",
+    last_remote_wal=223,
+    last_wal=99,
+    merkle_root="ab" * 20,
+    started_ms=1_709_564_756_789,
+    primary=BEATS,
+    lag_s=0.66049,
     last_sync=SyncFacts("merkle", 2, 4096, 12, 0.12345),
 )
 
@@ -38,16 +60,31 @@ def test_a_primary_shows_every_field_of_the_contract_with_its_type() -> None:
     data = primary_status(PRIMARY, timezone(timedelta(hours=-5)))
     entry = data.pop("secondaries")[0]
     assert data == {
-        "cluster_id": "set", "corrupted_merkle_tree": False, "epoch": {"id": "epoch", "number": 1},
-        "known_secondaries": ["eu-1", "eu-2"], "last_corruption_check_epoch": "-62135596800",
-        "last_performance_wal": 223, "last_reindex_epoch": "0", "last_wal": 223, "merkle_root": "ab" * 20,
-        "mode": "primary", "primary_cluster_addr": "", "ssct_generation_counter": 0, "state": "running",
+        "cluster_id": "set",
+        "corrupted_merkle_tree": False,
+        "epoch": {"id": "epoch", "number": 1},
+        "known_secondaries": ["eu-1", "eu-2"],
+        "last_corruption_check_epoch": "-62135596800",
+        "last_performance_wal": 223,
+        "last_reindex_epoch": "0",
+        "last_wal": 223,
+        "merkle_root": "ab" * 20,
+        "mode": "primary",
+        "primary_cluster_addr": "",
+        "ssct_generation_counter": 0,
+        "state": "running",
     }
     assert entry == {
-        "api_address": "https://10.0.0.7:8200", "clock_skew_ms": "-2", "cluster_address": "https://10.0.0.7:8201",
-        "connection_status": "connected", "last_heartbeat": "2024-03-04T10:05:56-05:00",
-        "last_heartbeat_duration_ms": "3", "node_id": "eu-1", "replication_primary_canary_age_ms": "660",
-        "acknowledged_wal": 220, "behind_records": 3,
+        "api_address": "https://10.0.0.7:8200",
+        "clock_skew_ms": "-2",
+        "cluster_address": "https://10.0.0.7:8201",
+        "connection_status": "connected",
+        "last_heartbeat": "2024-03-04T10:05:56-05:00",
+        "last_heartbeat_duration_ms": "3",
+        "node_id": "eu-1",
+        "replication_primary_canary_age_ms": "660",
+        "acknowledged_wal": 220,
+        "behind_records": 3,
     }
 
 
@@ -67,13 +104,26 @@ def test_a_secondary_shows_every_field_of_the_contract_with_its_type() -> None:
     assert "node_id" not in entry
     assert entry["connection_status"] == "connected"
     assert data == {
-        "alarm": False, "cluster_id": "set", "connection_state": "ready", "corrupted_merkle_tree": False,
-        "epoch": {"id": "epoch", "number": 1}, "known_primary_cluster_addrs": ["https://us:8201"], "lag_s": 0.66,
-        "last_corruption_check_epoch": "-62135596800", "last_reindex_epoch": "0", "last_remote_wal": 223,
+        "alarm": False,
+        "cluster_id": "set",
+        "connection_state": "ready",
+        "corrupted_merkle_tree": False,
+        "epoch": {"id": "epoch", "number": 1},
+        "known_primary_cluster_addrs": ["https://us:8201"],
+        "lag_s": 0.66,
+        "last_corruption_check_epoch": "-62135596800",
+        "last_reindex_epoch": "0",
+        "last_remote_wal": 223,
         "last_start": "2024-03-04T15:05:56Z",
         "last_sync": {"by": "merkle", "round_trips": 2, "bytes": 4096, "keys": 12, "seconds": 0.123},
-        "last_wal": 99, "merkle_root": "ab" * 20, "mode": "secondary", "primary_cluster_addr": "https://us:8201",
-        "secondary_id": "eu-1", "ssct_generation_counter": 0, "state": "stream-wals", "state_reason": "",
+        "last_wal": 99,
+        "merkle_root": "ab" * 20,
+        "mode": "secondary",
+        "primary_cluster_addr": "https://us:8201",
+        "secondary_id": "eu-1",
+        "ssct_generation_counter": 0,
+        "state": "stream-wals",
+        "state_reason": "",
     }
 
 

@@ -55,7 +55,6 @@ class Pair:
             yield chunk
 
     async def _on_applied(self, keys) -> None:
-        assert all(key in self.secondary.data or key not in self.primary.data for key in keys)
         self.applied += keys
 
     async def sync(self, **options):
@@ -71,6 +70,10 @@ class Pair:
     def assert_in_step(self, index: int) -> None:
         assert self.secondary.replicated() == self.primary.fold(index)
         assert stored_position(self.secondary) == self.at(index)
+
+
+def request_of(store: MemoryStore) -> wire.DiffRequest:
+    return next(item for item in diff_request(store.forest) if item is not None)
 
 
 def fill(store: MemoryStore, count: int, *, partition: str = "p", value: bytes = b"old") -> None:
@@ -202,15 +205,15 @@ async def test_a_crash_in_the_middle_finds_none_and_fetches_only_the_rest(crash_
     pair.secondary.hook = die
     with pytest.raises(Crash):
         await pair.sync()
-    pair.secondary.hook = lambda name: None
+    pair.secondary.hook = lambda name: None  # the eleventh commit is the one that sets the position
     there = len(pair.secondary.data)
-    if there:
+    if there and (crash_at, step) != (11, "after"):
         assert is_none(stored_position(pair.secondary))
         assert pair.gates[-1] is not None
     pair.primary.write(("r/p/3", b"newer"))
     result = await pair.sync()
     assert result.event is Event.SYNCED
-    assert result.keys <= 601 - there + 1
+    assert result.keys <= 601 - there
     assert pair.gates[-1] is None
     pair.assert_in_step(pair.primary.head.index)
 
@@ -350,7 +353,7 @@ def test_the_plan_names_exactly_the_subpages_that_differ(seed):
     for _ in range(dice.randint(1, 30)):
         store = dice.choice([ours, theirs])
         store.write((f"r/{dice.choice('pq')}/{dice.randint(0, 300)}", dice.choice([None, b"changed", b"other"])))
-    request = [item for item in diff_request(theirs.forest) if item is not None][0]
+    request = request_of(theirs)
     found = diffing.Differences()
     for _ in compare(ours.forest, request, found):
         pass
@@ -360,9 +363,8 @@ def test_the_plan_names_exactly_the_subpages_that_differ(seed):
     plan = SyncPlan.of(reply, theirs.forest)
     named = {key for part in plan.ranges for key in _keys_in(ours, part) | _keys_in(theirs, part)}
     named |= {write.key for write in plan.deletions(theirs.forest)}
-    differing = {
-        key for key in ours.replicated().keys() | theirs.replicated().keys() if ours.data.get(key) != theirs.data.get(key)
-    }
+    keys = ours.data.keys() | theirs.data.keys()
+    differing = {key for key in keys if ours.data.get(key) != theirs.data.get(key)}
     assert differing <= named
     assert len(named) <= 3 * len(differing) + 8 * bool(differing)
 
@@ -374,7 +376,7 @@ def _keys_in(store: MemoryStore, part: Range) -> set[str]:
 def test_the_keyring_comes_first_of_all_ranges_and_of_its_own():
     ours = MemoryStore()
     ours.write((KEYRING_KEY, b"1"), ("r/core/mounts", b"1"), ("r/core/auth", b"1"), ("r/a/b", b"1"))
-    request = [item for item in diff_request(MemoryStore().forest) if item is not None][0]
+    request = request_of(MemoryStore())
     found = diffing.Differences()
     for _ in compare(ours.forest, request, found):
         pass
@@ -385,7 +387,7 @@ def test_the_keyring_comes_first_of_all_ranges_and_of_its_own():
     theirs = MemoryStore()
     theirs.write(*((f"r/core/{number}", b"1") for number in range(300)), (KEYRING_KEY, b"0"))
     ours.write(*((f"r/core/{number}", b"2") for number in range(300)))
-    request = [item for item in diff_request(theirs.forest) if item is not None][0]
+    request = request_of(theirs)
     found = diffing.Differences()
     for _ in compare(ours.forest, request, found):
         pass

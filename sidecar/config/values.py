@@ -86,10 +86,6 @@ class Listener:
     max_request_size_bytes: int = 33554432
     max_request_duration_s: float = 90.0
     require_request_header: bool = False
-    x_forwarded_for_authorized_addrs: tuple[str, ...] = ()
-    x_forwarded_for_hop_skips: int = 0
-    x_forwarded_for_reject_not_authorized: bool = True
-    x_forwarded_for_reject_not_present: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +107,6 @@ class ReplicationSettings:
     """``replication {}``. ``best_effort_wal_wait_duration_s`` bounds the wait for one's own forwarded write."""
 
     best_effort_wal_wait_duration_s: float = 2.0
-    logshipper_buffer_length: int = 16384
     heartbeat_interval_s: float = 5.0
 
 

@@ -13,11 +13,11 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sidecar import config_stanzas as stanzas
 from sidecar import hcl
-from sidecar.config_reader import ConfigError, Reader
-from sidecar.config_stanzas import log_level
-from sidecar.config_types import (
+from sidecar.config import stanzas
+from sidecar.config.reader import ConfigError, Reader
+from sidecar.config.stanzas import log_level
+from sidecar.config.values import (
     ConsulConnection,
     ConsulStorage,
     DevOptions,

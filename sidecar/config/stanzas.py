@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
 
-from sidecar.config_reader import ConfigError, Reader
-from sidecar.config_types import (
+from sidecar.config.reader import ConfigError, Reader
+from sidecar.config.values import (
     DEFAULT_LEASE_TTL_S,
     ConsulConnection,
     ConsulStorage,
@@ -25,6 +26,7 @@ LOG_LEVEL_WORDS = ("trace", "debug", "info", "notice", "warn", "warning", "error
 LOG_FORMATS = ("standard", "json")
 CLUSTER_PORT_OFFSET = 1  # the cluster port is the API port plus this, unless configured
 
+_KEY_PREFIX = re.compile(r"(?:[A-Za-z0-9_-]+/)+")
 _Storage = ConsulStorage | EmbeddedStorage | InmemStorage
 
 _NO_MEANING_AT_TOP = (
@@ -93,8 +95,6 @@ def _read_storage(top: Reader, *, dev: bool) -> tuple[_Storage | None, ServiceRe
         return storage, registration
     if kind == "embedded":
         storage = EmbeddedStorage(path=reader.text("path"))
-        if not storage.path:
-            raise ConfigError(f'{stanza.body.filename}:{stanza.line}: storage "embedded" needs "path", a directory')
     elif kind == "inmem":
         storage = InmemStorage()
     else:
@@ -103,14 +103,17 @@ def _read_storage(top: Reader, *, dev: bool) -> tuple[_Storage | None, ServiceRe
             'there are "consul", "embedded" and "inmem"'
         )
     reader.finish()
+    if isinstance(storage, EmbeddedStorage) and not storage.path:
+        raise ConfigError(f'{stanza.body.filename}:{stanza.line}: storage "embedded" needs "path", a directory')
     return storage, off
 
 
 def _key_prefix(reader: Reader) -> str:
-    path = reader.text("path", "outrider/").strip("/")
-    if not path or any(segment in ("", ".", "..") for segment in path.split("/")):
-        raise reader.error("path", 'must be a key prefix, as "outrider/"')
-    return f"{path}/"
+    """Consul's KV URLs clean a path and go elsewhere; with these characters they never do."""
+    path = reader.text("path", "outrider/").strip("/") + "/"
+    if not _KEY_PREFIX.fullmatch(path):
+        raise reader.error("path", "must be a key prefix: letters, digits, - and _ between slashes")
+    return path
 
 
 def _connection(reader: Reader) -> ConsulConnection:
@@ -158,15 +161,17 @@ def read_listeners(top: Reader, dev: DevOptions | None) -> tuple[Listener, ...]:
         if stanza.labels[0] != "tcp":
             raise ConfigError(f'{place}: listener "{stanza.labels[0]}" is not available; there is "tcp"')
         reader = top.inner(stanza)
-        listeners.append(_listener(reader, place))
+        listener = _listener(reader)
         reader.finish()
+        _check_listener(listener, reader, place)
+        listeners.append(listener)
     addresses = [listener.address for listener in listeners if not listener.address.endswith(":0")]
     if len(set(addresses)) != len(addresses):
         raise ConfigError("two listeners have the same address")
     return tuple(listeners)
 
 
-def _listener(reader: Reader, place: str) -> Listener:
+def _listener(reader: Reader) -> Listener:
     host, port = _listener_address(reader, "address", "127.0.0.1:8200")
     cluster_host, cluster_port = _listener_address(reader, "cluster_address", _next_port(host, port))
     listener = Listener(
@@ -182,15 +187,12 @@ def _listener(reader: Reader, place: str) -> Listener:
         max_request_size_bytes=reader.size_bytes("max_request_size", 33554432, minimum=1),
         max_request_duration_s=reader.duration_s("max_request_duration", 90.0, minimum=1.0),
         require_request_header=reader.boolean("require_request_header"),
-        x_forwarded_for_authorized_addrs=reader.texts("x_forwarded_for_authorized_addrs"),
-        x_forwarded_for_hop_skips=reader.integer("x_forwarded_for_hop_skips", 0),
-        x_forwarded_for_reject_not_authorized=reader.boolean("x_forwarded_for_reject_not_authorized", default=True),
-        x_forwarded_for_reject_not_present=reader.boolean("x_forwarded_for_reject_not_present", default=True),
     )
     reader.no_effect(
         "custom_response_headers", "http_idle_timeout", "http_read_header_timeout", "http_read_timeout",
         "http_write_timeout", "inflight_requests_logging", "max_json_depth", "profiling", "telemetry",
-        "tls_cipher_suites", "tls_max_version", "tls_prefer_server_cipher_suites",
+        "tls_cipher_suites", "tls_max_version", "tls_prefer_server_cipher_suites", "x_forwarded_for_authorized_addrs",
+        "x_forwarded_for_hop_skips", "x_forwarded_for_reject_not_authorized", "x_forwarded_for_reject_not_present",
     )  # fmt: skip
     reader.not_available(
         proxy_protocol_behavior="connections that begin with a PROXY header would be refused",
@@ -200,13 +202,17 @@ def _listener(reader: Reader, place: str) -> Listener:
         redact_cluster_name="the name would be shown all the same",
         redact_version="the version would be shown all the same",
     )
+    return listener
+
+
+def _check_listener(listener: Listener, reader: Reader, place: str) -> None:
+    """What no key can tell by itself; after the misspelt keys, which are often the cause."""
     if not listener.tls_disable:
         for name in ("tls_cert_file", "tls_key_file"):
             if not getattr(listener, name):
                 raise ConfigError(f'{place}: listener "tcp" needs "{name}" (or "tls_disable = true")')
     if listener.tls_require_and_verify_client_cert and listener.tls_disable_client_certs:
         raise reader.error("tls_disable_client_certs", "contradicts tls_require_and_verify_client_cert")
-    return listener
 
 
 def _address(text: str) -> tuple[str, int] | None:
@@ -236,10 +242,9 @@ def read_replication(top: Reader) -> ReplicationSettings:
     reader = top.inner(stanza)
     settings = ReplicationSettings(
         best_effort_wal_wait_duration_s=reader.duration_s("best_effort_wal_wait_duration", 2.0),
-        logshipper_buffer_length=reader.integer("logshipper_buffer_length", 16384, minimum=1),
         heartbeat_interval_s=reader.duration_s("heartbeat_interval", 5.0, minimum=0.1),
     )
-    reader.no_effect("logshipper_buffer_size", "resolver_discover_servers")
+    reader.no_effect("logshipper_buffer_length", "logshipper_buffer_size", "resolver_discover_servers")
     if reader.boolean("allow_forwarding_via_header"):
         raise reader.error("allow_forwarding_via_header", "is not available: such a request would not be forwarded")
     if reader.text("allow_forwarding_via_token"):
@@ -266,12 +271,12 @@ def read_sidecar(top: Reader) -> tuple[ElectionSettings, StoreSettings]:
         wal_keep_bytes=reader.size_bytes("wal_keep_size", 256 * 2**20, minimum=2**20),
         flush_interval_s=reader.duration_s("flush_interval", 1.0, minimum=0.01),
     )
+    reader.finish()
     if election.beat_interval_s * 2 > election.beat_ttl_s:
         raise reader.error(
             "beat_interval" if reader.place("beat_interval") else "beat_ttl",
             "leaves no room for one lost beat: beat_ttl must be at least twice beat_interval",
         )
-    reader.finish()
     return election, store
 
 

@@ -14,7 +14,7 @@ from sidecar.hcl import Block, Body, HCLError, ObjectValue, Value, as_blocks
 DURATION_S_MAX = 10**10
 
 
-class ConfigError(Exception):
+class ConfigError(ValueError):
     """The configuration cannot be used. The text begins with ``file:line`` where there is one."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sidecar.hcl_scanner import ObjectValue, Scanner, Value
+from sidecar.hcl.scanner import ObjectValue, Scanner, Value
 
 _BLANK = re.compile(r"[ \t\r\n]+")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?(?![\w.])")
