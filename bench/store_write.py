@@ -77,7 +77,7 @@ async def one_round(load: Load, write: Callable[[int], Awaitable[object]], write
 
 async def measure(server: ConsulServer, writers: int, value_bytes: int, seconds: float, rounds: int) -> None:
     """Run the rounds and print the figures."""
-    physical = ConsulStore(ConsulConfig(address=server.address, token=server.token, path="bench/"))
+    physical = ConsulStore(ConsulConfig(address=server.address, token=server.token, path="outrider/bench/"))
     await physical.open()
     clock = SystemClock()
     election = Election(physical, node_id="bench", advertise=lambda: LeaderInfo("bench", "", ""), clock=clock)
@@ -96,7 +96,7 @@ async def measure(server: ConsulServer, writers: int, value_bytes: int, seconds:
             nonlocal counter
             counter += 1
             body = counter.to_bytes(8, "big") + value[8:]
-            async with session.put(f"http://{server.address}/v1/kv/bench/raw/{n % KEYS}", data=body) as answer:
+            async with session.put(f"http://{server.address}/v1/kv/outrider/bench-raw/{n % KEYS}", data=body) as answer:
                 await answer.read()
                 if answer.status != 200:
                     raise RuntimeError(f"raw PUT answered {answer.status}")

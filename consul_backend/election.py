@@ -22,7 +22,15 @@ from typing import NoReturn
 import msgspec
 
 from consul_backend.clock import Clock
-from consul_backend.errors import BackendError, Conflict, Corrupt, FenceLost, OutcomeUnknown, Unavailable
+from consul_backend.errors import (
+    BackendError,
+    Conflict,
+    Corrupt,
+    FenceLost,
+    OutcomeUnknown,
+    PermissionDenied,
+    Unavailable,
+)
 from consul_backend.lease import Action, Event, Phase, step
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, Item, PhysicalStore
 from consul_backend.read_lease import ReadLease
@@ -89,6 +97,7 @@ class Election:
         self._options = options or ElectionOptions()
         self._phase = Phase.STANDBY
         self._session = ""
+        self._beat_failed = asyncio.Event()
         self._stay_away_until = float("-inf")
 
     @property
@@ -205,7 +214,6 @@ class Election:
                     await asyncio.sleep(self._options.retry_s)
 
     async def _watch_own_lock(self, held: Held) -> None:
-        index = 0
         while True:
             sent_at = self._clock.monotonic()
             item = await self._physical.get(LOCK_KEY, consistent=True)
@@ -213,8 +221,22 @@ class Election:
                 held.lease.lost()
                 raise FenceLost("another session holds the lock, or none: this node is no longer active")
             held.lease.proved(sent_at)
-            index = item.modify_index
-            _, index = await self._physical.watch(LOCK_KEY, index, self._options.watch_wait_s)
+            await self._changed_or_doubtful(item.modify_index)
+
+    async def _changed_or_doubtful(self, index: int) -> None:
+        """Wait until the lock may have changed, or a beat failed: then the store is asked at once, not at the end of a
+        blocking query that hides a lost right as silence."""
+        self._beat_failed.clear()
+        watch = asyncio.create_task(self._physical.watch(LOCK_KEY, index, self._options.watch_wait_s))
+        doubt = asyncio.create_task(self._beat_failed.wait())
+        try:
+            await asyncio.wait([watch, doubt], return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
+        finally:
+            for task in (watch, doubt):
+                task.cancel()
+            await asyncio.gather(watch, doubt, return_exceptions=True)
 
     @contextlib.asynccontextmanager
     async def _beating(self) -> AsyncIterator[None]:
@@ -231,8 +253,9 @@ class Election:
             if self._session:
                 try:
                     await self._physical.beat()
-                except Unavailable as error:
+                except (Unavailable, PermissionDenied) as error:
                     log.warning("the beat did not reach the store: %s", error)
+                    self._beat_failed.set()
             await asyncio.sleep(self._options.beat_interval_s)
 
     async def release(self, held: Held, *, stay_away_s: float | None = None) -> None:
@@ -261,10 +284,12 @@ class Election:
         session, self._session = self._session, ""
         if not session:
             return
-        with contextlib.suppress(Unavailable, OutcomeUnknown):
-            await self._physical.destroy_session(session)
-        with contextlib.suppress(Unavailable, OutcomeUnknown):
-            await self._physical.stop_beat()
+        for give_up in (self._physical.destroy_session(session), self._physical.stop_beat()):
+            try:
+                await give_up
+            except BackendError as error:
+                # Without beats the session ends by itself; why the tenure ended matters more than this.
+                log.warning("the session could not be ended at once: %s", error)
 
     async def leader(self) -> LeaderInfo | None:
         """Who leads now, as a standby sees it; None while nobody does. Raises Unavailable."""

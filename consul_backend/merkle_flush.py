@@ -125,15 +125,17 @@ class Flusher:
 
     async def run(self) -> NoReturn:
         """Flush at the configured pace until cancelled. Raises FenceLost, StoreWentBack."""
+        pause_s = self._interval_s
         while True:
+            await asyncio.sleep(pause_s)
             written = 0
             try:
                 written = await self.flush()
             except (Unavailable, PermissionDenied, TooLarge, OutcomeUnknown) as error:
                 self.failures += 1
                 log.warning("the merkle index could not be flushed, trying again: %s", error)
-            pause_s = written / self._extents_per_s
-            await asyncio.sleep(pause_s if written and self._table.dirty_count > FLUSH_EXTENTS else self._interval_s)
+            behind = written > 0 and self._table.dirty_count > FLUSH_EXTENTS
+            pause_s = written / self._extents_per_s if behind else self._interval_s
 
     def _build_needed(self) -> bool:
         current = self.checkpoint is not None and self.checkpoint.head_index == self._view().head.index

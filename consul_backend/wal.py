@@ -89,7 +89,7 @@ class Head(msgspec.Struct, frozen=True, gc=False):
 Groups = Mapping[tuple[str, str], Sequence[tuple[str, bytes | None]]]
 """Entries (path, value) by (class, partition)."""
 
-_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError)  # msgspec lets bad UTF-8 through as the latter
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec's decoders raise
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_outer = msgspec.msgpack.Decoder(tuple[int, bytes, tuple[bytes | None, ...], bytes]).decode
@@ -163,8 +163,8 @@ class Record:
             if version != RECORD_VERSION:
                 raise CorruptRecord(f"record of version {version}, this program knows {RECORD_VERSION}")
             header = _decode_header(header_bytes)
-        except _MALFORMED as error:
-            raise CorruptRecord(_describe_malformed(raw, error)) from None
+        except _MALFORMED:
+            raise CorruptRecord(_describe_malformed(raw)) from None
         if digest32(header_bytes) != chain_hash:
             raise CorruptRecord("a record's header does not have the record's chain hash")
         record = cls(header, header_bytes, chain_hash, bodies)
@@ -236,14 +236,15 @@ class Record:
         return entries
 
 
-def _describe_malformed(raw: bytes, error: Exception) -> str:
+def _describe_malformed(raw: bytes) -> str:
+    """Without the decoder's own text, which may quote what it read."""
     try:
         version = _decode_version(raw)[0]
     except _MALFORMED:
-        return f"malformed record: {error}"
+        return "a record is malformed"
     if version != RECORD_VERSION:
         return f"record of version {version}, this program knows {RECORD_VERSION}"
-    return f"malformed record: {error}"
+    return "a record is malformed"
 
 
 def record_key(generation: str, index: int, segment_records: int) -> str:

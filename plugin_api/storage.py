@@ -16,7 +16,11 @@ class Write:
 
 
 class Storage(Protocol):
-    """The keys of one mount. Paths are compared byte for byte; ``..`` and empty segments have no meaning here."""
+    """The keys of one mount. Paths are compared byte for byte.
+
+    Nothing cleans a path: one that is empty, begins or ends with a slash, or has a ``.`` or ``..`` segment is refused
+    with InvalidRequest, because another layer might give it a meaning.
+    """
 
     async def get(self, path: str) -> bytes | None:
         """The value, or None if there is none."""

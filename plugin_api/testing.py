@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from plugin_api.engine import EngineContext, MountInfo
-from plugin_api.errors import ReadOnlyStorage
+from plugin_api.errors import InvalidRequest, ReadOnlyStorage
 from plugin_api.request import Caller, Operation, Request
 from plugin_api.storage import Storage, Write
 
@@ -28,11 +28,13 @@ class MemoryStorage:
         return f"MemoryStorage({len(self.entries)} entries)"
 
     async def get(self, path: str) -> bytes | None:
-        return self.entries.get(path)
+        return self.entries.get(_checked(path))
 
     async def list(self, prefix: str = "") -> list[str]:
         if prefix and not prefix.endswith("/"):
-            raise ValueError("a prefix is empty or ends in /")
+            raise InvalidRequest("a prefix is empty or ends in '/'")
+        if prefix:
+            _checked(prefix[:-1])
         names = set()
         for path in self.entries:
             if path.startswith(prefix):
@@ -43,6 +45,8 @@ class MemoryStorage:
     async def commit(self, writes: Sequence[Write]) -> None:
         if self.read_only:
             raise ReadOnlyStorage
+        for write in writes:
+            _checked(write.path)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
@@ -58,6 +62,12 @@ class MemoryStorage:
 
     async def delete(self, path: str) -> None:
         await self.commit([Write(path, None)])
+
+
+def _checked(path: str) -> str:
+    if not path or path[0] == "/" or path[-1] == "/" or any(part in (".", "..") for part in path.split("/")):
+        raise InvalidRequest("a storage path must name a key")
+    return path
 
 
 class SettableClock:
@@ -146,7 +156,14 @@ async def _check_listing(storage: Storage) -> None:
 
 
 async def _check_exact_paths(storage: Storage) -> None:
-    paths = ["é", "e\u0301", "A", "a", "a b", "a_b", "a%2Fb", "..", "x\n", "\N{SNOWMAN}/\N{SNOWMAN}"]
+    paths = ["é", "e\u0301", "A", "a", "a b", "a_b", "a%2Fb", "..a", "x\n", "\N{SNOWMAN}/\N{SNOWMAN}"]
     await storage.commit([Write(path, path.encode()) for path in paths])
     for path in paths:
         _expect(await storage.get(path) == path.encode(), "paths are compared byte for byte")
+    for path in ("", "/a", "a/", ".", "..", "a/../b"):
+        for attempt in (storage.get(path), storage.put(path, b"v"), storage.delete(path)):
+            try:
+                await attempt
+            except InvalidRequest:
+                continue
+            _expect(False, "a path that names no key is refused with InvalidRequest")

@@ -45,10 +45,6 @@ from sidecar.transport.listener import ClusterListener
 
 log = logging.getLogger("core")
 
-FLIP_GRACE_S = 0.5
-"""How long the answer to ``secondary/enable`` has to leave before this tenure ends."""
-
-
 @dataclass(frozen=True, slots=True)
 class ScopeParts:
     """What of the configuration an active node needs."""
@@ -100,7 +96,6 @@ class ActiveScope:
         self._clock = clock
         self._store_options = store_options
         self._tasks: list[asyncio.Task[None]] = []
-        self._flipping: asyncio.Task[None] | None = None
         self._gate: str | None = None
         self.restart_asked = asyncio.Event()
 
@@ -248,7 +243,9 @@ class ActiveScope:
         )
         await self._point_at(target, found[1])
         log.warning("this cluster is now a performance secondary; its previous store is being deleted")
-        self._flipping = asyncio.create_task(self._leave_for(Opened(target, result.root_key)), name="leave after flip")
+        # What is still admitted would be written to the store that was just given up.
+        self._gate = "this cluster is becoming a replication secondary; try again shortly"
+        self._node.sealing.install(Opened(target, result.root_key))
 
     async def _point_at(self, target: Generation, expected_index: int) -> None:
         try:
@@ -263,10 +260,6 @@ class ActiveScope:
                 "the store did not confirm the activation: this node gives up leadership; look at "
                 "sys/replication/status before you try again with a new token"
             ) from error
-
-    async def _leave_for(self, opened: Opened) -> None:
-        await asyncio.sleep(FLIP_GRACE_S)
-        self._node.sealing.install(opened)
 
     async def _drop_old_generations(self) -> None:
         """Delete stores that are no longer used; the pointer was read, consistently, when this tenure began."""

@@ -20,6 +20,8 @@ from sidecar.api import envelopes, json_codec
 
 log = logging.getLogger("http")
 
+SERVER_NAME = "Outrider"
+"""aiohttp would tell its version and Python's."""
 READ_BYTES = 64 * 1024
 # As many pipelined requests as aiohttp itself lets wait.
 _PIPELINE_MAX = 32
@@ -59,7 +61,7 @@ class Connection(RequestHandler):
             status=status,
             body=json_codec.encode(envelopes.errors(())),
             content_type="application/json",
-            headers={"Cache-Control": "no-store"},
+            headers={"Cache-Control": "no-store", "Server": SERVER_NAME},
         )
         response.force_close()
         return response

@@ -48,7 +48,7 @@ class Front:
         }
 
     async def handle(self, request: HttpRequest) -> HttpResponse:
-        """Answer ``request``; never raises an error of ours."""
+        """Answer ``request``; only a defect raises."""
         try:
             raw = self._raw.get(request.path)
             if raw is not None:
@@ -60,8 +60,10 @@ class Front:
             if request.path == "sys/seal" and not self._node.is_active():
                 return self._seal_on_standby(request)
             return await self._dispatch(request)
-        except (PluginError, json_codec.JSONRefused) as error:
+        except Exception as error:
             answer = refusal(error)
+            if not answer.expected:
+                raise
             return _errors(answer.status, *answer.texts)
 
     async def _dispatch(self, request: HttpRequest) -> HttpResponse:

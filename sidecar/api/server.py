@@ -19,7 +19,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from sidecar.api import envelopes, json_codec, paths
-from sidecar.api.connection import Server
+from sidecar.api.connection import SERVER_NAME, Server
 from sidecar.request.types import HttpRequest, HttpResponse
 
 log = logging.getLogger("http")
@@ -162,6 +162,7 @@ class ApiServer:
     async def _read_body(self, request: web.BaseRequest) -> bytes:
         if not request.body_exists:
             return b""
+        await _continue(request)
         parts: list[bytes] = []
         size_bytes = 0
         try:
@@ -202,11 +203,23 @@ class ApiServer:
         return response
 
 
+async def _continue(request: web.BaseRequest) -> None:
+    """Tell a client that waits with a large body to send it; its length has been accepted by now."""
+    if request.version < (1, 1) or "Expect" not in request.headers:
+        return
+    if request.headers["Expect"].lower() != "100-continue":
+        raise _Refused(417, close=True)
+    # aiohttp does this for its own router only. What was sent here is no part of the answer.
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0
+
+
 def _to_web(answer: HttpResponse) -> web.Response:
     headers = CIMultiDict(answer.headers)
     # On every answer, also an empty one: clients compare the content type by equality.
     headers.setdefault("Content-Type", JSON_TYPE)
     headers.setdefault("Cache-Control", "no-store")
+    headers["Server"] = SERVER_NAME
     return web.Response(status=answer.status, reason=_reason(answer.status), body=answer.body, headers=headers)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from multidict import CIMultiDict
 
 from consul_backend.errors import BackendError
-from plugin_api.errors import InvalidRequest, PluginError, ReadOnlyStorage, Unavailable
+from plugin_api.errors import InvalidRequest, PermissionDenied, PluginError, ReadOnlyStorage, Unavailable
 from plugin_api.formats import format_time
 from sidecar.api import envelopes, json_codec
 from sidecar.api.decoding import decode
@@ -58,6 +58,17 @@ KEYRING_PASS_S = 60.0
 _RETRY_S = 5.0
 # What an operator needs while data is blocked: to see how it goes, and to get out.
 _UNGATED = ("sys/replication/", "sys/seal", "sys/step-down")
+# What concerns one cluster only. An honest secondary runs these itself; another one must not run them here.
+_OWN_CLUSTER = (
+    "auth/token/",
+    "cubbyhole/",
+    "sys/generate-root/",
+    "sys/replication/",
+    "sys/rotate",
+    "sys/seal",
+    "sys/step-down",
+    "sys/wrapping/",
+)
 _READ_ONLY = "cannot write to readonly storage"
 
 
@@ -229,6 +240,8 @@ class Service:
             reason = self._gate()
             if reason is not None and not call.path.startswith(_UNGATED):
                 raise Unavailable(reason)
+            if call.forwarded_auth is not None and call.path.startswith(_OWN_CLUSTER):
+                raise PermissionDenied("this path belongs to one cluster: it is not run for another")
             try:
                 answer = await self._pipeline.run(call)
             except ReadOnlyStorage:

@@ -30,24 +30,25 @@ class KVv1(PathEngine):
         ]
 
     async def _exists(self, request: Request, fields: Fields) -> bool:
-        return await self.context.storage.get(request.path) is not None
+        return _names_a_secret(request.path) and await self.context.storage.get(request.path) is not None
 
     async def _read(self, request: Request, fields: Fields) -> Response:
-        raw = await self.context.storage.get(request.path)
+        raw = await self.context.storage.get(request.path) if _names_a_secret(request.path) else None
         if raw is None:
             raise NotFound
         data = decode_object(raw)
         return Response(data=data, lease_duration_s=self._lease_s(data))
 
     async def _write(self, request: Request, fields: Fields) -> None:
-        if not request.path or request.path.endswith("/"):
+        if not _names_a_secret(request.path):
             raise InvalidRequest("cannot write to a path ending in '/'")
         if not request.data:
             raise InvalidRequest("missing data fields")
         await self.context.storage.put(request.path, encode_json(dict(request.data)))
 
     async def _delete(self, request: Request, fields: Fields) -> None:
-        await self.context.storage.delete(request.path)
+        if _names_a_secret(request.path):
+            await self.context.storage.delete(request.path)
 
     async def _list(self, request: Request, fields: Fields) -> Response:
         prefix = request.path
@@ -64,3 +65,7 @@ class KVv1(PathEngine):
             except ValueError:
                 pass
         return self.context.mount.default_lease_ttl_s
+
+
+def _names_a_secret(path: str) -> bool:
+    return bool(path) and not path.endswith("/")

@@ -134,7 +134,7 @@ class KVv2(PathEngine):
     # --- data ---
 
     async def _exists(self, request: Request, fields: Fields) -> bool:
-        return await self._storage.get(_metadata_key(fields["path"])) is not None
+        return _names_a_secret(fields["path"]) and await self._metadata(fields["path"]) is not None
 
     async def _read_data(self, request: Request, fields: Fields) -> Response:
         return await self._read_version(fields, "data", lambda data: data)
@@ -146,7 +146,7 @@ class KVv2(PathEngine):
         return await self._read_version(fields, "subkeys", lambda data: keys_only(data, depth))
 
     async def _read_version(self, fields: Fields, name: str, view: Any) -> Response:
-        path = _secret(fields)
+        path = _secret_to_read(fields)
         found = await self._load_version(path, fields["version"])
         if found is None:
             # Between the two reads another request may have pruned or destroyed it; under the lock nothing can.
@@ -291,7 +291,7 @@ class KVv2(PathEngine):
         return list_response(await self._storage.list(_metadata_key(prefix)))
 
     async def _read_metadata(self, request: Request, fields: Fields) -> Response:
-        metadata = await self._metadata(_secret(fields))
+        metadata = await self._metadata(_secret_to_read(fields))
         if metadata is None:
             raise NotFound
         return Response(data=metadata.describe())
@@ -360,11 +360,22 @@ def _decoded(raw: bytes, decoder: msgspec.msgpack.Decoder[_Record]) -> _Record:
         raise PluginError("a stored record of this mount cannot be read") from None
 
 
+def _names_a_secret(path: str) -> bool:
+    return bool(path) and not path.endswith("/")
+
+
+def _secret_to_read(fields: Fields) -> str:
+    path: str = fields["path"]
+    if not _names_a_secret(path):
+        raise NotFound
+    return path
+
+
 def _secret(fields: Fields) -> str:
     path: str = fields["path"]
     if not path:
         raise InvalidRequest("missing path")
-    if path.endswith("/"):
+    if not _names_a_secret(path):
         raise InvalidRequest("a secret's path cannot end in '/'")
     return path
 

@@ -100,6 +100,19 @@ def fork_problem(set_id: str, epoch: int, epoch_id: str, source: Source) -> str:
     return ""
 
 
+def contradicts_log(hello: Hello, source: Source, facts: LogFacts) -> bool:
+    """Whether the secondary holds records of this very store and epoch that the primary's log denies: one of the two
+    stores was restored or changed underneath. A diff mends the data; a person should know."""
+    position = hello.position
+    if position is None or is_none(position):
+        return False
+    if (position.set_id, position.generation, position.epoch) != (source.set_id, source.generation, source.epoch):
+        return False
+    if position.index > facts.head_index:
+        return True
+    return facts.hash_at_position is not None and facts.hash_at_position != position.chain_hash
+
+
 def _position_problem(position: Position | None, source: Source, facts: LogFacts) -> str:
     if position is None or is_none(position):
         return "the secondary has no position"

@@ -90,6 +90,7 @@ class PerformanceReplication:
         self._turned = asyncio.Event()
         self._serving = asyncio.Event()
         self._running = False
+        self._flipped = False
         self._primary: PrimaryService | None = None
         self._secondary: SecondaryService | None = None
 
@@ -101,7 +102,7 @@ class PerformanceReplication:
     @property
     def mode(self) -> str:
         """``disabled``, ``primary``, ``secondary`` or ``bootstrapping``, as in ``sys/health``."""
-        if self._activating.locked():
+        if self._bootstrapping():
             return "bootstrapping"
         if isinstance(self._role, PrimaryRole):
             return "primary"
@@ -144,6 +145,7 @@ class PerformanceReplication:
         """Become the primary of a new set (contract 1.3)."""
         roles.require_performance(mode)
         roles.check_cluster_addr(primary_cluster_addr)
+        self._refuse_while_activating()
         set_id, epoch_id = str(uuid.uuid4()), str(uuid.uuid4())
         authority = await asyncio.to_thread(certificates.make_authority, f"outrider performance replication {set_id}")
         await self._change(
@@ -251,8 +253,7 @@ class PerformanceReplication:
         roles.require_performance(mode)
         if not token:
             raise InvalidRequest('missing "token"')
-        if self._activating.locked():
-            raise InvalidRequest("an activation of this cluster is running already")
+        self._refuse_while_activating()
         async with self._activating:
             roles.require_disabled(self._role)
             result = await activate(
@@ -265,8 +266,17 @@ class PerformanceReplication:
                 timeout_s=self._options.activation_timeout_s,
             )
             await self._callbacks.flip(result)
+            self._flipped = True
         warnings = [ENABLING_SECONDARY] if result.protected else [ENABLING_SECONDARY, PLAIN_HTTP]
         return Response(warnings=warnings)
+
+    def _bootstrapping(self) -> bool:
+        """From the start of an activation to the end of the tenure that did it; a failed one ends at once."""
+        return self._activating.locked() or self._flipped
+
+    def _refuse_while_activating(self) -> None:
+        if self._bootstrapping():
+            raise InvalidRequest("an activation of this cluster as a secondary is running already")
 
     async def _change(self, change: Callable[[Role], _R]) -> _R:
         """Apply ``change`` to the newest role and commit the result, one change at a time.
@@ -342,7 +352,7 @@ class PerformanceReplication:
         return await self._change(lambda role: roles.learn_addresses(roles.require_secondary(role), addresses))
 
     def _status(self) -> dict[str, Any]:
-        if self._activating.locked():
+        if self._bootstrapping():
             return statuses.bootstrapping_status()
         role = self._role
         if isinstance(role, PrimaryRole):

@@ -24,6 +24,7 @@ MODES = ("performance", "dr")
 
 _ID = re.compile(r"\w(?:[\w.-]*\w)?\Z", re.ASCII)
 ID_LENGTH_MAX = 256
+ADDRESSES_MAX = 16
 BOOTSTRAP_GRACE_MS = 10 * 60 * 1000
 
 
@@ -286,9 +287,14 @@ def connect(role: Role, fingerprint: str, set_id: str, store_id: str) -> Primary
 
 
 def learn_addresses(role: SecondaryRole, addresses: Sequence[str]) -> SecondaryRole:
-    """The secondary's role with the primary's newest addresses; ``role`` itself when they are known already."""
-    kept = tuple(dict.fromkeys(address for address in addresses if address))[:16]
-    if not kept or kept == role.addresses:
+    """The secondary's role with the primary's newest addresses first; ``role`` itself when that changes nothing.
+
+    Older addresses stay behind the new ones: a node that has just taken over has not heard of its standbys yet, and may
+    name itself alone shortly before it dies.
+    """
+    newest = [address for address in addresses if address]
+    kept = tuple(dict.fromkeys([*newest, *role.addresses]))[:ADDRESSES_MAX]
+    if not newest or kept == role.addresses:
         return role
     return msgspec.structs.replace(role, addresses=kept)
 

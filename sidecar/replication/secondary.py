@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from consul_backend.clock import Clock
+from consul_backend.errors import NotApplied, Overloaded
+from consul_backend.errors import Unavailable as StoreUnavailable
 from plugin_api.errors import PluginError, Unavailable
 from sidecar.replication import protocol
 from sidecar.replication.activation import secondary_identity
@@ -53,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 NOT_SYNCED = "replication: this secondary has not received its primary's data yet"
 DIFF_TIMEOUT_S = 60.0
+CLIENTS_MAX = 16
 
 _RANDOM = secrets.SystemRandom()
 
@@ -83,6 +86,7 @@ class SecondaryService:
         self._failures = 0
         self._preferred = ""
         self._catch_up: _CatchUp | None = None
+        self._in_step = asyncio.Event()
         self.machine = Machine()
         self.connected_to = ""
         self.started_ms = clock.time_ms()
@@ -94,9 +98,11 @@ class SecondaryService:
         """Follow the primary until cancelled. Raises what ends the tenure: errors of this cluster's own store."""
         self._callbacks.set_gate(NOT_SYNCED if is_none(self.applier.position) else None)
         try:
-            action = self._step(Event.START)
-            while True:
-                action = await self._do(action)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._keep_addresses(), name="keep addresses")
+                action = self._step(Event.START)
+                while True:
+                    action = await self._do(action)
         finally:
             self.connected_to = ""
             for client in self._clients.values():
@@ -114,7 +120,7 @@ class SecondaryService:
         """As gRPC names them: ready, connecting, transient_failure, or idle when nothing is tried."""
         if self.machine.phase is Phase.IDLE:
             return "idle"
-        if self.connected_to:
+        if self.connected_to or self.machine.phase in (Phase.MERKLE_DIFF, Phase.MERKLE_SYNC):
             return "ready"
         return "transient_failure" if self._failures else "connecting"
 
@@ -185,7 +191,6 @@ class SecondaryService:
             self.connected_to = ""
             self._catch_up = None
             await channel.close("the secondary ended the stream")
-        await self._remember_addresses()
         action = self._step(outcome.end.value, outcome.reason)
         if outcome.alarm:
             self.machine = replace(self.machine, alarm=True)
@@ -264,7 +269,10 @@ class SecondaryService:
     def _heard(self, event: Event) -> None:
         """What applier and syncer report while they run: the machine follows, the driver goes on."""
         self._step(event)
-        if event is Event.IN_STEP and self._catch_up is not None:
+        if event is not Event.IN_STEP:
+            return
+        self._in_step.set()
+        if self._catch_up is not None:
             self._caught_up(self._catch_up)
             self._catch_up = None
 
@@ -295,12 +303,20 @@ class SecondaryService:
         self.sync_progress = SyncProgress(progress.total, progress.done)
         self._callbacks.set_gate(f"replication: merkle sync in progress, {progress.done} of {progress.total} done")
 
-    async def _remember_addresses(self) -> None:
-        addresses = self.applier.upstream.advertised.cluster_addrs
-        if addresses:
-            self._role = await self._learned(addresses)
-        for address in set(self._clients) - set(self._addresses()):
-            await self._clients.pop(address).close()
+    async def _keep_addresses(self) -> None:
+        """Store where the primary's nodes are, so that a restart finds it wherever it went."""
+        while True:
+            await self._in_step.wait()
+            self._in_step.clear()
+            addresses = self.applier.upstream.advertised.cluster_addrs
+            try:
+                if addresses:
+                    self._role = await self._learned(addresses)
+            except (Overloaded, NotApplied, StoreUnavailable) as error:
+                logger.info("replication: the primary's addresses were not stored, next time: %s", error)
+            if len(self._clients) > CLIENTS_MAX:
+                for address in set(self._clients) - set(self._addresses()):
+                    await self._clients.pop(address).close()
 
     def _address(self) -> str:
         return self.connected_to or next(iter(self._addresses()), "")

@@ -23,7 +23,7 @@ from consul_backend.limits import Limits
 from consul_backend.wal import Record
 from consul_backend.wal_reader import RecordGone
 from sidecar.replication.channel import Channel, ChannelClosed
-from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello
+from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello, contradicts_log
 from sidecar.replication.intake import REPLICATED
 from sidecar.replication.progress import Progress
 from sidecar.replication.protocol import (
@@ -179,6 +179,9 @@ class Shipper:
             there = await self._hash_at(position.index)
             head = self._store.head
         facts = LogFacts(head.index, head.chain_hash, there)
+        if contradicts_log(hello, self._source, facts):
+            name = hello.secondary_id
+            log.error("secondary %s has records that this primary's log denies: was a store restored?", name)
         return answer_hello(hello, self._source, facts, self._options.limits)
 
     async def _hash_at(self, index: int) -> bytes | None:

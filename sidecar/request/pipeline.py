@@ -11,7 +11,7 @@ import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from plugin_api.errors import NotFound, PermissionDenied, ReadOnlyStorage
+from plugin_api.errors import NotFound, PermissionDenied, PluginError, ReadOnlyStorage
 from plugin_api.request import Caller, Operation
 from sidecar.core.policies import PolicyStore
 from sidecar.core.token_entry import TokenEntry
@@ -41,9 +41,7 @@ class Pipeline:
             return await self._open(call, match)
         async with self.identified(call):
             if match is not None and call.operation in _WRITES:
-                # Before the policies, because create and update are told apart there.
-                exists = await match.target.exists(call, match.rest)
-                call.operation = Operation.CREATE if exists is False else Operation.UPDATE
+                call.operation = await _write_operation(call, match)
             self.authorize(call, sudo=match is not None and match.target.needs_sudo(match.rest))
             if match is None:
                 raise UnknownMount(call.path)
@@ -125,6 +123,16 @@ class Pipeline:
                 remote_address=remote_address,
             ),
         )
+
+
+async def _write_operation(call: Call, match: Match[Backend]) -> Operation:
+    """Create or update: asked before the policies, which tell them apart. What is wrong with the request is said by
+    the backend's handler, to callers who may know."""
+    try:
+        exists = await match.target.exists(call, match.rest)
+    except PluginError:
+        return Operation.UPDATE
+    return Operation.CREATE if exists is False else Operation.UPDATE
 
 
 def _or_missing(call: Call, answer: Answer | None) -> Answer:

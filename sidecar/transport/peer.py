@@ -145,17 +145,19 @@ class PeerClient:
         path: str,
         *,
         message_bytes_max: int,
+        open_timeout_s: float = 10.0,
         headers: Mapping[str, str] | None = None,
     ) -> aiohttp.ClientWebSocketResponse:
         """Open a websocket at ``path``. Raises PeerUnreachable, or PeerRefused when the peer answers otherwise."""
         try:
-            return await self._session.ws_connect(
-                self._url(path, "wss"),
-                max_msg_size=message_bytes_max,
-                autoping=True,
-                compress=0,
-                headers=headers,
-            )
+            async with asyncio.timeout(open_timeout_s):
+                return await self._session.ws_connect(
+                    self._url(path, "wss"),
+                    max_msg_size=message_bytes_max,
+                    autoping=True,
+                    compress=0,
+                    headers=headers,
+                )
         except aiohttp.WSServerHandshakeError as error:
             raise PeerRefused(error.status, f"{self.address} answered {error.status} to {path}") from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:

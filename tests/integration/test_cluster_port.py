@@ -23,7 +23,7 @@ from sidecar.transport.peer import (
     PeerRefused,
     PeerUnreachable,
 )
-from sidecar.transport.tls import TLS_BUFFER_BYTES, _load
+from sidecar.transport.tls import TLS_BUFFER_BYTES, _load, base_server_context, server_context
 
 REPLICATION = ("set.performance.outrider", "replication_v1")
 FORWARDING = ("fw.cluster.outrider", "req_fw_sb-act_v1")
@@ -192,8 +192,19 @@ async def test_everything_else_is_dropped_before_a_byte_is_served(
         "none": lambda: None,
         "unknown": lambda: certificates.issue_client(replication.authority, "eu"),
     }[whose]()
+    if credentials is not None and whose != "unknown":
+        # The allow list is another guard: here TLS alone has to refuse.
+        port.allowed.add(certificates.fingerprint(credentials.certificate_pem))
     assert await raw_call(port, lax_context(credentials, alpn), sni) == b""
     assert port.served == []
+
+
+def test_every_context_demands_a_certificate() -> None:
+    side = SIDES[0]
+    contexts = (base_server_context(), server_context(side.server, side.authority.certificate_pem, side.alpn))
+    for context in contexts:
+        assert (context.verify_mode, context.num_tickets) == (ssl.CERT_REQUIRED, 0)
+        assert context.minimum_version is context.maximum_version is ssl.TLSVersion.TLSv1_3
 
 
 async def test_the_matrix_has_a_control(port: Port) -> None:
@@ -358,6 +369,35 @@ async def test_the_client_refuses_a_wrong_server_before_it_sends_anything(flaw: 
         server.close()
         await server.wait_closed()
     assert not received
+
+
+async def test_a_peer_that_never_answers_the_handshake_is_unreachable() -> None:
+    held = asyncio.Event()
+
+    async def hold(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await held.wait()
+        writer.close()
+
+    server = await asyncio.start_server(hold, "127.0.0.1", 0)
+    client = PeerClient(SIDES[0].identity(), f"127.0.0.1:{server.sockets[0].getsockname()[1]}", connect_timeout_s=0.2)
+    try:
+        with pytest.raises(PeerUnreachable):
+            await client.post("/x", b"", timeout_s=5)
+        with pytest.raises(PeerUnreachable):
+            await client.websocket("/stream", message_bytes_max=1024)
+    finally:
+        held.set()
+        await client.close()
+        server.close()
+        await server.wait_closed()
+
+
+async def test_a_peer_that_accepts_and_says_nothing_is_not_waited_for(port: Port) -> None:
+    async with client_of(port, SIDES[0].identity()) as client:
+        with pytest.raises(PeerUnreachable):
+            await client.websocket("/hang", message_bytes_max=1024, open_timeout_s=0.2)
+        with pytest.raises(PeerOutcomeUnknown, match="no answer within"):
+            await client.post("/hang", b"", timeout_s=0.2)
 
 
 async def test_a_handshake_that_stalls_is_dropped() -> None:

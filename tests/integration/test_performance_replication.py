@@ -11,8 +11,8 @@ import pytest
 from multidict import CIMultiDict
 
 from plugin_api.errors import InvalidRequest, PluginError, Unavailable
+from sidecar.replication import roles
 from sidecar.replication.activation import bootstrap, parse_bundle, secondary_identity
-from sidecar.replication.roles import ROLE_KEY
 from sidecar.replication.states import Phase
 from sidecar.replication.upstream import STALL_WARNING
 from sidecar.replication.wiring import Executed, ForwardAnswer, ReplicationOptions
@@ -70,10 +70,13 @@ async def test_the_activation_result_holds_keys_and_role(pair: Pair) -> None:
     await fresh.manager.secondary_enable("performance", await pair.token(), "", "", "")
     result = fresh.flipped[0]
     assert (result.root_key, result.keyring, result.seal) == (MATERIAL.root_key, MATERIAL.keyring, MATERIAL.seal)
-    assert set(result.entries) == {ROLE_KEY}
+    assert set(result.entries) == {roles.ROLE_KEY}
     assert "kkkk" not in repr(result)
     assert "PRIVATE" not in repr(result)
-    assert fresh.manager.mode == "disabled", "the flip ends the tenure; until then nothing changed here"
+    assert fresh.manager.mode == "bootstrapping", "until the flip ends the tenure"
+    assert await fresh.manager.status("performance") == {"mode": "bootstrapping"}
+    with pytest.raises(InvalidRequest, match="running already"):
+        await fresh.manager.primary_enable("performance", "")
 
 
 async def test_a_restart_catches_up_by_the_log(pair: Pair) -> None:
@@ -286,6 +289,21 @@ async def test_a_secondary_can_leave_with_its_data(pair: Pair) -> None:
     assert secondary.store.data["r/m/a"] == b"1"
     assert (await secondary.manager.status("performance")) == {"mode": "disabled"}
     await until(lambda: pair.primary.listener.statistics()["connections"] == 0)
+
+
+async def test_addresses_of_heartbeats_are_stored(pair: Pair) -> None:
+    secondary = await pair.activate()
+    address = f"https://127.0.0.1:{pair.primary.listener.port}"
+    await until(lambda: in_step(pair.primary, secondary))
+    role = roles.decode_role(secondary.store.data[roles.ROLE_KEY])
+    assert isinstance(role, roles.SecondaryRole)
+    assert role.addresses == (address,)
+    pair.primary.addresses.append("https://127.0.0.1:2")
+    await until(lambda: b"127.0.0.1:2" in secondary.store.data[roles.ROLE_KEY])
+    assert (await secondary.manager.status("performance"))["known_primary_cluster_addrs"] == [
+        address,
+        "https://127.0.0.1:2",
+    ]
 
 
 async def test_a_dead_address_is_passed_over(pair: Pair) -> None:

@@ -47,7 +47,10 @@ class Node:
         self.options = options
         self.physical = EmbeddedStore(None)
         self.election = Election(
-            self.physical, node_id=name, advertise=lambda: LeaderInfo(name, "", ""), clock=CLOCK,
+            self.physical,
+            node_id=name,
+            advertise=lambda: LeaderInfo(name, "", ""),
+            clock=CLOCK,
             options=ElectionOptions(beat_ttl_s=30, lock_delay_s=0.05, step_down_grace_s=0),
         )
         self.store: ReplicatedStore
@@ -109,7 +112,10 @@ class World:
 
     def serve_primary(self) -> None:
         self.shipper = Shipper(
-            self.primary.store, SOURCE, self.shipper_options, CLOCK,
+            self.primary.store,
+            SOURCE,
+            self.shipper_options,
+            CLOCK,
             advertise=lambda: Advertised("https://primary:8200", ("https://primary:8201",)),
         )
 
@@ -158,8 +164,13 @@ class World:
     def applier(self, **options) -> Applier:
         store = self.secondary.store
         return Applier(
-            store, stored_position(store), self.on_applied, CLOCK,
-            ApplierOptions(beat_s=0.05, silent_beats_max=100, **options), identity=IDENTITY, on_event=self.heard,
+            store,
+            stored_position(store),
+            self.on_applied,
+            CLOCK,
+            ApplierOptions(beat_s=0.05, silent_beats_max=100, **options),
+            identity=IDENTITY,
+            on_event=self.heard,
         )
 
     async def stream(self) -> Outcome:
@@ -194,8 +205,14 @@ class World:
                         yield chunk
 
             syncer = Syncer(
-                self.secondary.store, request, fetch, on_applied=self.on_applied, gate=self.gates.append,
-                on_event=lambda event: None, clock=CLOCK, identity=IDENTITY,
+                self.secondary.store,
+                request,
+                fetch,
+                on_applied=self.on_applied,
+                gate=self.gates.append,
+                on_event=lambda event: None,
+                clock=CLOCK,
+                identity=IDENTITY,
             )
             return await syncer.run()
 

@@ -85,12 +85,13 @@ class Cluster:
     async def start(self) -> Cluster:
         await self.listener.start()
         address = f"https://127.0.0.1:{self.listener.port}"
+        self.addresses = [address]
         self.manager = PerformanceReplication(
             store=self.store,
             sealed=self.store,
             listener=self.listener,
             node=NodeInfo(
-                f"{self.name}-0", f"cluster-{self.name}", f"https://{self.name}:8200", address, lambda: [address]
+                f"{self.name}-0", f"cluster-{self.name}", f"https://{self.name}:8200", address, lambda: self.addresses
             ),
             callbacks=Callbacks(self._on_applied, self.gates.append, self._material, self._flip, self._do),
             clock=SystemClock(),

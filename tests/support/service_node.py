@@ -70,7 +70,9 @@ class FakeNode:
 
     genesis: Genesis
     state: NodeHealth = field(default_factory=lambda: NodeHealth(True, False, False, "disabled", "disabled", "c", "id"))
-    leading: LeaderStatus = field(default_factory=lambda: LeaderStatus(True, True, 1_700_000_000.0, API_ADDR, "https://h:1"))
+    leading: LeaderStatus = field(
+        default_factory=lambda: LeaderStatus(True, True, 1_700_000_000.0, API_ADDR, "https://h:1")
+    )
     service: Service | None = None
     dispatched: Callable[[HttpRequest], Any] | None = None
     asked: list[str] = field(default_factory=list)
@@ -150,12 +152,16 @@ class FakeReplication:
         return Response(warnings=["disabled"])
 
     async def secondary_token(
-        self, mode: str, id: str, ttl_s: int, public_key: str
+        self,
+        mode: str,
+        id: str,
+        ttl_s: int,
+        public_key: str,  # noqa: A002 - the API's own name
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         self.calls.append(("secondary_token", mode, id, ttl_s))
         return {"id": id, "client_key": "secret"}, {"ca_sha256": "ab" * 32}
 
-    async def revoke_secondary(self, mode: str, id: str) -> None:
+    async def revoke_secondary(self, mode: str, id: str) -> None:  # noqa: A002 - the API's own name
         self.calls.append(("revoke_secondary", mode, id))
 
     async def secondary_enable(
@@ -273,3 +279,25 @@ async def running(
             )
     finally:
         await server.close()
+
+
+JOINED = "1 error occurred:\n\t* {}\n\n"
+DENIED = JOINED.format("permission denied")
+
+
+async def with_kv(harness: Harness, version: str = "2") -> None:
+    """Mount a kv engine at ``secret/``."""
+    reply = await harness.call("POST", "sys/mounts/secret", {"type": "kv", "options": {"version": version}})
+    assert reply.status == 204, reply.errors
+
+
+async def with_bob(harness: Harness, **fields: object) -> None:
+    """Enable userpass with a user ``bob``, password ``pw``."""
+    assert (await harness.call("POST", "sys/auth/userpass", {"type": "userpass"})).status == 204
+    reply = await harness.call("POST", "auth/userpass/users/bob", {"password": "pw", **fields})
+    assert reply.status == 204, reply.errors
+
+
+async def log_in(harness: Harness, **headers: str) -> Reply:
+    """Log in as ``bob``."""
+    return await harness.call("POST", "auth/userpass/login/bob", {"password": "pw"}, token=None, **headers)

@@ -144,9 +144,7 @@ class Cluster:
     async def recover(self, options: StoreOptions = OPTIONS) -> ReplicatedStore:
         """A new tenure's store, not running."""
         tenure, lease = await self.lead()
-        return await ReplicatedStore.recover(
-            self.physical, GENERATION, tenure, options, clock=self.clock, lease=lease
-        )
+        return await ReplicatedStore.recover(self.physical, GENERATION, tenure, options, clock=self.clock, lease=lease)
 
     @asynccontextmanager
     async def running(self, options: StoreOptions = OPTIONS) -> AsyncIterator[ReplicatedStore]:
@@ -166,9 +164,7 @@ class Cluster:
         ]
         assert indexes == list(range(indexes[0], indexes[-1] + 1)), "the log has a hole"
         found: list[Record] = []
-        async for piece in scan_records(
-            self.inner, GENERATION, indexes[0], indexes[-1], OPTIONS.segment_records
-        ):
+        async for piece in scan_records(self.inner, GENERATION, indexes[0], indexes[-1], OPTIONS.segment_records):
             found += [record for record, _ in piece]
         return found
 

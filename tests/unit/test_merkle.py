@@ -208,7 +208,7 @@ def test_extents_follow_a_growing_and_shrinking_partition(seed):
                 found.change("r", "p", path, digest)
         assert found.root("r") == forest.root("r")
         if rng.random() < 0.2:  # and sometimes go on from there, as after a takeover
-            for at, path, digest in log:
+            for at, path, _ in log:
                 if at >= redo_from and at > again.lsn_of("r", "p", bucket_of(path)):
                     again.mark("r", "p", bucket_of(path), at)
             forest, table = found, again

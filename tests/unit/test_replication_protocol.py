@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from consul_backend.limits import Limits
 from consul_backend.position import Position
 from sidecar.replication import protocol as wire
-from sidecar.replication.hello import Identity, LogFacts, Source, answer_hello, fork_problem, hello_of
+from sidecar.replication.hello import Identity, LogFacts, Source, answer_hello, contradicts_log, fork_problem, hello_of
 
 HASH = bytes(range(32))
 DIGEST = bytes(20)
@@ -187,6 +187,8 @@ def test_hello(position, facts, mode, word):
     reply = answer_hello(msgspec.structs.replace(HELLO, position=position), SOURCE, facts, Limits())
     assert reply.mode == mode
     assert word in reply.reason
+    denied = contradicts_log(msgspec.structs.replace(HELLO, position=position), SOURCE, facts)
+    assert denied == (word in {"after the primary's newest", "diverged"})
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,8 @@ def test_addresses_are_learned_in_order_and_bounded() -> None:
     learned = roles.learn_addresses(role, ["https://b:8201", "", "https://us:8201", "https://b:8201"])
     assert learned.dial_order == ("https://b:8201", "https://us:8201")
     assert roles.learn_addresses(learned, learned.addresses) is learned
+    alone = roles.learn_addresses(learned, ["https://c:8201"])
+    assert alone.dial_order == ("https://c:8201", "https://b:8201", "https://us:8201"), "the others are not forgotten"
     assert len(roles.learn_addresses(role, [f"https://h{n}:8201" for n in range(99)]).addresses) == 16
 
 

@@ -16,7 +16,6 @@ def router(*mounts: str) -> Router[str]:
     [
         ("secret/a", "secret/", "a"),
         ("secret/a/b", "secret/a/", "b"),
-        ("secret/a", "secret/", "a"),
         ("secret/ab", "secret/", "ab"),
         ("secret/", "secret/", ""),
         ("secret", "secret/", ""),

@@ -117,6 +117,7 @@ async def test_every_answer_has_the_headers_clients_compare() -> None:
     for answer in (empty, unknown):
         assert answer.headers["content-type"] == "application/json"
         assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["server"] == "Outrider"
     assert (empty.status, empty.body) == (204, b"")
     assert (unknown.status, json.loads(unknown.body)) == (404, {"errors": []})
 
@@ -230,9 +231,7 @@ async def test_ambiguous_paths_get_400_and_nothing_else(target: str) -> None:
     ],
     ids=lambda value: repr(value[:40]) if isinstance(value, bytes) else "",
 )
-async def test_unreadable_requests_are_not_repeated(
-    raw: bytes, status: int, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_unreadable_requests_are_not_repeated(raw: bytes, status: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     async with serving() as served:
         answer = await served.raw(raw)

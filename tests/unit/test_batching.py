@@ -1,0 +1,179 @@
+"""Packing batches into transactions: never over a limit, never more cautious than it must be, last write wins."""
+
+from collections import deque
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consul_backend.batching import OVERHEAD_OPS, Batch, Budget, Packing, Preparer, require_fits_alone, take
+from consul_backend.errors import TooLarge
+from consul_backend.limits import Limits, body_bytes, excess
+from consul_backend.physical import LOCK_KEY
+from consul_backend.position import Position
+from consul_backend.txn import Cas, CheckIndex, CheckSession
+from consul_backend.wal import Record, Write, record_key
+
+SESSION = "0b8f2c1e-1c3d-4b5a-9a77-3f3a7f3a7f3a"
+LIMITS = Limits(ops_max=10, body_bytes_max=20_000, value_bytes_max=20_000, prefix_bytes=9)
+KEY = record_key("g1", 2**40, 512)
+
+values = st.none() | st.integers(0, 1500).map(lambda size: b"v" * size) | st.just(b"v" * 6000)
+writes = st.builds(
+    Write,
+    st.builds(
+        "{}/{}/{}".format,
+        st.sampled_from("rlc"),
+        st.sampled_from(["core", "mount ü"]),
+        st.sampled_from(["a", "b", "c/d", "é", "long/" * 40 + "x", *map(str, range(9))]),
+    ),
+    values,
+)
+batches = st.lists(st.lists(writes, min_size=1, max_size=4), max_size=30)
+position = st.none() | st.builds(
+    lambda size: {"performance": Position("s" * size, "g", 1, 2, b"h" * 32)}, st.integers(0, 30)
+)
+
+
+def budget(limits=LIMITS):
+    return Budget(limits, session=SESSION, record_key=KEY, writer="node")
+
+
+def batch(entries, limits=LIMITS, positions=None):
+    return Batch(Preparer("g1", limits).prepare_all(entries), positions)
+
+
+def transaction(packing):
+    """What the packing becomes, with the longest of everything that can vary."""
+    record = Record.build(
+        index=2**63 - 1,
+        prev_hash=b"p" * 32,
+        epoch=2**63 - 1,
+        writer="node",
+        batch_id=b"b" * 16,
+        time_ms=2**63 - 1,
+        kind="genesis",
+        positions=packing.positions,
+        groups=packing.groups(),
+    )
+    raw = record.encode()
+    assert len(raw) <= packing.record_bytes, "the record's size is an upper bound"
+    return [
+        CheckSession(LOCK_KEY, SESSION),
+        CheckIndex(KEY, 2**64 - 1),
+        *(entry.op for entry in packing.entries.values()),
+        Cas(KEY, raw, 0),
+    ]
+
+
+@given(batches, st.lists(position, min_size=30, max_size=30))
+def test_everything_is_packed_whole_in_order_and_fits(lists, positions):
+    pending = deque()
+    for entries, at in zip(lists, positions, strict=False):
+        made = batch(entries, positions=at)
+        try:
+            require_fits_alone(made, budget(), {})
+        except TooLarge:
+            continue
+        pending.append(made)
+    expected, state, packed = list(pending), {}, []
+    current = {}
+    while pending:
+        packing = take(pending, budget(), current)
+        assert packing.batches, "what fits alone is never stuck"
+        assert excess(transaction(packing), LIMITS) is None
+        packed += packing.batches
+        state |= {name: entry.value for name, entry in packing.entries.items()}
+        current = packing.positions
+    assert packed == expected
+    folded = {}
+    for made in expected:
+        folded |= {name: entry.value for name, entry in made.writes.items()}
+    assert state == folded
+
+
+@given(batches)
+def test_a_packing_stops_only_for_a_reason(lists):
+    """The dumb oracle: adding the next batch too would break a limit, allowing for the record's frame bytes."""
+    pending = deque(made for made in map(batch, lists) if excess(transaction_of([made]), LIMITS) is None)
+    while pending:
+        packing = take(pending, budget(), {})
+        if not packing.batches:
+            pending.popleft()  # within the frame allowance of the limit: refused, never sent
+            continue
+        if pending:
+            both = transaction_of([*packing.batches, pending[0]])
+            slack = 400 + 80 * len({entry.group for entry in packing.entries.values()}) + 20 * len(both)
+            assert len(both) > LIMITS.ops_max or body_bytes(both, 9) + slack > LIMITS.body_bytes_max
+
+
+def transaction_of(made):
+    loose = Budget(
+        Limits(ops_max=10**6, body_bytes_max=10**9, value_bytes_max=10**9, prefix_bytes=9),
+        session=SESSION,
+        record_key=KEY,
+        writer="node",
+    )
+    packing = Packing(loose, {})
+    assert all(packing.add(each) for each in made)
+    return transaction(packing)
+
+
+def test_writes_of_one_key_share_one_operation():
+    pending = deque(batch([Write("r/core/hot", b"%d" % number)]) for number in range(500))
+    packing = take(pending, budget(), {})
+    assert len(packing.batches) == 500
+    assert packing.groups() == {("r", "core"): [("hot", b"499")]}
+    assert len(transaction(packing)) == OVERHEAD_OPS + 1
+
+
+def test_a_batch_with_one_key_twice_keeps_the_last():
+    made = batch([Write("r/core/a", b"1"), Write("r/core/a", None)])
+    assert [entry.value for entry in made.writes.values()] == [None]
+
+
+def test_a_lone_batch_travels_by_itself():
+    pending = deque(batch([Write(f"r/core/{number}", b"")]) for number in range(4))
+    pending[1].alone = True
+    assert [len(take(pending, budget(), {}).batches) for _ in range(3)] == [1, 1, 2]
+
+
+def test_the_largest_single_value_fits_to_the_byte():
+    """Found by bisection, then confirmed against the store's own arithmetic at both sides."""
+    limits = Limits(prefix_bytes=9)
+
+    def fits(size):
+        try:
+            require_fits_alone(batch([Write("r/core/a", b"v" * size)], limits), budget(limits), {})
+        except TooLarge:
+            return False
+        return True
+
+    low, high = 1, limits.value_bytes_max
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    assert 190_000 < low < 200_000, "a value travels twice, in base64"
+    packing = take(deque([batch([Write("r/core/a", b"v" * low)], limits)]), budget(limits), {})
+    assert excess(transaction(packing), limits) is None
+    with pytest.raises(TooLarge, match=r"a request of about \d+ bytes, the store takes 524288"):
+        require_fits_alone(batch([Write("r/core/a", b"v" * high)], limits), budget(limits), {})
+
+
+def test_too_many_keys_are_refused_with_both_numbers():
+    made = batch([Write(f"r/core/{number}", b"") for number in range(8)])
+    with pytest.raises(TooLarge, match="8 keys, one transaction of this store takes 7"):
+        require_fits_alone(made, budget(), {})
+
+
+@pytest.mark.parametrize("name", ["", "r", "r/core", "r/core/", "x/core/a", "/core/a", "r//a"])
+def test_malformed_keys_are_refused(name):
+    with pytest.raises(ValueError, match="logical key"):
+        batch([Write(name, b"")])
+
+
+def test_a_key_or_value_no_store_takes_is_refused():
+    with pytest.raises(TooLarge, match="as stored"):
+        batch([Write("r/core/" + "x" * 17_000, b"")])
+    with pytest.raises(TooLarge, match="a value of 20001 bytes, the store takes 20000"):
+        batch([Write("r/core/a", b"v" * 20_001)])
