@@ -20,8 +20,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import aiohttp
-
 from bench.report import percentile, result, spread, table
 from consul_backend.clock import SystemClock
 from consul_backend.election import Election, LeaderInfo
@@ -50,6 +48,35 @@ class Load:
 def cpu_s() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
+
+
+class RawConsul:
+    """One keep-alive connection that does nothing but PUT: as little client as HTTP allows, so that the reference is
+    Consul's speed and not that of a client library."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: str) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._head = f"HTTP/1.1\r\nHost: consul\r\nX-Consul-Token: {token}\r\nContent-Length: "
+
+    @classmethod
+    async def connect(cls, address: str, token: str) -> RawConsul:
+        """Dial ``host:port``."""
+        host, port = address.rsplit(":", 1)
+        return cls(*await asyncio.open_connection(host, int(port)), token)
+
+    async def put(self, key: str, value: bytes) -> None:
+        """One PUT. Raises RuntimeError unless Consul says true."""
+        self._writer.write(f"PUT /v1/kv/{key} {self._head}{len(value)}\r\n\r\n".encode() + value)
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
+        body = await self._reader.readexactly(length)
+        if not head.startswith(b"HTTP/1.1 200") or body.strip() != b"true":
+            raise RuntimeError(f"raw PUT answered {head[:40]!r}")
+
+    def close(self) -> None:
+        """End the connection."""
+        self._writer.close()
 
 
 async def one_round(load: Load, write: Callable[[int], Awaitable[object]], writers: int, seconds: float) -> None:
@@ -89,29 +116,31 @@ async def measure(server: ConsulServer, writers: int, value_bytes: int, seconds:
     raw, logical = Load(), Load()
     value = os.urandom(value_bytes)
     counter = 0
-    connector = aiohttp.TCPConnector(limit=writers)
-    async with aiohttp.ClientSession(connector=connector, headers={"X-Consul-Token": server.token}) as session:
+    raw_clients = [await RawConsul.connect(server.address, server.token) for _ in range(writers)]
+    idle = list(raw_clients)
 
-        async def put_raw(n: int) -> None:
-            nonlocal counter
-            counter += 1
-            body = counter.to_bytes(8, "big") + value[8:]
-            async with session.put(f"http://{server.address}/v1/kv/outrider/bench-raw/{n % KEYS}", data=body) as answer:
-                await answer.read()
-                if answer.status != 200:
-                    raise RuntimeError(f"raw PUT answered {answer.status}")
+    async def put_raw(n: int) -> None:
+        nonlocal counter
+        counter += 1
+        client = idle.pop()
+        try:
+            await client.put(f"outrider/bench-raw/{n % KEYS}", counter.to_bytes(8, "big") + value[8:])
+        finally:
+            idle.append(client)
 
-        async def put_logical(n: int) -> None:
-            nonlocal counter
-            counter += 1
-            await store.commit([Write(f"r/bench/key/{n % KEYS}", counter.to_bytes(8, "big") + value[8:])])
+    async def put_logical(n: int) -> None:
+        nonlocal counter
+        counter += 1
+        await store.commit([Write(f"r/bench/key/{n % KEYS}", counter.to_bytes(8, "big") + value[8:])])
 
-        await one_round(Load(), put_raw, writers, 1.0)
-        await one_round(Load(), put_logical, writers, 1.0)
-        before = store.head.index
-        for _ in range(rounds):
-            await one_round(raw, put_raw, writers, seconds)
-            await one_round(logical, put_logical, writers, seconds)
+    await one_round(Load(), put_raw, writers, 1.0)
+    await one_round(Load(), put_logical, writers, 1.0)
+    before = store.head.index
+    for _ in range(rounds):
+        await one_round(raw, put_raw, writers, seconds)
+        await one_round(logical, put_logical, writers, seconds)
+    for client in raw_clients:
+        client.close()
     batch = logical.writes / max(1, store.head.index - before)
     ratios = [ours / theirs for ours, theirs in zip(logical.rates, raw.rates, strict=True)]
     print(

@@ -54,7 +54,7 @@ from consul_backend.wal import BATCH_ID_BYTES, Head, Kind, Record, Write, record
 
 _FENCE_OP = 0
 _CHAIN_OP = 1
-_RESEND_PAUSE_S = 0.05
+_RESEND_PAUSE_S = 0.01
 _RESEND_PAUSE_MAX_S = 0.5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -39,6 +40,14 @@ class MemoryStore:
         self.entries: dict[str, bytes] = {write.key: write.value for write in writes if write.value is not None}
         self.index = 1
         self.fail_next: Exception | None = None
+        self._committed = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until ``condition`` holds after some commit."""
+        async with asyncio.timeout(10):
+            while not condition():
+                self._committed.clear()
+                await self._committed.wait()
 
     async def get(self, key: str) -> bytes | None:
         return self.entries.get(key)
@@ -61,6 +70,7 @@ class MemoryStore:
             else:
                 self.entries[write.key] = write.value
         self.index += 1
+        self._committed.set()
         return Head(self.index)
 
 
@@ -154,9 +164,9 @@ class FakeReplication:
     async def secondary_token(
         self,
         mode: str,
-        id: str,
+        id: str,  # noqa: A002 - the API's own name
         ttl_s: int,
-        public_key: str,  # noqa: A002 - the API's own name
+        public_key: str,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         self.calls.append(("secondary_token", mode, id, ttl_s))
         return {"id": id, "client_key": "secret"}, {"ca_sha256": "ab" * 32}
@@ -301,3 +311,25 @@ async def with_bob(harness: Harness, **fields: object) -> None:
 async def log_in(harness: Harness, **headers: str) -> Reply:
     """Log in as ``bob``."""
     return await harness.call("POST", "auth/userpass/login/bob", {"password": "pw"}, token=None, **headers)
+
+
+@asynccontextmanager
+async def primary_and_secondary() -> AsyncIterator[tuple[Harness, Harness]]:
+    """Two clusters of one set; the secondary forwards to the primary, and :func:`replicate` brings it up to date."""
+    async with running() as primary:
+        store = MemoryStore()
+        store.entries = dict(primary.store.entries)
+        upstream = FakeReplication(primary.service)
+        async with running(replication=upstream, store=store, genesis=primary.node.genesis) as secondary:
+            yield primary, secondary
+
+
+async def replicate(primary: Harness, secondary: Harness) -> None:
+    """Apply every replicated entry that differs, and tell the secondary's service, as the applier does."""
+    old, new = secondary.store.entries, primary.store.entries
+    keys = sorted(key for key in {*old, *new} if key.startswith("r/") and old.get(key) != new.get(key))
+    for key in keys:
+        old.pop(key, None)
+        if key in new:
+            old[key] = new[key]
+    await secondary.service.invalidate(keys)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from consul_backend.clock import SystemClock
 from consul_backend.embedded import EmbeddedStore
 from consul_backend.errors import Conflict, OutcomeUnknown
+from consul_backend.keys import decode_path
 from consul_backend.limits import Limits
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, Item, PhysicalStore, TxnResult
@@ -169,7 +170,7 @@ class Cluster:
         return found
 
     async def data(self) -> dict[str, bytes]:
-        """Every stored entry by logical key (tests use paths that stand for themselves)."""
+        """Every stored entry by logical key."""
         found: dict[str, bytes] = {}
 
         async def walk(prefix: str) -> None:
@@ -179,7 +180,7 @@ class Cluster:
                     continue
                 item = await self.inner.get(prefix + name)
                 assert item is not None
-                found[(prefix + name).removeprefix(f"g/{GENERATION}/d/")] = item.value
+                found[decode_path((prefix + name).removeprefix(f"g/{GENERATION}/d/"))] = item.value
 
         await walk(f"g/{GENERATION}/d/")
         return found

@@ -241,6 +241,26 @@ async def test_unreadable_requests_are_not_repeated(raw: bytes, status: int, cap
     assert "hvs.secret" not in caplog.text
 
 
+async def test_a_client_that_waits_is_told_to_go_on() -> None:
+    async with serving() as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(request("PUT", "/v1/x", "Expect: 100-continue", "Content-Length: 2"))
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 Continue")
+        writer.write(b"{}")
+        assert (await _answer(reader)).status == 200
+        writer.close()
+        refused = await served.raw(request("PUT", "/v1/x", "Expect: 100-continue", "Content-Length: 2000"))
+        assert refused.status == 413
+        assert (await served.raw(request("PUT", "/v1/x", "Expect: magic", body=b"{}"))).status == 417
+    assert [seen.body for seen in served.requests] == [b"{}"]
+
+
+async def test_an_upgrade_is_not_taken_up() -> None:
+    async with serving() as served:
+        answer = await served.raw(request("GET", "/v1/x", "Connection: Upgrade", "Upgrade: websocket"))
+    assert answer.status == 200
+
+
 async def test_compressed_bodies_are_refused() -> None:
     async with serving() as served:
         answer = await served.raw(request("PUT", "/v1/x", "Content-Encoding: gzip", body=b"\x1f\x8b"))

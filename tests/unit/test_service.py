@@ -61,6 +61,15 @@ def drive_hvac(address: str, root: str) -> None:
     with pytest.raises(exceptions.InvalidRequest):
         hvac.Client(url=address).auth.userpass.login("bob", "wrong", mount_point="people")
 
+    client.sys.tune_auth_method("people", max_lease_ttl="1h")
+    assert client.sys.read_auth_method_tuning("people")["data"]["max_lease_ttl"] == 3600
+    client.sys.disable_auth_method("people")
+    assert not bob.is_authenticated()
+    client.sys.disable_secrets_engine("secret")
+
+
+def drive_hvac_tokens(address: str, root: str) -> None:
+    client = hvac.Client(url=address, token=root)
     created = client.auth.token.create(policies=["app"], ttl="1h", num_uses=3, meta={"team": "a"})["auth"]
     assert created["lease_duration"] == 3600
     token = created["client_token"]
@@ -86,16 +95,12 @@ def drive_hvac(address: str, root: str) -> None:
     client.sys.rotate_encryption_key()
     assert client.sys.get_encryption_key_status()["term"] == term + 1
     assert client.sys.get_capabilities(["sys/mounts"])["capabilities"] == ["root"]
-    client.sys.tune_auth_method("people", max_lease_ttl="1h")
-    assert client.sys.read_auth_method_tuning("people")["data"]["max_lease_ttl"] == 3600
-    client.sys.disable_auth_method("people")
-    assert not bob.is_authenticated()
-    client.sys.disable_secrets_engine("secret")
     assert client.sys.seal().status_code == 204
 
 
 async def test_hvac_does_its_daily_work(node: Harness) -> None:
     await asyncio.to_thread(drive_hvac, node.address, node.root)
+    await asyncio.to_thread(drive_hvac_tokens, node.address, node.root)
     assert node.node.asked == ["seal"]
 
 
@@ -180,7 +185,7 @@ async def test_health_has_a_code_for_each_state(node: Harness) -> None:
         assert reply.body["replication_dr_mode"] == state.dr_mode
         assert ("cluster_id" in reply.body) is not state.sealed
         assert (await node.call("HEAD", "sys/health", token=None)).body is None
-    assert reply.body["last_wal"] == 7
+    assert (await node.call("GET", "sys/health", token=None)).body["last_wal"] == 7
     node.node.state = states["standbycode"]
     for query, status in (("standbyok", 200), ("standbyok=true", 200), ("standbyok=false", 429)):
         assert (await node.call("GET", f"sys/health?{query}", token=None)).status == status
@@ -213,6 +218,19 @@ async def test_a_sealed_node_answers_what_it_can(node: Harness) -> None:
     assert node.node.asked == ["unseal 33"]
     node.node.state = NodeHealth(False, True, True)
     assert (await node.call("PUT", "sys/unseal", {"key": "00"}, token=None)).errors == ["Vault is not initialized"]
+
+
+async def test_a_store_that_cannot_be_reached_is_no_defect(
+    node: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def unreachable(_: object) -> None:
+        raise backend.Unavailable("connect 10.0.0.1: refused")
+
+    node.node.state = NodeHealth(False, True, True)
+    monkeypatch.setattr(node.node, "init", unreachable)
+    reply = await node.call("PUT", "sys/init", {"secret_shares": 1, "secret_threshold": 1}, token=None)
+    assert (reply.status, reply.errors) == (503, ["the storage is not available; try again"])
+    assert "Traceback" not in caplog.text
 
 
 async def test_init(node: Harness) -> None:

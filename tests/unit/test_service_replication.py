@@ -1,27 +1,20 @@
 """What the service does with replication: endpoints, forwarding, invalidation, the gate."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import jwt
-import pytest
 
-from sidecar.api.service import Service
+from sidecar.request.types import ForwardedAuth, HttpRequest
 from tests.support.service_node import (
     DENIED,
     FakeReplication,
-    Harness,
     log_in,
+    primary_and_secondary,
+    replicate,
     running,
     with_bob,
     with_kv,
 )
-
-
-@pytest.fixture
-async def node() -> AsyncIterator[Harness]:
-    async with running() as harness:
-        yield harness
 
 
 async def test_replication_endpoints_ask_replication() -> None:
@@ -77,117 +70,123 @@ async def test_an_activation_token_is_always_a_wrapped_jwt() -> None:
         assert warned.body["warnings"][0].startswith("No redirect address set in Vault")
 
 
-async def secondary_of(primary: Harness) -> AsyncIterator[Harness]:
-    """A performance secondary that holds the primary's replicated entries as of now."""
-    store = type(primary.store)()
-    store.entries = dict(primary.store.entries)
-    replication = FakeReplication(primary.service)
-    async with running(replication=replication, store=store, genesis=primary.node.genesis) as harness:
-        yield harness
-
-
 async def test_a_secondary_forwards_what_it_may_not_write() -> None:
-    async with running() as primary:
+    async with primary_and_secondary() as (primary, secondary):
+        upstream = secondary.replication
+        assert upstream is not None
         await with_kv(primary)
-        async for secondary in secondary_of(primary):
-            policy = 'path "secret/data/app" { capabilities = ["create", "read", "update"] }'
-            await primary.call("PUT", "sys/policies/acl/app", {"policy": policy})
-            secondary.store.entries.update(
-                {key: value for key, value in primary.store.entries.items() if key.startswith("r/")}
-            )
-            created = await secondary.call("POST", "auth/token/create", {"policies": ["app"]})
-            token = created.body["auth"]["client_token"]
-            assert (await primary.call("GET", "auth/token/lookup-self", token=token)).status == 403
-            assert secondary.replication is not None
-            assert secondary.replication.forwarded == [], "tokens are made where they are used"
+        policy = 'path "secret/data/app" { capabilities = ["create", "read", "update"] }'
+        await primary.call("PUT", "sys/policies/acl/app", {"policy": policy})
+        await replicate(primary, secondary)
+        created = await secondary.call("POST", "auth/token/create", {"policies": ["app"]})
+        token = created.body["auth"]["client_token"]
+        assert (await primary.call("GET", "auth/token/lookup-self", token=token)).status == 403
+        assert upstream.forwarded == [], "tokens are made where they are used"
 
-            before = secondary.store.index
-            written = await secondary.call("POST", "secret/data/app", {"data": {"x": 1}}, token=token)
-            assert (written.status, written.data["version"]) == (200, 1)
-            ((request, auth),) = secondary.replication.forwarded
-            assert (auth.policies, auth.cluster_id) == (("app", "default"), primary.node.genesis.cluster.cluster_id)
-            assert (request.method, request.path) == ("POST", "secret/data/app")
-            assert secondary.store.index == before
-            assert (await primary.call("GET", "secret/data/app")).data["data"] == {"x": 1}
+        before = secondary.store.index
+        written = await secondary.call("POST", "secret/data/app", {"data": {"x": 1}}, token=token)
+        assert (written.status, written.data["version"]) == (200, 1)
+        ((request, auth),) = upstream.forwarded
+        assert (auth.policies, auth.cluster_id) == (("app", "default"), primary.node.genesis.cluster.cluster_id)
+        assert (request.method, request.path) == ("POST", "secret/data/app")
+        assert secondary.store.index == before
+        assert (await primary.call("GET", "secret/data/app")).data["data"] == {"x": 1}
 
-            denied = await secondary.call("POST", "secret/data/other", {"data": {}}, token=token)
-            assert (denied.status, denied.errors) == (403, [DENIED])
-            assert len(secondary.replication.forwarded) == 1, "refused here, not there"
-            rotate = await secondary.call("PUT", "sys/rotate")
-            assert rotate.errors == ["cannot rotate on a replication secondary"]
-            local = await secondary.call("POST", "sys/mounts/mine", {"type": "kv", "local": True})
-            assert local.status == 204
-            assert (await secondary.call("POST", "mine/a", {"x": 1})).status == 204
-            assert len(secondary.replication.forwarded) == 1
-            shared = await secondary.call("POST", "sys/mounts/shared", {"type": "kv"})
-            assert shared.status == 204
-            assert "shared/" in (await primary.call("GET", "sys/mounts")).data
+        denied = await secondary.call("POST", "secret/data/other", {"data": {}}, token=token)
+        assert (denied.status, denied.errors) == (403, [DENIED])
+        assert len(upstream.forwarded) == 1, "refused here, not there"
+
+
+async def test_a_secondary_keeps_what_is_its_own() -> None:
+    async with primary_and_secondary() as (primary, secondary):
+        upstream = secondary.replication
+        assert upstream is not None
+        rotate = await secondary.call("PUT", "sys/rotate")
+        assert rotate.errors == ["cannot rotate on a replication secondary"]
+        assert (await secondary.call("POST", "sys/mounts/mine", {"type": "kv", "local": True})).status == 204
+        assert (await secondary.call("POST", "mine/a", {"x": 1})).status == 204
+        assert (await secondary.call("POST", "cubbyhole/a", {"x": 1})).status == 204
+        assert upstream.forwarded == []
+        assert (await secondary.call("POST", "sys/mounts/shared", {"type": "kv"})).status == 204
+        assert "shared/" in (await primary.call("GET", "sys/mounts")).data
+        assert "mine/" not in (await primary.call("GET", "sys/mounts")).data
+
+
+async def test_a_secondary_cannot_have_the_primarys_own_paths_run() -> None:
+    async with primary_and_secondary() as (primary, _):
+        for method, path in (
+            ("PUT", "sys/seal"),
+            ("PUT", "sys/step-down"),
+            ("PUT", "sys/rotate"),
+            ("POST", "auth/token/create"),
+            ("PUT", "sys/generate-root/attempt"),
+            ("POST", "sys/replication/performance/primary/secondary-token"),
+            ("GET", "cubbyhole/a"),
+        ):
+            request = HttpRequest(method, path, body=b"{}", forwarded_auth=ForwardedAuth(policies=("root",)))
+            assert (await primary.service.handle(request)).status == 403
+        assert primary.node.asked == []
 
 
 async def test_a_forwarded_answer_is_wrapped_here() -> None:
-    async with running() as primary:
+    async with primary_and_secondary() as (primary, secondary):
         await with_kv(primary)
-        async for secondary in secondary_of(primary):
-            wrapped = await secondary.call("POST", "secret/data/a", {"data": {"x": 1}}, X_Vault_Wrap_TTL="60")
-            token = wrapped.body["wrap_info"]["token"]
-            assert wrapped.body["data"] is None
-            assert (await primary.call("POST", "sys/wrapping/unwrap", token=token)).status == 400
-            assert (await secondary.call("POST", "sys/wrapping/unwrap", token=token)).data["version"] == 1
+        await replicate(primary, secondary)
+        wrapped = await secondary.call("POST", "secret/data/a", {"data": {"x": 1}}, X_Vault_Wrap_TTL="60")
+        token = wrapped.body["wrap_info"]["token"]
+        assert wrapped.body["data"] is None
+        assert (await primary.call("POST", "sys/wrapping/unwrap", token=token)).status == 400
+        assert (await secondary.call("POST", "sys/wrapping/unwrap", token=token)).data["version"] == 1
 
 
-async def test_a_forwarded_identity_comes_from_the_cluster_port_only(node: Harness) -> None:
-    forged = await node.call("GET", "sys/mounts", token=None, X_Vault_Internal_Forwarded_Auth='{"policies":["root"]}')
-    assert forged.status == 403
-
-
-async def run_once(service: Service) -> None:
-    work = asyncio.create_task(service.run())
-    for _ in range(200):
-        await asyncio.sleep(0)
-    work.cancel()
-    await asyncio.gather(work, return_exceptions=True)
+async def test_a_forwarded_identity_comes_from_the_cluster_port_only() -> None:
+    async with running() as node:
+        forged = await node.call(
+            "GET", "sys/mounts", token=None, X_Vault_Internal_Forwarded_Auth='{"policies":["root"]}'
+        )
+        assert forged.status == 403
 
 
 async def test_what_replication_changes_is_seen_at_once() -> None:
-    async with running() as primary:
-        async for secondary in secondary_of(primary):
-
-            async def replicate() -> None:
-                old, new = secondary.store.entries, primary.store.entries
-                keys = {key for key in (*old, *new) if key.startswith("r/") and old.get(key) != new.get(key)}
-                for key in keys:
-                    old.pop(key, None)
-                    if key in new:
-                        old[key] = new[key]
-                await secondary.service.invalidate(sorted(keys))
-
-            assert (await secondary.call("GET", "secret/data/a")).status == 404
-            await with_kv(primary)
-            await with_bob(primary, token_policies="p")
-            await primary.call("PUT", "sys/rotate")
-            await primary.call("PUT", "sys/policies/acl/p", {"policy": 'path "secret/*" { capabilities = ["read"] }'})
-            await primary.call("POST", "secret/data/a", {"data": {"x": 1}})
-            await replicate()
-            token = (await log_in(secondary)).body["auth"]["client_token"]
-            assert (await secondary.call("GET", "secret/data/a", token=token)).data["data"] == {"x": 1}
-            await primary.call("PUT", "sys/policies/acl/p", {"policy": 'path "x" { capabilities = ["read"] }'})
-            await primary.call("POST", "secret/data/a", {"data": {"x": 2}})
-            await replicate()
-            assert (await secondary.call("GET", "secret/data/a", token=token)).status == 403
-            assert (await secondary.call("GET", "secret/data/a")).data["data"] == {"x": 2}
-            await primary.call("DELETE", "sys/auth/userpass")
-            await replicate()
-            await run_once(secondary.service)
-            assert (await secondary.call("GET", "auth/token/lookup-self", token=token)).status == 403
+    async with primary_and_secondary() as (primary, secondary):
+        assert (await secondary.call("GET", "secret/data/a")).status == 404
+        await with_kv(primary)
+        await with_bob(primary, token_policies="p")
+        await primary.call("PUT", "sys/rotate")
+        await primary.call("PUT", "sys/policies/acl/p", {"policy": 'path "secret/*" { capabilities = ["read"] }'})
+        await primary.call("POST", "secret/data/a", {"data": {"x": 1}})
+        await replicate(primary, secondary)
+        token = (await log_in(secondary)).body["auth"]["client_token"]
+        assert (await secondary.call("GET", "secret/data/a", token=token)).data["data"] == {"x": 1}
+        await primary.call("PUT", "sys/policies/acl/p", {"policy": 'path "x" { capabilities = ["read"] }'})
+        await primary.call("POST", "secret/data/a", {"data": {"x": 2}})
+        await replicate(primary, secondary)
+        assert (await secondary.call("GET", "secret/data/a", token=token)).status == 403
+        assert (await secondary.call("GET", "secret/data/a")).data["data"] == {"x": 2}
 
 
-async def test_a_gate_blocks_data_but_not_status(node: Harness) -> None:
-    await with_kv(node)
-    node.gate.append("a merkle sync is running: 10 of 100 keys")
-    for path in ("secret/data/a", "sys/mounts", "auth/token/lookup-self"):
-        reply = await node.call("GET", path)
-        assert (reply.status, reply.errors) == (503, ["a merkle sync is running: 10 of 100 keys"])
-    assert (await node.call("GET", "sys/replication/status", token=None)).status == 200
-    assert (await node.call("PUT", "sys/step-down")).status == 204
-    node.gate.clear()
-    assert (await node.call("GET", "sys/mounts")).status == 200
+async def test_logins_of_an_auth_method_that_the_primary_disabled_are_revoked() -> None:
+    async with primary_and_secondary() as (primary, secondary):
+        await with_bob(primary)
+        await replicate(primary, secondary)
+        auth = (await log_in(secondary)).body["auth"]
+        await primary.call("DELETE", "sys/auth/userpass")
+        ids = {key for key in secondary.store.entries if key.startswith("l/token/id/")}
+        work = asyncio.create_task(secondary.service.run())
+        await replicate(primary, secondary)
+        await secondary.store.until(lambda: not ids <= set(secondary.store.entries))
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        assert (await secondary.call("GET", "auth/token/lookup-self", token=auth["client_token"])).status == 403
+
+
+async def test_a_gate_blocks_data_but_not_status() -> None:
+    async with running() as node:
+        node.gate.append("a merkle sync is running: 10 of 100 keys")
+        for path in ("secret/data/a", "sys/mounts", "auth/token/lookup-self"):
+            reply = await node.call("GET", path)
+            assert (reply.status, reply.errors) == (503, ["a merkle sync is running: 10 of 100 keys"])
+        assert (await node.call("GET", "sys/replication/status", token=None)).status == 200
+        assert (await node.call("PUT", "sys/step-down")).status == 204
+        node.gate.clear()
+        assert (await node.call("GET", "sys/mounts")).status == 200

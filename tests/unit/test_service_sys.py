@@ -63,9 +63,7 @@ async def test_the_data_of_an_unmounted_engine_is_deleted(node: Harness) -> None
     assert any(uuid in key for key in node.store.entries)
     running_service = asyncio.create_task(node.service.run())
     await node.call("DELETE", "sys/mounts/secret")
-    async with asyncio.timeout(10):
-        while any(uuid in key for key in node.store.entries):
-            await asyncio.sleep(0)
+    await node.store.until(lambda: not any(uuid in key for key in node.store.entries))
     running_service.cancel()
     await asyncio.gather(running_service, return_exceptions=True)
 

@@ -49,6 +49,14 @@ async def test_policies_deny_by_default(node: Harness) -> None:
     assert (await node.call("GET", "no/x")).errors == ['no handler for route "no/x". route entry not found.']
 
 
+async def test_what_a_path_is_like_is_said_to_those_who_may_know(node: Harness) -> None:
+    await with_kv(node)
+    token = await node.token('path "other" { capabilities = ["read"] }')
+    for path in ("secret/nosuch/path", "secret/data/a"):
+        assert (await node.call("POST", path, {"data": "not an object"}, token=token)).errors == [DENIED]
+    assert (await node.call("POST", "secret/nosuch/path", {})).status == 404
+
+
 async def test_sudo_is_asked_for_where_it_must_be(node: Harness) -> None:
     everything = '["create", "read", "update", "delete", "list"]'
     plain = await node.token(f'path "*" {{ capabilities = {everything} }}')
@@ -246,6 +254,14 @@ async def test_a_login_can_be_wrapped(node: Harness) -> None:
     inner = await node.call("POST", "sys/wrapping/unwrap", token=info["token"])
     assert inner.body["auth"]["accessor"] == info["wrapped_accessor"]
     assert (await node.call("GET", "auth/token/lookup-self", token=inner.body["auth"]["client_token"])).status == 200
+
+
+async def test_what_cannot_be_wrapped_is_refused(node: Harness) -> None:
+    reply = await node.call("POST", "sys/wrapping/wrap", {"a": 2**70}, X_Vault_Wrap_TTL="60")
+    assert (reply.status, reply.errors) == (
+        400,
+        ["the answer holds a number that cannot be wrapped: more than 64 bits"],
+    )
 
 
 async def test_errors_and_empty_answers_are_not_wrapped(node: Harness) -> None:

@@ -218,6 +218,26 @@ async def test_a_crash_in_the_middle_finds_none_and_fetches_only_the_rest(crash_
     pair.assert_in_step(pair.primary.head.index)
 
 
+async def test_a_position_from_before_does_not_survive_a_sync_that_was_cut():
+    pair = Pair()
+    fill(pair.primary, 300)
+    await pair.sync()
+    fill(pair.primary, 300, value=b"new")
+    hits = 0
+
+    def die(name: str) -> None:
+        nonlocal hits
+        hits += name == "after"
+        if hits == 2:
+            raise Crash
+
+    pair.secondary.hook = die
+    with pytest.raises(Crash):
+        await pair.sync()
+    assert is_none(stored_position(pair.secondary))
+    assert pair.gates[-1] is not None
+
+
 @pytest.mark.parametrize(
     ("mangle", "word"),
     [
