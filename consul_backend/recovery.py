@@ -278,7 +278,10 @@ async def _redo(
     forest = Forest()
     await _load(forest, found.extents)
     table.settle(redo_from)
-    sizes = dict(checkpoint.segment_bytes) if checkpoint is not None else {}
+    sizes: dict[int, int] = {}
+    if checkpoint is not None:
+        kept = found.oldest // segment_records
+        sizes = {segment: size for segment, size in checkpoint.segment_bytes.items() if segment >= kept}
     recent: list[Record] = []
     tip: Tip | None = None
     async for piece in scan_records(physical, generation, start, found.newest, segment_records):

@@ -325,8 +325,6 @@ class Service:
         except ReadOnlyStorage:
             # The request itself has been carried out: it must not be forwarded for the sake of its wrapping.
             raise InvalidRequest("wrapping as a JWT needs a key that only the primary can make") from None
-        except OverflowError:
-            raise InvalidRequest("the answer holds a number that cannot be wrapped: more than 64 bits") from None
         warnings = envelope.get("warnings") or ()
         return _json(200, envelopes.success("", None, wrap_info=_wrap_info(info), warnings=warnings))
 

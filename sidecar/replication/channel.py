@@ -89,7 +89,12 @@ class WebSocketChannel:
                 await self._socket.close(message=message)
         except (TimeoutError, ClientConnectionError, ConnectionError, RuntimeError):
             pass  # the peer is gone or stuck, which is why we close
-        if self._transport is not None and self._transport.get_write_buffer_size():
+        if self._transport is not None and _unsent_bytes(self._transport):
             self._transport.abort()  # a peer that does not read would keep what was not sent for as long as it likes
 
 
+def _unsent_bytes(transport: asyncio.Transport) -> int:
+    try:
+        return transport.get_write_buffer_size()
+    except AttributeError:  # asyncio's TLS transport (3.11), once it was closed twice
+        return 0

@@ -219,27 +219,36 @@ class PrimaryService:
     async def _stream(self, request: web.BaseRequest) -> web.StreamResponse:
         fingerprint = peer_of(request).fingerprint
         channel = await WebSocketChannel.accept(request)
-        reason = "no hello"
         ended = self._streams[fingerprint] = asyncio.Event()
+        reason = "this primary ended the stream"
+        try:
+            reason = await self._serve_stream(channel, fingerprint)
+        finally:
+            ended.set()
+            if self._streams.get(fingerprint) is ended:
+                del self._streams[fingerprint]
+            await channel.close(reason)
+        return channel.socket  # type: ignore[return-value]  # accept() made the server's kind
+
+    async def _serve_stream(self, channel: WebSocketChannel, fingerprint: str) -> str:
+        """Hello, and what follows; returns why it ended.
+
+        Only a secondary that is wrong for this set is *refused*, since it then rests until an operator acts. One that
+        meets a primary on its way out is not: it comes again.
+        """
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 hello = protocol.decode_hello(await channel.recv())
             known = self._known(fingerprint)
-            if known is None or known.id != hello.secondary_id:
-                raise PermissionDenied("the hello names another secondary than the certificate does")
+            if self._newest() is not None and (known is None or known.id != hello.secondary_id):
+                raise PermissionDenied("the hello names another secondary than the certificate does, or it was revoked")
             await self._change(lambda newest: connect(newest, fingerprint, hello.set_id, hello.store_id))
-            reason = await self.shipper.serve(channel, hello)
-        except (PermissionDenied, InvalidRequest) as refusal:
-            reason = str(refusal)
-            await self._refuse(channel, reason)
-        except (ChannelClosed, ProtocolViolation, BackendError, TimeoutError) as error:
-            reason = str(error) or "no hello in time"
-        finally:
-            await channel.close(reason)
-            ended.set()
-            if self._streams.get(fingerprint) is ended:
-                del self._streams[fingerprint]
-        return channel.socket  # type: ignore[return-value]  # accept() made the server's kind
+            return await self.shipper.serve(channel, hello)
+        except PermissionDenied as refusal:
+            await self._refuse(channel, str(refusal))
+            return str(refusal)
+        except (ChannelClosed, ProtocolViolation, BackendError, InvalidRequest, TimeoutError) as error:
+            return str(error) or "no hello in time"
 
     async def _refuse(self, channel: WebSocketChannel, reason: str) -> None:
         head, source = self._store.head, self.source

@@ -41,6 +41,7 @@ class FaultyStore:
         self.txns: list[tuple[Op, ...]] = []
         self.late: list[Sequence[Op]] = []
         self.read_fault: Exception | None = None
+        self.applied = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -72,6 +73,7 @@ class FaultyStore:
             raise OutcomeUnknown("lost")
         await self.gate.wait()
         result = await self.inner.txn(ops)
+        self.applied.set()
         if fate == "twice":
             self.late.append(ops)
             await self.land()
