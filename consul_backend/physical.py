@@ -2,7 +2,7 @@
 
 Rules, all held by one contract suite (``tests/contract``):
 
-* A transaction is atomic and isolated; every key it writes gets one and the same new ModifyIndex, greater than any before.
+* A transaction is atomic and isolated; every key it writes gets one and the same new ModifyIndex, above any before.
 * Writing the value that is stored already does not move a key's ModifyIndex and wakes no watcher.
 * A refused check raises :class:`~consul_backend.errors.Conflict` with every failed operation; nothing is written.
 * A transaction whose answer is lost raises :class:`~consul_backend.errors.OutcomeUnknown`; it is never repeated here.
@@ -23,7 +23,7 @@ from consul_backend.txn import Cas, Op, Set
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One stored key: relative name, value, ModifyIndex (0 never), and the session that holds it as a lock or ``""``."""
+    """One stored key: relative name, value, ModifyIndex (never 0), and the session that locks it, or ``""``."""
 
     key: str
     value: bytes

@@ -1,4 +1,4 @@
-"""Where a secondary stands in its primary's write-ahead log: a bare index is not a position (architecture, section 1)."""
+"""Where a secondary stands in its primary's write-ahead log: a bare index is not a position."""
 
 from __future__ import annotations
 

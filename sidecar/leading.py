@@ -25,7 +25,7 @@ from consul_backend.physical import PhysicalStore
 from consul_backend.replicated import ReplicatedStore, StoreOptions, drop_generation, genesis
 from plugin_api.errors import Unavailable
 from sidecar.api.service import Service, ServiceOptions
-from sidecar.config import ServerConfig
+from sidecar.config import ConsulStorage, EmbeddedStorage, ServerConfig
 from sidecar.core.barrier import load_barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.init import build_secondary_genesis
@@ -45,6 +45,7 @@ from sidecar.transport.listener import ClusterListener
 
 log = logging.getLogger("core")
 
+
 @dataclass(frozen=True, slots=True)
 class ScopeParts:
     """What of the configuration an active node needs."""
@@ -62,12 +63,44 @@ class ScopeParts:
                 api_addr=config.api_addr,
                 default_lease_ttl_s=config.default_lease_ttl_s,
                 max_lease_ttl_s=config.max_lease_ttl_s,
+                sanitized_config=sanitized(config),
             ),
             replication=ReplicationOptions(
                 beat_s=config.replication.heartbeat_interval_s,
                 wal_wait_s=config.replication.best_effort_wal_wait_duration_s,
             ),
         )
+
+
+def sanitized(config: ServerConfig) -> dict[str, Any]:
+    """What ``sys/config/state/sanitized`` shows: nothing that opens anything."""
+    storage = config.storage
+    kind = {ConsulStorage: "consul", EmbeddedStorage: "embedded"}.get(type(storage), "inmem")
+    return {
+        "api_addr": config.api_addr,
+        "cluster_addr": config.cluster_addr,
+        "cluster_name": config.cluster_name,
+        "default_lease_ttl": config.default_lease_ttl_s,
+        "max_lease_ttl": config.max_lease_ttl_s,
+        "listeners": [
+            {
+                "type": "tcp",
+                "config": {
+                    "address": listener.address,
+                    "cluster_address": listener.cluster_address,
+                    "tls_disable": listener.tls_disable,
+                },
+            }
+            for listener in config.listeners
+        ],
+        "log_format": config.log_format,
+        "log_level": config.log_level,
+        "storage": {
+            "type": kind,
+            "api_addr": config.api_addr,
+            "cluster_addr": config.cluster_addr,
+        },
+    }
 
 
 class ActiveScope:

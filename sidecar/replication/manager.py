@@ -348,8 +348,12 @@ class PerformanceReplication:
     async def _change_primary(self, change: Callable[[Role], PrimaryRole]) -> PrimaryRole:
         return await self._change(change)
 
-    async def _learned(self, addresses: Sequence[str]) -> SecondaryRole:
-        return await self._change(lambda role: roles.learn_addresses(roles.require_secondary(role), addresses))
+    async def _learned(self, addresses: Sequence[str]) -> SecondaryRole | None:
+        def learn(newest: Role) -> Role:
+            return roles.learn_addresses(newest, addresses) if isinstance(newest, SecondaryRole) else newest
+
+        after = await self._change(learn)
+        return after if isinstance(after, SecondaryRole) else None
 
     def _status(self) -> dict[str, Any]:
         if self._bootstrapping():

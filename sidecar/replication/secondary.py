@@ -61,7 +61,8 @@ _RANDOM = secrets.SystemRandom()
 
 
 class SecondaryService:
-    """One tenure as secondary. ``learned`` stores the primary's addresses and returns the role with them."""
+    """One tenure as secondary. ``learned`` stores the primary's addresses and returns the role with them, None
+    when this cluster is no secondary any more."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class SecondaryService:
         options: ReplicationOptions,
         role: SecondaryRole,
         *,
-        learned: Callable[[tuple[str, ...]], Awaitable[SecondaryRole]],
+        learned: Callable[[tuple[str, ...]], Awaitable[SecondaryRole | None]],
     ) -> None:
         self._store = store
         self._node = node
@@ -311,7 +312,7 @@ class SecondaryService:
             addresses = self.applier.upstream.advertised.cluster_addrs
             try:
                 if addresses:
-                    self._role = await self._learned(addresses)
+                    self._role = await self._learned(addresses) or self._role
             except (Overloaded, NotApplied, StoreUnavailable) as error:
                 logger.info("replication: the primary's addresses were not stored, next time: %s", error)
             if len(self._clients) > CLIENTS_MAX:

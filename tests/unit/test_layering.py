@@ -23,7 +23,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sidecar.core": ("plugin_api", "consul_backend", "sidecar.core", "sidecar.hcl"),
     "sidecar.replication": ("plugin_api", "consul_backend", "sidecar.transport", "sidecar.replication"),
     "sidecar.request": ("plugin_api", "consul_backend", "sidecar.core", "sidecar.request", "sidecar.version"),
-    "sidecar.api": ("plugin_api", "consul_backend", "sidecar.core", "sidecar.request", "sidecar.api", "sidecar.version"),
+    "sidecar.api": (
+        "plugin_api",
+        "consul_backend",
+        "sidecar.core",
+        "sidecar.request",
+        "sidecar.api",
+        "sidecar.version",
+    ),
     "sidecar": ("plugin_api", "consul_backend", "sidecar"),
 }
 # Only the command's own entry point may start the daemon.
