@@ -59,9 +59,7 @@ def compare(forest: Forest, request: DiffRequest, found: Differences) -> Iterato
         yield None
 
 
-def _compare_pages(
-    forest: Forest, partition: str, theirs: Mapping[int, bytes], found: Differences
-) -> Iterator[None]:
+def _compare_pages(forest: Forest, partition: str, theirs: Mapping[int, bytes], found: Differences) -> Iterator[None]:
     ours = forest.page_digests(REPLICATED, partition)
     whole = sorted(ours.keys() ^ theirs.keys())
     for page in sorted(ours.keys() & theirs.keys()):

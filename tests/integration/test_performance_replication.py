@@ -288,6 +288,7 @@ async def test_a_secondary_can_leave_with_its_data(pair: Pair) -> None:
     assert secondary.manager.is_primary_writable()
     assert secondary.store.data["r/m/a"] == b"1"
     assert (await secondary.manager.status("performance")) == {"mode": "disabled"}
+    assert await secondary.manager._learned(["https://late:8201"]) is None, "a late heartbeat does not bring it back"
     await until(lambda: pair.primary.listener.statistics()["connections"] == 0)
 
 
