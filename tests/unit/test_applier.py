@@ -119,8 +119,15 @@ def test_a_false_skip_breaks_the_chain_at_the_next_record():
 def forge(store: MemoryStore, **changes) -> Record:
     last = store.log[-1]
     fields = {
-        "index": last.index + 1, "prev_hash": last.chain_hash, "epoch": 1, "writer": "x", "batch_id": bytes(16),
-        "time_ms": 1, "kind": "data", "positions": {}, "groups": {("r", "p"): [("a", b"1")]},
+        "index": last.index + 1,
+        "prev_hash": last.chain_hash,
+        "epoch": 1,
+        "writer": "x",
+        "batch_id": bytes(16),
+        "time_ms": 1,
+        "kind": "data",
+        "positions": {},
+        "groups": {("r", "p"): [("a", b"1")]},
     }
     return Record.build(**(fields | changes))
 
@@ -237,8 +244,13 @@ class Script:
 
 def make_applier(store: MemoryStore, options: ApplierOptions = QUICK, on_applied=nothing, **others) -> Applier:
     return Applier(
-        store, stored_position(store), on_applied, others.pop("clock", FakeClock()), options,
-        identity=others.pop("identity", IDENTITY), **others,
+        store,
+        stored_position(store),
+        on_applied,
+        others.pop("clock", FakeClock()),
+        options,
+        identity=others.pop("identity", IDENTITY),
+        **others,
     )
 
 
@@ -314,7 +326,9 @@ async def test_skips_move_the_position_and_are_made_durable_in_time():
         (lambda p: [frame_at(p, 2), wire.CompleteUpTo(2, bytes(32), bytes(20), 1)], End.LOST, True, "out of order"),
         (
             lambda p: [frame_at(p, 2), wire.CompleteUpTo(2, p.log[1].chain_hash, bytes(20), 1)],
-            End.NEED_DIFF, False, "roots differ",
+            End.NEED_DIFF,
+            False,
+            "roots differ",
         ),
         (lambda p: [frame_at(p, 2), wire.Bye("need-diff", "no matching WALs")], End.NEED_DIFF, False, "no matching"),
         (lambda p: [frame_at(p, 2), wire.Bye("refuse", "revoked")], End.REFUSED, False, "revoked"),
@@ -581,7 +595,9 @@ async def test_a_bad_wire_never_applies_anything_wrong(seed):
 async def test_a_slow_secondary_is_bounded_and_does_not_slow_the_primary():
     primary, _ = in_step_pair()
     shipper = Shipper(
-        primary, SOURCE, ShipperOptions(beat_s=0.02, silent_beats_max=1000, window_records=10, chunk_records=4),
+        primary,
+        SOURCE,
+        ShipperOptions(beat_s=0.02, silent_beats_max=1000, window_records=10, chunk_records=4),
         FakeClock(),
     )
     ours, theirs = channel_pair()

@@ -70,14 +70,18 @@ def test_lag_as_the_primary_sees_it():
 
 
 @given(
-    skew_ms=st.integers(-7_200_000, 7_200_000), out_ms=st.integers(0, 300), held_ms=st.integers(0, 5000),
+    skew_ms=st.integers(-7_200_000, 7_200_000),
+    out_ms=st.integers(0, 300),
+    held_ms=st.integers(0, 5000),
     back_ms=st.integers(0, 300),
 )
 def test_the_offset_is_wrong_by_at_most_half_a_round_trip(skew_ms, out_ms, held_ms, back_ms):
     ours = 1_700_000_000_000
     offset = ClockOffset()
     offset.observe(
-        their_clock_ms=ours + out_ms + held_ms + skew_ms, echo_ms=ours, echo_age_ms=held_ms,
+        their_clock_ms=ours + out_ms + held_ms + skew_ms,
+        echo_ms=ours,
+        echo_age_ms=held_ms,
         now_ms=ours + out_ms + held_ms + back_ms,
     )
     assert abs(offset.offset_ms - skew_ms) <= (out_ms + back_ms) / 2

@@ -40,9 +40,7 @@ HELLO = hello_of(
 )
 REPLY = answer_hello(HELLO, SOURCE, LogFacts(9, HASH, HASH), Limits())
 DIFF_REQUEST = wire.DiffRequest(DIGEST, {"p": wire.PartitionDigests(DIGEST, {255: DIGEST})})
-DIFF_REPLY = wire.DiffReply(
-    "c", "s", "g", 1, "e", 9, HASH, False, ["w"], ["x"], {"p": [3]}, {"p": {1: {2: DIGEST}}}
-)
+DIFF_REPLY = wire.DiffReply("c", "s", "g", 1, "e", 9, HASH, False, ["w"], ["x"], {"p": [3]}, {"p": {1: {2: DIGEST}}})
 FETCH = wire.FetchRequest(9, HASH, True, [wire.Extent("p", None, None, [("a", DIGEST)]), wire.Extent("p", 1, 2, [])])
 
 
@@ -149,9 +147,7 @@ def test_fields_have_bounds():
 def test_unframer_cuts_where_the_sender_did(frames, chunk_bytes):
     body = b"".join(map(wire.with_length, frames))
     unframer = wire.Unframer()
-    found = [
-        frame for at in range(0, len(body), chunk_bytes) for frame in unframer.feed(body[at : at + chunk_bytes])
-    ]
+    found = [frame for at in range(0, len(body), chunk_bytes) for frame in unframer.feed(body[at : at + chunk_bytes])]
     unframer.end()
     assert found == frames
 
@@ -211,8 +207,6 @@ def test_forks_are_refused_by_both_ends(set_id, epoch, epoch_id, word):
 
 
 def test_no_common_version_is_refused():
-    reply = answer_hello(
-        msgspec.structs.replace(HELLO, versions=(99,)), SOURCE, LogFacts(9, HASH, HASH), Limits()
-    )
+    reply = answer_hello(msgspec.structs.replace(HELLO, versions=(99,)), SOURCE, LogFacts(9, HASH, HASH), Limits())
     assert reply.mode == "refuse"
     assert "upgrade" in reply.reason

@@ -60,8 +60,11 @@ def test_a_refusal_waits_for_a_person():
 
 @pytest.mark.parametrize(
     "cycle",
-    [(Event.EQUAL, Event.ACCEPTED, Event.NEED_DIFF), (Event.DIFFERS, Event.SYNCED, Event.NEED_DIFF),
-     (Event.DIFFERS, Event.MISMATCH)],
+    [
+        (Event.EQUAL, Event.ACCEPTED, Event.NEED_DIFF),
+        (Event.DIFFERS, Event.SYNCED, Event.NEED_DIFF),
+        (Event.DIFFERS, Event.MISMATCH),
+    ],
 )
 def test_three_cycles_without_progress_raise_an_alarm(cycle):
     machine, action = drive(Event.START, Event.NEED_DIFF)
@@ -80,7 +83,5 @@ def test_cut_connections_are_no_cycles_and_equal_roots_forget_them():
         machine, _ = drive(Event.DIFFERS, Event.LOST, Event.NEED_DIFF, machine=machine)
     assert machine.phase is Phase.MERKLE_DIFF
     for _ in range(10):
-        machine, _ = drive(
-            Event.DIFFERS, Event.SYNCED, Event.ACCEPTED, Event.IN_STEP, Event.NEED_DIFF, machine=machine
-        )
+        machine, _ = drive(Event.DIFFERS, Event.SYNCED, Event.ACCEPTED, Event.IN_STEP, Event.NEED_DIFF, machine=machine)
     assert machine.phase is Phase.MERKLE_DIFF

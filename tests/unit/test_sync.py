@@ -59,8 +59,14 @@ class Pair:
 
     async def sync(self, **options):
         syncer = Syncer(
-            self.secondary, self._request, self._fetch, on_applied=self._on_applied, gate=self.gates.append,
-            on_event=self.events.append, clock=FakeClock(), **options,
+            self.secondary,
+            self._request,
+            self._fetch,
+            on_applied=self._on_applied,
+            gate=self.gates.append,
+            on_event=self.events.append,
+            clock=FakeClock(),
+            **options,
         )
         return await syncer.run()
 
