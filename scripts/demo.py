@@ -66,11 +66,15 @@ class Narrator:
     def python(self, text: str) -> None:
         print(f"   {DIM}>>> {text}{PLAIN}", flush=True)
 
-    def outrider(self, node: Node, *arguments: str, token: str = "", show: bool = True, hide: str = "") -> str:
-        """Run the command line against ``node``; returns standard output. ``hide`` is printed as ``…``."""
+    def outrider(
+        self, node: Node, *arguments: str, token: str = "", show: bool = True, secret: tuple[str, str] = ("", "")
+    ) -> str:
+        """Run the command line against ``node``; returns standard output. ``secret`` is (value, name): the printed
+        command shows ``$NAME`` for the value, as a user would keep it."""
         shown = " ".join(shlex.quote(argument) for argument in arguments)
-        if hide:
-            shown = shown.replace(hide, f"{hide[:12]}…")
+        value, name = secret
+        if value:
+            shown = shown.replace(value, f"${name}")
         print(f"   $ VAULT_ADDR={node.address} outrider {shown}", flush=True)
         environment = {**os.environ, "VAULT_ADDR": node.address, "VAULT_TOKEN": token}
         done = subprocess.run([OUTRIDER, *arguments], env=environment, capture_output=True, text=True, check=False)
@@ -143,8 +147,8 @@ def step_init(out: Narrator, primary: Cluster, secondary: Cluster) -> None:
         cluster.keys = [lines["Unseal Key 1"].strip(), lines["Unseal Key 2"].strip()]
         cluster.root_token = lines["Initial Root Token"].strip()
         for node in cluster.nodes:
-            for key in cluster.keys:
-                out.outrider(node, "operator", "unseal", key, show=False, hide=key)
+            for number, key in enumerate(cluster.keys, 1):
+                out.outrider(node, "operator", "unseal", key, show=False, secret=(key, f"KEY_{number}"))
         active = cluster.wait_active()
         for node in cluster.nodes:
             node.wait_until("become active or standby", lambda node=node: (node.health() or Node).status in (200, 429))
@@ -202,7 +206,7 @@ def step_activate(out: Narrator, primary: Cluster, secondary: Cluster) -> None:
         "sys/replication/performance/secondary/enable",
         f"token={token}",
         token=secondary.root_token,
-        hide=token,
+        secret=(token, "TOKEN"),
     )
     wait_for("the secondary to stream", lambda: in_step(active, secondary.active() or other), 60)
     out.good(f"eu-west holds everything after {time.monotonic() - started:.1f} s")
@@ -235,8 +239,8 @@ def step_use(out: Narrator, primary: Cluster, secondary: Cluster) -> str:
         status = wait_for("the standby to seal itself", lambda: sealed_status(standby))
         for warning in status.get("warnings") or []:
             out.say(f"the secondary's standby says: {warning}")
-        for key in primary.keys:
-            out.outrider(standby, "operator", "unseal", key, show=False, hide=key)
+        for number, key in enumerate(primary.keys, 1):
+            out.outrider(standby, "operator", "unseal", key, show=False, secret=(key, f"KEY_{number}"))
         wait_for("the standby to stand by", lambda: (standby.health() or Node).status == 429)
         through = hvac.Client(standby.address, token=client.token)
         through.secrets.kv.v2.create_or_update_secret("shop/standby", secret={"hops": "standby, active, primary"})

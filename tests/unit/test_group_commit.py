@@ -313,6 +313,13 @@ async def test_positions_ride_in_every_record(cluster):
     assert again.positions == {"performance": first, "dr": first}
 
 
+async def test_record_times_never_go_back(cluster):
+    async with cluster.running(QUIET) as store:
+        first = await store.commit([Write(key("a"), b"1")])
+        cluster.clock.time_ms = lambda: first.time_ms - 60_000
+        assert (await store.commit([Write(key("a"), b"2")])).time_ms == first.time_ms
+
+
 async def test_an_acknowledged_commit_proves_the_lease(cluster):
     async with cluster.running(QUIET) as store:
         lease = store._lease

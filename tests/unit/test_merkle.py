@@ -203,6 +203,7 @@ def test_extents_follow_a_growing_and_shrinking_partition(seed):
         redo_from = min((leaf.first for leaf in table.dirty_leaves()), default=index + 1)
         found, again = disk.load(redo_from)
         assert (again.count, again.total) == (table.count, table.total)
+        assert all(leaf.first >= redo_from for leaf in again.dirty_leaves()), "older records may be collected"
         for at, path, digest in log:
             if at >= redo_from and at > again.lsn_of("r", "p", bucket_of(path)):
                 found.change("r", "p", path, digest)
@@ -237,6 +238,63 @@ def test_a_split_deletes_the_old_extent_with_the_last_part():
     assert len(disk.blobs) > 8
     assert max(map(len, disk.blobs.values())) < EXTENT_BYTES_MAX + 4096
     assert disk.load()[0].root("r") == forest.root("r")
+
+
+def half_split(extents_max):
+    """A stored partition that grew, with only its first leaves written since."""
+    forest, table, disk = Forest(), ExtentTable("g1"), Disk()
+    for number in range(50):
+        write(forest, table, 1, f"old-{number}", b"1" * 20)
+    flush_all(forest, table, disk, 1)
+    for number in range(8000):
+        write(forest, table, 5, f"path-{number}", b"2" * 20)
+    flush(forest, table, disk, 5, extents_max)
+    return forest, table, disk
+
+
+def test_a_leaf_emptied_during_a_split_hides_the_old_extent_s_content():
+    forest, table, disk = half_split(3)
+    last = max(leaf.start for leaf in table.dirty_leaves())
+    for path, _ in list(forest.keys("r", "p")):
+        if bucket_of(path) >= last:
+            write(forest, table, 6, path, None)
+    table._layouts["r", "p"].dirty[last] = 0  # first in line
+    flush(forest, table, disk, 6, extents_max=1)
+    assert extent_key("g1", "r", "p", 0, 0) in disk.blobs
+    found, _ = disk.load()
+    assert [path for path, _ in found.keys("r", "p") if bucket_of(path) >= last] == []
+    flush_all(forest, table, disk, 6)
+    assert disk.load()[0].root("r") == forest.root("r")
+    assert all(decode_extent(name, raw).subpages for name, raw in disk.blobs.items()), "no empty extent stays"
+
+
+def test_a_split_ends_in_the_middle_of_a_plan():
+    forest, table, disk = half_split(3)
+    while table.dirty_count > 1:
+        flush(forest, table, disk, 5, extents_max=1)
+    write(forest, table, 6, "path-1", b"3" * 20)
+    write(forest, table, 6, "path-2", b"3" * 20)
+    plan = flush(forest, table, disk, 6, extents_max=9)
+    assert plan.deletes == [extent_key("g1", "r", "p", 0, 0)]
+    assert disk.load()[0].root("r") == forest.root("r")
+
+
+def test_recovery_in_the_middle_of_a_split_finishes_it():
+    forest, _, disk = half_split(3)
+    found, again = disk.load(redo_from=5)
+    assert min(leaf.first for leaf in again.dirty_leaves()) == 5
+    for path, digest in forest.keys("r", "p"):
+        write(found, again, 5, path, digest)
+    flush_all(found, again, disk, 5)
+    assert extent_key("g1", "r", "p", 0, 0) not in disk.blobs
+    assert disk.load()[0].root("r") == forest.root("r")
+
+
+def test_unwritten_leaves_are_dirty_after_recovery_even_without_changes():
+    _, _, disk = half_split(3)
+    found, again = disk.load(redo_from=9)
+    flush_all(found, again, disk, 9)
+    assert extent_key("g1", "r", "p", 0, 0) not in disk.blobs
 
 
 def test_a_failed_flush_leaves_its_leaves_dirty_since_then():

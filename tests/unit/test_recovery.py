@@ -252,6 +252,48 @@ async def test_a_record_of_another_history_is_named(cluster):
         await cluster.recover(OPTIONS)
 
 
+async def test_another_newest_record_than_the_checkpoint_s_is_named(cluster):
+    async with fill(cluster, 20) as store:
+        await store.flush()
+        newest = store.head.index
+    where = record_key(GENERATION, newest, 4)
+    header = Record.decode((await cluster.inner.get(where)).value).header
+    forged = Record.build(
+        index=newest,
+        prev_hash=header.prev_hash,
+        epoch=header.epoch,
+        writer="other",
+        batch_id=header.batch_id,
+        time_ms=header.time_ms,
+        kind="data",
+        positions={},
+        groups={},
+    )
+    await damage(cluster, [Set(where, forged.encode())])
+    with pytest.raises(Corrupt, match=f"{where}: the checkpoint was written after another record"):
+        await cluster.recover(OPTIONS)
+
+
+async def test_an_older_tenure_s_record_on_top_is_named(cluster):
+    async with fill(cluster, 3) as store:
+        newest = (await store.records(store.head.index, 1))[0]
+    forged = Record.build(
+        index=newest.index + 1,
+        prev_hash=newest.chain_hash,
+        epoch=newest.header.epoch - 1,
+        writer="other",
+        batch_id=newest.header.batch_id,
+        time_ms=newest.header.time_ms,
+        kind="data",
+        positions={},
+        groups={},
+    )
+    where = record_key(GENERATION, forged.index, 4)
+    await damage(cluster, [Set(where, forged.encode())])
+    with pytest.raises(Corrupt, match=f"{where}: its writer's epoch is older"):
+        await cluster.recover(OPTIONS)
+
+
 async def test_two_records_in_each_other_s_place_are_named(cluster):
     async with fill(cluster, 20):
         pass
