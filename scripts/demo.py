@@ -158,6 +158,7 @@ def step_init(out: Narrator, primary: Cluster, secondary: Cluster) -> None:
         client = hvac.Client(active.address, token=cluster.root_token)
         expect(client.is_authenticated(), "the root token is refused")
     out.good("hvac: client.is_authenticated() is True on both")
+    out.say("(from here on VAULT_TOKEN holds the root token of the cluster that VAULT_ADDR names)")
 
 
 def step_standby(out: Narrator, primary: Cluster) -> None:

@@ -38,6 +38,7 @@ from sidecar.transport.forwarding import (
     MalformedMessage,
     decode,
     encode,
+    forwarded,
     header_pairs,
     send_echo,
     send_forward,
@@ -94,20 +95,6 @@ class TenureCredentials:
             self.client.certificate_pem,
             self.client.key_pem,
         )
-
-
-def to_message(request: HttpRequest, cluster_id: str, kind: str) -> ForwardRequest:
-    """``request`` with the hop that ``cluster_id`` makes now. Raises LoopRefused."""
-    return ForwardRequest(
-        method=request.method,
-        path=request.path,
-        query={name: list(values) for name, values in request.query.items()},
-        headers=header_pairs(request.headers.items()),
-        body=request.body,
-        remote_address=request.remote_address,
-        trail=extend(trail_of(request.trail), cluster_id, kind),
-        raw_target=request.raw_target,
-    )
 
 
 def from_message(message: ForwardRequest) -> HttpRequest:
@@ -205,9 +192,8 @@ class StandbyForwarder:
         """Run ``request`` on the active node, once. Raises NotForwarded (certainly not handled), PluginError (unknown
         outcome)."""
         try:
-            answer = await send_forward(
-                self._client, to_message(request, self.cluster.cluster_id, INNER), timeout_s=self._timeout_s
-            )
+            trail = extend(trail_of(request.trail), self.cluster.cluster_id, INNER)
+            answer = await send_forward(self._client, forwarded(request, trail), timeout_s=self._timeout_s)
         except LoopRefused as error:
             raise PluginError(str(error)) from error
         except ForwardNotSent as error:

@@ -34,10 +34,10 @@ from sidecar.replication.wiring import (
     ForwardAnswer,
     NodeInfo,
     ReplicationOptions,
-    RequestLike,
     SealedEntries,
 )
 from sidecar.transport import certificates
+from sidecar.transport.forwarding import RequestLike
 from sidecar.transport.listener import ClusterListener
 
 logger = logging.getLogger(__name__)

@@ -39,13 +39,13 @@ from sidecar.replication.wiring import (
     ForwardAnswer,
     NodeInfo,
     ReplicationOptions,
-    RequestLike,
 )
 from sidecar.transport.forwarding import (
     ForwardNotSent,
     ForwardOutcomeUnknown,
     ForwardRequest,
     ForwardResponse,
+    RequestLike,
     send_forward,
 )
 from sidecar.transport.peer import PeerClient, PeerOutcomeUnknown, PeerRefused, PeerUnreachable, parse_address

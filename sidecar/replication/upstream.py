@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable
 
 from multidict import CIMultiDict
 
-from sidecar.replication.wiring import AuthLike, ForwardAnswer, RequestLike
-from sidecar.transport.forwarding import ForwardedIdentity, ForwardRequest, ForwardResponse, header_pairs
+from sidecar.replication.wiring import AuthLike, ForwardAnswer
+from sidecar.transport.forwarding import (
+    ForwardedIdentity,
+    ForwardRequest,
+    ForwardResponse,
+    RequestLike,
+    forwarded,
+    travelling,
+)
 from sidecar.transport.trail import UPWARD, extend, trail_of
 
 STALL_WARNING = (
@@ -21,48 +27,18 @@ STALL_WARNING = (
     "reads of values written during this operation."
 )
 
-HOP_BY_HOP = frozenset(
-    {
-        "connection",
-        "content-length",
-        "host",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
-"""Headers that belong to one connection; everything else travels."""
-
-
-def travelling(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The headers that go over a hop."""
-    return header_pairs((name, value) for name, value in headers if name.lower() not in HOP_BY_HOP)
-
 
 def upward_request(request: RequestLike, auth: AuthLike, cluster_id: str) -> ForwardRequest:
     """``request`` as it goes up from ``cluster_id``. Raises LoopRefused."""
-    return ForwardRequest(
-        method=request.method,
-        path=request.path,
-        query={name: list(values) for name, values in request.query.items()},
-        headers=travelling(request.headers.items()),
-        body=request.body,
-        remote_address=request.remote_address,
-        trail=extend(trail_of(request.trail), cluster_id, UPWARD),
-        raw_target=request.raw_target,
-        auth=ForwardedIdentity(
-            policies=tuple(auth.policies),
-            display_name=auth.display_name,
-            accessor=auth.accessor,
-            entity_id=auth.entity_id,
-            metadata=dict(auth.metadata),
-            cluster_id=auth.cluster_id or cluster_id,
-        ),
+    identity = ForwardedIdentity(
+        policies=tuple(auth.policies),
+        display_name=auth.display_name,
+        accessor=auth.accessor,
+        entity_id=auth.entity_id,
+        metadata=dict(auth.metadata),
+        cluster_id=auth.cluster_id or cluster_id,
     )
+    return forwarded(request, extend(trail_of(request.trail), cluster_id, UPWARD), identity)
 
 
 def answer_of(response: ForwardResponse, *, late: bool) -> ForwardAnswer:

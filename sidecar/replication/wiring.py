@@ -101,34 +101,6 @@ class ReplicationOptions:
             raise ValueError("beat_s must be positive, silent_beats_max at least 1, wal_wait_s not negative")
 
 
-class RequestLike(Protocol):
-    """An HTTP request below ``/v1/`` as the API port knows it (``sidecar.request.types.HttpRequest``)."""
-
-    @property
-    def method(self) -> str: ...
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def query(self) -> Mapping[str, list[str]]: ...
-
-    @property
-    def headers(self) -> Mapping[str, str]: ...
-
-    @property
-    def body(self) -> bytes: ...
-
-    @property
-    def remote_address(self) -> str: ...
-
-    @property
-    def raw_target(self) -> str: ...
-
-    @property
-    def trail(self) -> tuple[tuple[str, str], ...]: ...
-
-
 class AuthLike(Protocol):
     """Who the caller is (``sidecar.request.types.ForwardedAuth``)."""
 

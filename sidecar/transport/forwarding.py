@@ -8,14 +8,14 @@ after a lost answer the outcome is unknown and stays so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from consul_backend.position import Position
 from sidecar.transport.peer import PeerClient, PeerOutcomeUnknown, PeerUnreachable
-from sidecar.transport.trail import Hop
+from sidecar.transport.trail import Hop, Trail
 
 FORWARD_PATH = "/forward"
 ECHO_PATH = "/echo"
@@ -30,9 +30,54 @@ NOT_HANDLED = frozenset({400, 403, 404, 405, 413, 421, 503})
 """Outer statuses that only a refusal before execution has."""
 
 
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "content-length",
+        "host",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""Headers that belong to one connection; everything else travels."""
+
+
+class RequestLike(Protocol):
+    """An HTTP request below ``/v1/`` as the API port knows it (``sidecar.request.types.HttpRequest``)."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def query(self) -> Mapping[str, list[str]]: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def body(self) -> bytes: ...
+
+    @property
+    def remote_address(self) -> str: ...
+
+    @property
+    def raw_target(self) -> str: ...
+
+    @property
+    def trail(self) -> tuple[tuple[str, str], ...]: ...
+
+
 class ForwardedIdentity(msgspec.Struct, frozen=True):
     """Who the sending cluster found the caller to be; only on upward hops. The receiver builds its ACL from
-    ``policies``; the caller's token itself stays where it was checked."""
+    ``policies`` and takes the caller's token for nothing."""
 
     policies: tuple[str, ...] = ()
     display_name: str = ""
@@ -109,6 +154,27 @@ class ForwardOutcomeUnknown(Exception):
 
 _T = TypeVar("_T")
 _encoder = msgspec.msgpack.Encoder()
+
+
+def forwarded(request: RequestLike, trail: Trail, auth: ForwardedIdentity | None = None) -> ForwardRequest:
+    """``request`` as it goes over the hop that ``trail`` ends with. The caller's token is among the headers; above a
+    standby's own cluster it counts for nothing, there ``auth`` does."""
+    return ForwardRequest(
+        method=request.method,
+        path=request.path,
+        query={name: list(values) for name, values in request.query.items()},
+        headers=travelling(request.headers.items()),
+        body=request.body,
+        remote_address=request.remote_address,
+        trail=trail,
+        raw_target=request.raw_target,
+        auth=auth,
+    )
+
+
+def travelling(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The headers that go over a hop, as a message carries them."""
+    return header_pairs((name, value) for name, value in headers if name.lower() not in HOP_BY_HOP)
 
 
 def header_pairs(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -218,6 +218,17 @@ async def test_a_store_that_went_back_stops_everything(cluster):
     assert await cluster.inner.get(f"g/{GENERATION}/d/r/0b8f2c1e/a") is None
 
 
+async def test_a_store_that_went_back_after_a_lost_answer_leaves_the_outcome_unknown(cluster):
+    store = await cluster.recover(QUIET)
+    where = record_key(GENERATION, store.head.index + 1, 8)
+    fates = iter(["lose-before", None])
+    await cluster.inner.txn([Cas(where, b"foreign", 0)])
+    cluster.physical.fault = lambda ops: next(fates)
+    outcomes, ended = await ending(store, [Write(key("a"), b"1")])
+    assert isinstance(ended, StoreWentBack)
+    assert isinstance(outcomes[0], OutcomeUnknown)
+
+
 async def test_a_foreign_record_at_our_index_stops_everything(cluster):
     store = await cluster.recover(QUIET)
     await cluster.inner.txn([Cas(record_key(GENERATION, store.head.index + 1, 8), b"foreign", 0)])

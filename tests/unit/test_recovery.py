@@ -294,6 +294,27 @@ async def test_an_older_tenure_s_record_on_top_is_named(cluster):
         await cluster.recover(OPTIONS)
 
 
+async def test_a_record_in_another_s_place_is_named(cluster):
+    async with fill(cluster, 20) as store:
+        await store.flush()
+        newest = store.head.index
+    where = record_key(GENERATION, newest, 4)
+    before = await cluster.inner.get(record_key(GENERATION, newest - 1, 4))
+    await damage(cluster, [Set(where, before.value)])
+    with pytest.raises(Corrupt, match=f"{where} holds record {newest - 1}"):
+        await cluster.recover(OPTIONS)
+
+
+async def test_a_segment_that_lost_its_first_record_is_torn(cluster):
+    async with fill(cluster, 40) as store:
+        await store.flush()
+        await store.collect()
+        oldest = store.oldest_index
+    await damage(cluster, [Delete(record_key(GENERATION, oldest, 4))])
+    with pytest.raises(Corrupt, match=f"log torn: record {oldest} is missing"):
+        await cluster.recover(OPTIONS)
+
+
 async def test_two_records_in_each_other_s_place_are_named(cluster):
     async with fill(cluster, 20):
         pass

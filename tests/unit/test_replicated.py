@@ -125,6 +125,26 @@ async def test_a_read_after_the_value_landed_but_before_its_answer_waits_for_it(
         assert await listing == ["a"]
 
 
+async def test_a_successor_s_value_is_no_foreign_write(cluster):
+    """Another node leads already and has written: this one must say that it no longer leads."""
+    async with cluster.running(NO_MEMORY) as store:
+        await store.commit([Write(key("a"), b"1")])
+        get = cluster.physical.get
+
+        async def late(where, *, consistent=False):
+            if consistent:
+                store._lease._proved_at = float("-inf")
+                cluster.physical.get = get
+                await cluster.depose()
+            await cluster.inner.txn([Set(where, b"the successor's")])
+            return await get(where, consistent=consistent)
+
+        cluster.physical.get = late
+        with pytest.raises(FenceLost):
+            await store.get(key("a"))
+        assert store.statistics()["foreign_writes"] == 0
+
+
 async def test_nothing_is_served_after_the_session_ended(cluster):
     async with cluster.running(QUIET) as store:
         await store.commit([Write(key("a"), b"1")])

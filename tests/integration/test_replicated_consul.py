@@ -1,0 +1,89 @@
+"""The replicated store on a real Consul: what the in-memory store promises holds there too."""
+
+import asyncio
+
+import pytest
+
+from consul_backend.errors import ForeignWrite, NotApplied, StoreWentBack
+from consul_backend.replicated import StoreOptions, drop_generation, physical_key
+from consul_backend.txn import Cas, Delete, Set
+from consul_backend.wal import Write, record_key
+from tests.support.store import GENERATION, Cluster, key
+
+OPTIONS = StoreOptions(segment_records=8, wal_keep_records=16, flush_interval_s=0.05, collect_interval_s=0.05)
+STILL = StoreOptions(segment_records=8, flush_interval_s=3600, collect_interval_s=3600, cache_bytes_max=0)
+
+
+@pytest.fixture
+async def cluster(consul_store_factory):
+    made = Cluster(await consul_store_factory())
+    await made.genesis()
+    yield made
+    if made.tenure is not None:
+        await made.inner.destroy_session(made.tenure.session)
+
+
+async def test_commits_flushes_collections_and_takeovers(cluster):
+    for life in range(3):
+        async with cluster.running(OPTIONS) as store:
+            batches = [
+                [Write(key(f"k {n % 50}"), b"%d-%d" % (life, n)), Write(key(f"t{n}", "l"), b"")] for n in range(300)
+            ]
+            await asyncio.gather(*[store.commit(batch) for batch in batches])
+            assert await store.get(key("k 49")) == b"%d-299" % life
+            await cluster.check(store, whole_log=False)
+    assert store.oldest_index > 1
+    assert store.statistics()["index_stored_extents"] > 0
+
+
+async def test_the_fence_and_the_chain_are_consul_s(cluster):
+    store = await cluster.recover(STILL)
+    await cluster.depose()
+    running = asyncio.create_task(store.run())
+    with pytest.raises(NotApplied):
+        await store.commit([Write(key("a"), b"1")])
+    with pytest.raises(BaseExceptionGroup):
+        await running
+    store = await cluster.recover(STILL)
+    newest = record_key(GENERATION, store.head.index, 8)
+    item = await cluster.inner.get(newest)
+    await cluster.inner.txn([Delete(newest)])
+    await cluster.inner.txn([Cas(newest, item.value, 0)])
+    running = asyncio.create_task(store.run())
+    with pytest.raises(NotApplied):
+        await store.commit([Write(key("a"), b"1")])
+    with pytest.raises(BaseExceptionGroup) as ended:
+        await running
+    assert ended.value.subgroup(StoreWentBack) is not None
+
+
+@pytest.mark.parametrize("fate", ["lose-after", "lose-before", "twice"])
+async def test_lost_answers_are_resolved(cluster, fate):
+    async with cluster.running(STILL) as store:
+        fates = iter([fate, None, fate, None])
+        cluster.physical.fault = lambda ops: next(fates, None)
+        for number in range(4):
+            await store.commit([Write(key("a"), b"%d" % number)])
+        await cluster.check(store)
+
+
+async def test_the_largest_batch_that_passes_our_check_passes_consul_s(cluster):
+    async with cluster.running(STILL) as store:
+        for size in (196_000, 195_000):
+            try:
+                await store.commit([Write(key("big"), b"v" * size)])
+            except Exception as error:  # noqa: BLE001  (which one is asserted)
+                assert type(error).__name__ == "TooLarge"
+        many = store._physical.limits.ops_max - 3
+        await store.commit([Write(key(f"{n}"), b"v" * 1000) for n in range(many)])
+        await cluster.check(store)
+
+
+async def test_foreign_values_and_dropping(cluster):
+    async with cluster.running(STILL) as store:
+        await store.commit([Write(key("a b"), b"1")])
+        await cluster.inner.txn([Set(physical_key(GENERATION, key("a b")), b"2")])
+        with pytest.raises(ForeignWrite):
+            await store.get(key("a b"))
+    await drop_generation(cluster.inner, GENERATION, cluster.tenure)
+    assert await cluster.inner.list("g/") == []
