@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from plugin_api.errors import InvalidRequest
 from plugin_api.framework import Fields, FieldSpec, FieldType
 from plugin_api.request import Auth
+from sidecar.auth.cidrs import address_within, checked_cidrs
 
 TOKEN_TYPES = ("service", "batch", "default", "default-service", "default-batch")
 
@@ -46,7 +46,7 @@ class TokenParameters:
             if fields.given(name):
                 setattr(self, name, fields[name])
         self.token_policies = sanitised_policies(self.token_policies)
-        self.token_bound_cidrs = [_network(text) for text in self.token_bound_cidrs]
+        self.token_bound_cidrs = checked_cidrs(self.token_bound_cidrs)
         self.token_type = self.token_type or "default"
         self._check()
 
@@ -68,15 +68,7 @@ class TokenParameters:
 
     def allows_address(self, remote_address: str) -> bool:
         """Whether a client at this address may log in; an unknown address passes only where nothing is bound."""
-        if not self.token_bound_cidrs:
-            return True
-        try:
-            address = ipaddress.ip_address(remote_address)
-        except ValueError:
-            return False
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-            address = address.ipv4_mapped
-        return any(address in ipaddress.ip_network(text, strict=False) for text in self.token_bound_cidrs)
+        return address_within(self.token_bound_cidrs, remote_address)
 
     def fill(self, auth: Auth) -> Auth:
         """Put the parameters into a login's answer."""
@@ -96,12 +88,3 @@ def sanitised_policies(names: Iterable[str]) -> list[str]:
     """Policy names in lower case, sorted, each once; root stands alone because it makes the others meaningless."""
     cleaned = sorted({name.strip().lower() for name in names} - {""})
     return ["root"] if "root" in cleaned else cleaned
-
-
-def _network(text: str) -> str:
-    """A CIDR block, or a single address as it was written. Raises InvalidRequest."""
-    try:
-        ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise InvalidRequest("error parsing bound_cidrs: not an address or CIDR block") from None
-    return text

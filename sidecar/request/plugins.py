@@ -11,8 +11,8 @@ AUTH = "outrider.auth"
 
 # A checkout that was never installed has no entry points of its own.
 _BUILT_IN = {
-    SECRETS: {"kv": "sidecar.engines.kv:KV"},
-    AUTH: {"userpass": "sidecar.auth.userpass:Userpass"},
+    SECRETS: {"kv": "sidecar.engines.kv:KV", "transit": "sidecar.engines.transit.engine:Transit"},
+    AUTH: {"approle": "sidecar.auth.approle:AppRole", "userpass": "sidecar.auth.userpass:Userpass"},
 }
 
 
