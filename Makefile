@@ -29,6 +29,9 @@ bench: setup
 	$(BIN)/python bench/store_write.py
 	$(BIN)/python bench/replication_lag.py
 	$(BIN)/python bench/failover.py
+	$(BIN)/python bench/index.py
+	$(BIN)/python bench/recovery.py
+	$(BIN)/python bench/diff.py
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist

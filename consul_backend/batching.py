@@ -27,14 +27,22 @@ from consul_backend.wal import Write
 OVERHEAD_OPS = 3
 """Fence, chain check and record."""
 
+MANIFEST_MAGIC = b"\x00outrider-chunks\x00"
+"""A data key that begins so holds no value but says where its chunks are (:mod:`consul_backend.chunks`). A value that
+happens to begin so is stored in chunks itself, whatever its size."""
+
 _ENTRY_FRAME_BYTES = 11  # array of two, a string and a bytes header of at most five each
-_GROUP_FRAME_BYTES = 64  # header item with its 32-byte digest and count, headers of the body and its array
-_RECORD_FRAME_BYTES = 224  # the header's fixed fields at their longest, the hashes, the outer array
+GROUP_FRAME_BYTES = 64  # header item with its 32-byte digest and count, headers of the body and its array
+_RECORD_FRAME_BYTES = 225  # the header's fixed fields at their longest, the hashes, the outer array
 _POSITIONS_RESERVE_BYTES = 512  # so that a position arriving before a queued batch does not push it over the limit
 _INDEX_MAX = (1 << 64) - 1
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9-]+(?:/[A-Za-z0-9-]+)*\Z")  # stands for itself when encoded
 _encode_positions = msgspec.msgpack.Encoder().encode
+
+
+class NeedsParts(TooLarge):
+    """Nothing is wrong with the write but its size: no single transaction holds it (``large_batch.py``)."""
 
 
 class Prepared(msgspec.Struct, gc=False):
@@ -69,8 +77,9 @@ class Preparer:
         self._prefix = f"g/{generation}/d/"
         self._limits = limits
 
-    def prepare(self, write: Write) -> Prepared:
-        """Raises ValueError for a malformed key, TooLarge for a key or value that no transaction can hold."""
+    def prepare(self, write: Write, *, any_size: bool = False) -> Prepared:
+        """Raises ValueError for a malformed key, TooLarge for a key that no transaction can hold, NeedsParts (unless
+        ``any_size``) for such a value."""
         key, value = write.key, write.value
         cls, partition, path = split_key(key)
         encoded = path if _PLAIN_PATH.match(path) else encode_path(path)
@@ -83,8 +92,8 @@ class Preparer:
             delete = Delete(where)
             size = op_bytes(delete, self._limits.prefix_bytes)
             return Prepared(key, (cls, partition), path, None, None, delete, size, frame)
-        if len(value) > self._limits.value_bytes_max:
-            raise TooLarge(f"a value of {len(value)} bytes, the store takes {self._limits.value_bytes_max}")
+        if not any_size and (len(value) > self._limits.value_bytes_max or value.startswith(MANIFEST_MAGIC)):
+            raise NeedsParts(f"a value of {len(value)} bytes, the store takes {self._limits.value_bytes_max}")
         put = Set(where, value)
         size = op_bytes(put, self._limits.prefix_bytes)
         digest = entry_digest(key, value)
@@ -139,7 +148,7 @@ class Packing:
                 record_size += write.record_bytes
                 if write.group not in known and write.group not in groups:
                     groups.add(write.group)
-                    record_size += _GROUP_FRAME_BYTES + len(write.group[1].encode())
+                    record_size += GROUP_FRAME_BYTES + len(write.group[1].encode())
             else:
                 op_size += write.op_bytes - old.op_bytes
                 record_size += write.record_bytes - old.record_bytes
@@ -184,20 +193,20 @@ class Packing:
 
 
 def require_fits_alone(batch: Batch, budget: Budget, positions: Mapping[str, Position]) -> None:
-    """Raises TooLarge, naming size and limit, when no transaction can hold ``batch`` even by itself."""
+    """Raises NeedsParts, naming size and limit, when no transaction can hold ``batch`` even by itself."""
     if len(batch.writes) == 1 and not batch.positions and batch.size_bytes < budget.body_bytes_max // 8:
         return
     groups = {write.group for write in batch.writes.values()}
     merged = {**positions, **batch.positions} if batch.positions else positions
     record_size = budget.fixed_record_bytes + _positions_bytes(merged) + _POSITIONS_RESERVE_BYTES
-    record_size += sum([_GROUP_FRAME_BYTES + len(partition.encode()) for _, partition in groups])
+    record_size += sum([GROUP_FRAME_BYTES + len(partition.encode()) for _, partition in groups])
     op_size = 0
     for write in batch.writes.values():
         op_size += write.op_bytes
         record_size += write.record_bytes
     problem = Packing(budget, {})._excess(len(batch.writes), op_size, record_size)
     if problem is not None:
-        raise TooLarge(problem)
+        raise NeedsParts(problem)
 
 
 def take(pending: deque[Batch], budget: Budget, positions: Mapping[str, Position]) -> Packing:

@@ -32,7 +32,9 @@ class CheckpointLeaf(msgspec.Struct, frozen=True, array_like=True):
 
 class Checkpoint(msgspec.Struct, frozen=True, array_like=True):
     """``head_index`` and ``head_hash`` are the newest record when it was written; ``serial`` makes each one's bytes new
-    (a same-value write would not move its ModifyIndex); ``segment_bytes`` sizes the log's segments for retention."""
+    (a same-value write would not move its ModifyIndex); ``segment_bytes`` sizes the log's segments for retention;
+    ``heads`` and ``heads_sum`` pin the stored heads of pages; ``batches`` are the first parts of large batches in
+    progress, or that a dirty leaf lacks; ``crossings`` are retention's."""
 
     serial: int
     epoch: int
@@ -43,11 +45,22 @@ class Checkpoint(msgspec.Struct, frozen=True, array_like=True):
     extents: int
     extents_sum: bytes
     segment_bytes: dict[int, int]
+    heads: int = 0
+    heads_sum: bytes = b""
+    batches: tuple[int, ...] = ()
+    crossings: dict[int, int] = {}
 
     @property
     def redo_from(self) -> int:
         """The first record that some stored extent may lack."""
         return min((leaf.first for leaf in self.dirty), default=self.head_index + 1)
+
+
+    @property
+    def scan_from(self) -> int:
+        """The first record that recovery reads: also its own head, to know the log, and the parts of every batch that
+        is to be finished or repeated."""
+        return min(self.redo_from, self.head_index, *self.batches)
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -5,7 +5,8 @@ The rules (architecture 3.8):
 * Lock and epoch change in one transaction, so an epoch number belongs to exactly one session.
 * A session serves one tenure. Whatever ends the tenure, the session is destroyed: nothing sent under it can land later.
 * The lock key is never deleted: deleting it would skip the lock-delay, which is the read lease.
-* The session lives while this process's event loop passes the beat check; a killed *or stuck* process loses it.
+* The session lives while this process's event loop passes the beat check; a killed *or stuck* process loses it. It is
+  also renewed, for when the agent that judges the beat is lost together with the process.
 * A proof for the read lease is a consistent read that finds our session on the lock, not merely a live session: an
   operator may have taken the lock away from a session that lives on.
 """
@@ -17,6 +18,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import msgspec
@@ -47,6 +49,7 @@ class ElectionOptions:
 
     beat_ttl_s: float = 3.0
     beat_interval_s: float = 1.0
+    renew_interval_s: float = 3.0
     lock_delay_s: float = 0.5
     retry_s: float = 0.1
     watch_wait_s: float = 10.0
@@ -97,6 +100,7 @@ class Election:
         self._options = options or ElectionOptions()
         self._phase = Phase.STANDBY
         self._session = ""
+        self._value = b""
         self._beat_failed = asyncio.Event()
         self._stay_away_until = float("-inf")
 
@@ -157,7 +161,8 @@ class Election:
         found = await self._physical.get(EPOCH_KEY, consistent=True)
         number = decode_epoch(found).number + 1 if found else 1
         mine = Epoch(number=number, node_id=self._node_id, session=self._session)
-        lock = Lock(LOCK_KEY, msgspec.json.encode(self._advertise()), self._session)
+        self._value = msgspec.json.encode(self._advertise())
+        lock = Lock(LOCK_KEY, self._value, self._session)
         epoch = Cas(EPOCH_KEY, msgspec.json.encode(mine), found.modify_index if found else 0)
         self._move(Event.LOCK_FREE)
         sent_at = self._clock.monotonic()
@@ -221,7 +226,17 @@ class Election:
                 held.lease.lost()
                 raise FenceLost("another session holds the lock, or none: this node is no longer active")
             held.lease.proved(sent_at)
+            if item.value != self._value:
+                await self._name_again()
+                continue
             await self._changed_or_doubtful(item.modify_index)
+
+    async def _name_again(self) -> None:
+        """Somebody wrote over the lock's value, which leaves the lock ours but tells the standbys of no leader."""
+        log.warning("the lock's value was overwritten by something else than this program: writing it again")
+        with contextlib.suppress(Conflict, OutcomeUnknown):  # the lock is read again, and says more than the refusal
+            await self._physical.txn([Lock(LOCK_KEY, self._value, self._session)])
+        await asyncio.sleep(self._options.retry_s)
 
     async def _changed_or_doubtful(self, index: int) -> None:
         """Wait until the lock may have changed, or a beat failed: then the store is asked at once, not at the end of a
@@ -240,13 +255,18 @@ class Election:
 
     @contextlib.asynccontextmanager
     async def _beating(self) -> AsyncIterator[None]:
-        beating = asyncio.create_task(self._beat_forever(), name="beat")
+        tasks = [
+            asyncio.create_task(self._beat_forever(), name="beat"),
+            asyncio.create_task(self._renew_forever(), name="renew the session"),
+        ]
         try:
             yield
         finally:
-            beating.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await beating
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
 
     async def _beat_forever(self) -> NoReturn:
         while True:
@@ -257,6 +277,18 @@ class Election:
                     log.warning("the beat did not reach the store: %s", error)
                     self._beat_failed.set()
             await asyncio.sleep(self._options.beat_interval_s)
+
+    async def _renew_forever(self) -> NoReturn:
+        """Apart from the beat, which must not wait for a store without a leader."""
+        while True:
+            await asyncio.sleep(self._options.renew_interval_s)
+            if self._session:
+                try:
+                    if not await self._physical.renew_session(self._session):
+                        self._beat_failed.set()
+                except (Unavailable, PermissionDenied) as error:
+                    log.warning("the session could not be renewed: %s", error)
+                    self._beat_failed.set()
 
     async def release(self, held: Held, *, stay_away_s: float | None = None) -> None:
         """End the tenure on purpose: the next node need not wait. This node then stays away for ``stay_away_s``, by
@@ -284,9 +316,9 @@ class Election:
         session, self._session = self._session, ""
         if not session:
             return
-        for give_up in (self._physical.destroy_session(session), self._physical.stop_beat()):
+        for give_up in (partial(self._physical.destroy_session, session), self._physical.stop_beat):
             try:
-                await give_up
+                await give_up()
             except BackendError as error:
                 # Without beats the session ends by itself; why the tenure ended matters more than this.
                 log.warning("the session could not be ended at once: %s", error)

@@ -210,13 +210,13 @@ class _Hub:
             await asyncio.sleep(max(0.0, deadline_s - self.clock.monotonic()))
             await self.run(self.engine.expire, self.clock.monotonic())
 
-    def _changed(self, keys: frozenset[str]) -> None:
+    def _changed(self, keys: Sequence[str]) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake, keys)
 
-    def _wake(self, keys: frozenset[str]) -> None:
-        for key in keys & self._waiters.keys():
-            for event in self._waiters[key]:
+    def _wake(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            for event in self._waiters.get(key, ()):
                 event.set()
 
 

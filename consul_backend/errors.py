@@ -77,6 +77,15 @@ class Corrupt(BackendError):
     """Stored bytes fail their own check. Never retried."""
 
 
+class NotLoaded(Unavailable):
+    """A page of the index is not in memory yet. Nothing was written; try again after a moment."""
+
+
+class IndexDamaged(Corrupt):
+    """A stored page of the index is not what was stored there. What it covers is refused until a reindex; the rest
+    goes on."""
+
+
 class ForeignWrite(Corrupt):
     """A data key holds something that no record of this cluster wrote."""
 

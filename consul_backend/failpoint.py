@@ -3,6 +3,8 @@
 ``OUTRIDER_FAILPOINTS="commit:after-reply=kill:3,flush:before-send=raise"`` arms two points: the first kills the process
 (SIGKILL) the third time it is reached, the second raises :class:`FailpointHit` the first time. ``stop`` is SIGSTOP.
 A point fires once.
+
+Points outside this package are declared by their package; the process arms what the environment names when it starts.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ENVIRONMENT = "OUTRIDER_FAILPOINTS"
@@ -29,8 +32,25 @@ POINTS: tuple[str, ...] = (
     "recovery:after-redo",
     "recovery:before-tenure",
     "recovery:after-tenure",
+    "reindex:before-repair",
 )
-"""Every point of this package, so that a test can visit each; a test compares the list with the sources."""
+"""Every point of this package but those of large batches, so that a test can visit each; a test compares the list with
+the sources."""
+
+LARGE_POINTS: tuple[str, ...] = (
+    "large:after-part",
+    "large:before-commit",
+    "large:after-commit",
+    "large:after-chunk",
+    "large:before-roll",
+    "large:after-roll",
+    "large:before-abort",
+    "large:after-abort",
+    "large:recovered",
+)
+"""The same for large batches: ``tests/unit/test_large_crashes.py`` dies at each."""
+
+_known: list[str] = [*POINTS, *LARGE_POINTS]
 
 _SPEC = re.compile(r"(?P<name>[a-z:-]+)=(?P<action>kill|raise|stop)(?::(?P<hit>[1-9][0-9]*))?\Z")
 
@@ -48,12 +68,22 @@ class _Armed:
 _armed: dict[str, _Armed] = {}
 
 
+def declare(names: Sequence[str]) -> None:
+    """Make the points of another package known."""
+    _known.extend(name for name in names if name not in _known)
+
+
+def arm_from_environment() -> None:
+    """Arm what ``OUTRIDER_FAILPOINTS`` names, once every package has declared its points. Raises ValueError."""
+    arm(os.environ.get(ENVIRONMENT, ""))
+
+
 def arm(spec: str) -> None:
     """Arm the points named in ``spec`` (see the module text) besides those already armed. Raises ValueError."""
     for part in filter(None, (piece.strip() for piece in spec.split(","))):
         match = _SPEC.match(part)
-        if match is None or match["name"] not in POINTS:
-            raise ValueError(f"not a failpoint: {part!r}; known names: {', '.join(POINTS)}")
+        if match is None or match["name"] not in _known:
+            raise ValueError(f"not a failpoint: {part!r}; known names: {', '.join(_known)}")
         _armed[match["name"]] = _Armed(match["action"], int(match["hit"] or 1))
 
 
@@ -76,6 +106,3 @@ def failpoint(name: str) -> None:
     if armed.action == "raise":
         raise FailpointHit(name)
     os.kill(os.getpid(), signal.SIGKILL if armed.action == "kill" else signal.SIGSTOP)
-
-
-arm(os.environ.get(ENVIRONMENT, ""))

@@ -33,6 +33,17 @@ async def fenced_txn(physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op])
         raise Conflict(str(refusal), failures) from None
 
 
+async def require_tenure(physical: PhysicalStore, tenure: Tenure) -> None:
+    """Raises FenceLost unless ``tenure`` still leads.
+
+    For whoever found something wrong by reads that are not one snapshot: a session serves one tenure, so one that holds
+    the lock now held it all the while, and what was found is no successor's work.
+    """
+    lock, epoch = await physical.get_many([LOCK_KEY, EPOCH_KEY], consistent=True)
+    if lock is None or lock.session != tenure.session or epoch is None or epoch.modify_index != tenure.epoch_index:
+        raise FenceLost("this node's tenure ended while it read the store")
+
+
 async def fenced_idempotent(physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op]) -> None:
     """:func:`fenced_txn` for deletions: a lost answer is followed by the same again, a few times.
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from consul_backend.batching import Preparer
+from consul_backend.chunks import read_value
 from consul_backend.errors import Conflict, OutcomeUnknown
 from consul_backend.fenced import fenced_idempotent
 from consul_backend.keys import encode_partition, encode_path, split_key
@@ -27,8 +28,16 @@ def physical_key(generation: str, key: str) -> str:
 
 async def read_entry(physical: PhysicalStore, generation: str, key: str, consistent: bool = True) -> bytes | None:
     """One entry without an index, for nodes that are not active; None means proven absence."""
-    item = await physical.get(physical_key(generation, key), consistent=consistent)
-    return item.value if item is not None else None
+    while True:
+        item = await physical.get(physical_key(generation, key), consistent=consistent)
+        if item is None:
+            return None
+        value = await read_value(physical, generation, item.value, consistent=consistent)
+        if value is not None:
+            return value
+        again = await physical.get(physical_key(generation, key), consistent=True)
+        if again is not None and again.modify_index == item.modify_index:
+            return item.value  # no manifest of ours, or chunks that are gone: whoever reads it will not take it
 
 
 async def genesis(
@@ -93,6 +102,8 @@ async def drop_generation(physical: PhysicalStore, generation: str, tenure: Tenu
         for cls in await physical.list(root + folder, consistent=True):
             for partition in await physical.list(root + folder + cls, consistent=True):
                 await fenced_idempotent(physical, tenure, [DeleteTree(root + folder + cls + partition)])
+    for name in await physical.list(root + "b/", consistent=True):
+        await fenced_idempotent(physical, tenure, [DeleteTree(f"{root}b/{name}")])
     for segment in await physical.list(root + "wal/", consistent=True):
         await fenced_idempotent(physical, tenure, [DeleteTree(f"{root}wal/{segment}")])
     await fenced_idempotent(physical, tenure, [DeleteTree(root)])

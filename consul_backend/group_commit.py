@@ -13,12 +13,16 @@ answer lost                                 the identical transaction again, for
 refused by the fence                        NotApplied to its callers; :class:`FenceLost` from :meth:`GroupCommit.run`.
                                             After that refusal no earlier attempt can land: a session serves one tenure
 refused by chain or record                  the record is read: byte for byte ours → it had landed; else StoreWentBack
-refused otherwise (rights, size)            each batch alone under the same index, so one bad batch fails alone
+refused otherwise (rights, size)            each batch alone under the same index, so one bad batch fails alone; a size
+                                            that the server refused is learnt first, and batches are packed anew
 certainly not applied, for the whole time   NotApplied to its callers; the tenure goes on
 still unknown                               OutcomeUnknown to its callers and from :meth:`GroupCommit.run`
 ==========================================  ===========================================================================
 
 Whatever ends :meth:`GroupCommit.run`, queued batches fail as NotApplied.
+
+A *special* record (of a large batch) is a transaction of its own. Specials and what is queued take turns, so neither
+waits for more than one of the other.
 """
 
 from __future__ import annotations
@@ -30,8 +34,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from consul_backend.batching import Batch, Budget, Packing, Prepared, Preparer, require_fits_alone, take
+from consul_backend.batching import Batch, Budget, NeedsParts, Packing, Prepared, Preparer, require_fits_alone, take
 from consul_backend.clock import Clock
+from consul_backend.commits import CommitCounts, CommitOptions, Committed, MakeSpecial, Special, Tip
 from consul_backend.errors import (
     BackendError,
     Conflict,
@@ -50,58 +55,14 @@ from consul_backend.position import Position
 from consul_backend.read_lease import ReadLease
 from consul_backend.tenure import Tenure
 from consul_backend.txn import Cas, CheckIndex, CheckSession, Op
-from consul_backend.wal import BATCH_ID_BYTES, Head, Kind, Record, Write, record_key
+from consul_backend.wal import BATCH_ID_BYTES, Groups, Head, Kind, Large, Record, Write, record_key
+
+__all__ = ["CommitOptions", "Committed", "GroupCommit", "MakeSpecial", "Special", "Tip"]
 
 _FENCE_OP = 0
 _CHAIN_OP = 1
 _RESEND_PAUSE_S = 0.01
 _RESEND_PAUSE_MAX_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Tip:
-    """The newest record as the next transaction's chain check needs it."""
-
-    record: Record
-    key: str
-    modify_index: int
-
-    @property
-    def head(self) -> Head:
-        """The same, for readers."""
-        header = self.record.header
-        return Head(header.index, self.record.chain_hash, header.time_ms)
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """What one acknowledged transaction did. ``size_bytes`` is the stored record's size."""
-
-    record: Record
-    head: Head
-    entries: Mapping[str, Prepared]
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class CommitOptions:
-    """Bounds of the queue, and how long a lost answer is pursued."""
-
-    queue_batches_max: int
-    queue_bytes_max: int
-    resolve_timeout_s: float
-    segment_records: int
-
-
-@dataclass(slots=True)
-class CommitCounts:
-    """Since the tenure began. ``queue_peak`` is in batches."""
-
-    transactions: int = 0
-    batches: int = 0
-    resent: int = 0
-    narrowed: int = 0
-    queue_peak: int = 0
 
 
 class _Pending(Batch):
@@ -118,6 +79,16 @@ class _Pending(Batch):
     def fail(self, error: BackendError) -> None:
         if not self.future.done():
             self.future.set_exception(error)
+
+
+class _PendingSpecial(_Pending):
+    """A special record and the runner that waits for it."""
+
+    __slots__ = ("make",)
+
+    def __init__(self, make: MakeSpecial, future: asyncio.Future[Head]) -> None:
+        super().__init__({}, None, future)
+        self.make = make
 
 
 @dataclass(slots=True, eq=False)
@@ -166,8 +137,11 @@ class GroupCommit:
         self._on_commit = on_commit
         self._preparer = Preparer(generation, physical.limits)
         self._fence = CheckSession(LOCK_KEY, tenure.session)
-        self._budget = Budget(physical.limits, session=tenure.session, record_key=tip.key, writer=tenure.node_id)
+        self._limits = physical.limits
+        self.budget = Budget(physical.limits, session=tenure.session, record_key=tip.key, writer=tenure.node_id)
         self._queue: deque[Batch] = deque()
+        self._specials: deque[_PendingSpecial] = deque()
+        self._special_turn = True
         self._queue_bytes = 0
         self._arrived = asyncio.Event()
         self._in_flight: _Sent | None = None
@@ -180,8 +154,8 @@ class GroupCommit:
     async def commit(self, writes: Sequence[Write], positions: Mapping[str, Position] | None) -> Head:
         """Commit ``writes`` atomically; returns the head of the record that holds them.
 
-        Raises ValueError (malformed key), TooLarge, Overloaded, NotApplied, PermissionDenied: nothing was written;
-        OutcomeUnknown: read before repeating. Cancelling withdraws a batch that is still queued.
+        Raises ValueError (malformed key), NeedsParts, TooLarge, Overloaded, NotApplied, PermissionDenied: nothing was
+        written; OutcomeUnknown: read before repeating. Cancelling withdraws a batch that is still queued.
         """
         pending = self._enqueue(writes, positions)
         try:
@@ -195,7 +169,7 @@ class GroupCommit:
             raise NotApplied("this tenure has ended: nothing was written")
         future = asyncio.get_running_loop().create_future()
         pending = _Pending(self._preparer.prepare_all(writes), positions, future)
-        require_fits_alone(pending, self._budget, self._tip.record.header.positions)
+        require_fits_alone(pending, self.budget, self._tip.record.header.positions)
         queue, options = self._queue, self._options
         if len(queue) >= options.queue_batches_max or self._queue_bytes + pending.size_bytes > options.queue_bytes_max:
             raise Overloaded(f"{len(queue)} batches of {self._queue_bytes} bytes wait to be committed already")
@@ -205,10 +179,42 @@ class GroupCommit:
         self._arrived.set()
         return pending
 
+    async def special(self, make: MakeSpecial) -> Head:
+        """Commit a special record in its turn. Raises as :meth:`commit`, and what ``make`` raises."""
+        if self._closed:
+            raise NotApplied("this tenure has ended: nothing was written")
+        pending = _PendingSpecial(make, asyncio.get_running_loop().create_future())
+        self._specials.append(pending)
+        self._arrived.set()
+        return await pending.future
+
+    async def special_now(self, make: MakeSpecial) -> Head:
+        """The same before :meth:`run`. Raises FenceLost, StoreWentBack, OutcomeUnknown, Unavailable, PermissionDenied,
+        TooLarge."""
+        special = make()
+        sent = self._build_special(special, [])
+        try:
+            self._advance(sent, await self._deliver(sent))
+        except TooLarge:
+            self._relimited()
+            raise
+        self._settle()
+        return self._tip.head
+
     def _withdraw(self, pending: _Pending) -> None:
         with contextlib.suppress(ValueError):
             self._queue.remove(pending)
             self._queue_bytes -= pending.size_bytes
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`run` has ended."""
+        return self._closed
+
+    @property
+    def tip(self) -> Tip:
+        """The newest record that the store acknowledged."""
+        return self._tip
 
     @property
     def queued(self) -> int:
@@ -232,7 +238,7 @@ class GroupCommit:
     async def begin(self) -> None:
         """Commit the tenure record, the first of a tenure. Raises FenceLost, StoreWentBack, OutcomeUnknown,
         Unavailable, PermissionDenied."""
-        sent = self._build(Packing(self._budget, self._tip.record.header.positions), "tenure")
+        sent = self._build(Packing(self.budget, self._tip.record.header.positions), "tenure")
         self._advance(sent, await self._deliver(sent))
         self._settle()
 
@@ -240,13 +246,18 @@ class GroupCommit:
         """Commit what arrives until cancelled. Raises FenceLost, StoreWentBack, OutcomeUnknown."""
         try:
             while True:
+                if self._specials and (self._special_turn or not self._queue):
+                    self._special_turn = False
+                    await self._commit_special(self._specials.popleft())
+                    continue
+                self._special_turn = True
                 if not self._queue:
                     self._settle()
                     self._arrived.clear()
                     await self._arrived.wait()
                     continue
                 failpoint("commit:before-build")
-                packing = take(self._queue, self._budget, self._tip.record.header.positions)
+                packing = take(self._queue, self.budget, self._tip.record.header.positions)
                 self._queue_bytes -= sum([batch.size_bytes for batch in packing.batches])
                 if packing.batches:
                     await self._commit(self._build(packing, "data"))
@@ -255,25 +266,49 @@ class GroupCommit:
         finally:
             self._close()
 
+    async def _commit_special(self, pending: _PendingSpecial) -> None:
+        self._settle()
+        try:
+            special = pending.make()
+        except BackendError as error:
+            pending.fail(error)
+            return
+        self.counts.specials += 1
+        await self._commit(self._build_special(special, [pending]))
+
     def _refuse_first(self) -> None:
         """A position that grew since the batch was checked can make it too large after all."""
         batch = self._queue.popleft()
         self._queue_bytes -= batch.size_bytes
         if isinstance(batch, _Pending):
-            batch.fail(TooLarge("the batch and the positions to record with it exceed one transaction"))
+            batch.fail(NeedsParts("the batch and the positions to record with it exceed one transaction"))
 
     def _close(self) -> None:
         self._closed = True
         try:
             self._settle()
         finally:
-            for batch in self._queue:
+            for batch in (*self._queue, *self._specials):
                 if isinstance(batch, _Pending):
                     batch.fail(NotApplied("this node is no longer active: the write was queued and never sent"))
             self._queue.clear()
+            self._specials.clear()
             self._queue_bytes = 0
 
     def _build(self, packing: Packing, kind: Kind) -> _Sent:
+        sent = self._assemble(packing, kind, packing.groups(), [write.op for write in packing.entries.values()])
+        if len(sent.raw) > packing.record_bytes:
+            raise AssertionError(f"a record of {len(sent.raw)} bytes was sized as {packing.record_bytes}")
+        return sent
+
+    def _build_special(self, special: Special, waiting: list[Batch]) -> _Sent:
+        packing = Packing(self.budget, {**self._tip.record.header.positions, **(special.positions or {})})
+        packing.batches = waiting
+        return self._assemble(packing, special.kind, special.groups, special.ops, special.large)
+
+    def _assemble(
+        self, packing: Packing, kind: Kind, groups: Groups, data: Sequence[Op], large: Large | None = None
+    ) -> _Sent:
         tip = self._tip
         before = tip.record.header
         record = Record.build(
@@ -285,14 +320,13 @@ class GroupCommit:
             time_ms=max(self._clock.time_ms(), before.time_ms),
             kind=kind,
             positions=packing.positions,
-            groups=packing.groups(),
+            groups=groups,
+            large=large,
         )
         raw = record.encode()
-        if len(raw) > packing.record_bytes:
-            raise AssertionError(f"a record of {len(raw)} bytes was sized as {packing.record_bytes}")
         key = record_key(self._generation, record.index, self._options.segment_records)
         ops: list[Op] = [self._fence, CheckIndex(tip.key, tip.modify_index)]
-        ops += [write.op for write in packing.entries.values()]
+        ops += data
         ops.append(Cas(key, raw, 0))
         return _Sent(packing, record, raw, key, ops)
 
@@ -358,6 +392,8 @@ class GroupCommit:
         batches = sent.packing.batches
         if isinstance(refusal, Unavailable):
             sent.fail(NotApplied("the store could not be reached: nothing was written"))
+        elif isinstance(refusal, TooLarge) and self._relimited():
+            self._repack(batches)
         elif len(batches) == 1:
             sent.fail(refusal)
         else:
@@ -367,6 +403,38 @@ class GroupCommit:
             alive = [batch for batch in batches if not isinstance(batch, _Pending) or not batch.future.done()]
             self._queue.extendleft(reversed(alive))
             self._queue_bytes += sum([batch.size_bytes for batch in alive])
+
+    def _relimited(self) -> bool:
+        """Whether the store has learnt other limits since the transactions were last sized; sizes them anew if so."""
+        limits = self._physical.limits
+        if limits == self._limits:
+            return False
+        self._limits = limits
+        self.counts.relimited += 1
+        self.budget = Budget(
+            limits, session=self._tenure.session, record_key=self._tip.key, writer=self._tenure.node_id
+        )
+        self._preparer = Preparer(self._generation, limits)
+        return True
+
+    def _repack(self, batches: Sequence[Batch]) -> None:
+        """Queue batches again, the oldest first; those that now need parts, queued ones too, are told so."""
+        kept: deque[Batch] = deque()
+        for batch in (*batches, *self._queue):
+            if isinstance(batch, _PendingSpecial):
+                batch.fail(TooLarge("the store takes less than this record was made for"))
+                continue
+            if isinstance(batch, _Pending) and batch.future.done():
+                continue
+            try:
+                require_fits_alone(batch, self.budget, self._tip.record.header.positions)
+            except NeedsParts as error:
+                if isinstance(batch, _Pending):
+                    batch.fail(error)
+                continue
+            kept.append(batch)
+        self._queue = kept
+        self._queue_bytes = sum([batch.size_bytes for batch in kept])
 
     # -- one transaction's fate
 
@@ -427,7 +495,9 @@ class GroupCommit:
     async def _find_own(self, sent: _Sent) -> int | None:
         """The ModifyIndex of our record if it is stored. Raises OutcomeUnknown when that cannot be read."""
         try:
-            item = await self._physical.get(sent.key, consistent=True)
-        except BackendError as error:
-            raise OutcomeUnknown(f"record {sent.record.index} may have been written: {error}") from error
+            async with asyncio.timeout(self._options.resolve_timeout_s):  # a read may wait longer than callers should
+                item = await self._physical.get(sent.key, consistent=True)
+        except (BackendError, TimeoutError) as error:
+            reason = str(error) or "no answer in time"
+            raise OutcomeUnknown(f"record {sent.record.index} may have been written: {reason}") from error
         return item.modify_index if item is not None and item.value == sent.raw else None

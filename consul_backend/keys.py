@@ -83,3 +83,24 @@ def join_key(cls: str, partition: str, path: str) -> str:
 def encode_partition(cls: str, partition: str) -> str:
     """``<class>/<encoded partition>``: the part of a physical key that thousands of keys share."""
     return f"{cls}/{encode_segment(partition)}"
+
+
+def split_prefix(prefix: str) -> tuple[str, str, str]:
+    """Class, partition and folder (without its last slash, perhaps empty) of a list prefix. Raises ValueError."""
+    parts = prefix.split("/", 2)
+    if len(parts) != 3 or parts[0] not in CLASSES or not parts[1] or (parts[2] and parts[2][-1] != "/"):
+        raise ValueError(f"not a list prefix: {prefix!r}")
+    return parts[0], parts[1], parts[2].removesuffix("/")
+
+
+def decode_name(name: str) -> str:
+    """One name of a listing, decoded; folders keep their slash. Raises Corrupt."""
+    folder = name.endswith("/")
+    decoded = decode_segment(name.removesuffix("/"))
+    return f"{decoded}/" if folder else decoded
+
+
+def public_name(key: str) -> str:
+    """A key's class and partition, for messages; paths may be nobody else's business."""
+    cls, partition, _ = key.split("/", 2)
+    return f"an entry of class {cls}, partition {partition}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from consul_backend.errors import TooLarge
 from consul_backend.txn import (
@@ -30,6 +30,15 @@ from consul_backend.txn import (
     Set,
     Unlock,
 )
+
+_REFUSALS = {
+    "ops": re.compile(r"operations \(\d+ > (\d+)\)"),
+    "value": re.compile(r"too large \(\d+ > (\d+) bytes\)"),
+    "body": re.compile(r"max size: (\d+)"),
+}
+"""What Consul says with a 413, each with the limit that holds (1.8.7 and 1.14 sources)."""
+
+_OPS_OLD = 64
 
 OPS_MIN = 4
 """Fence, chain check, one data operation and the record: with fewer nothing can be committed."""
@@ -171,6 +180,19 @@ def _body_excess(size_bytes: int, limits: Limits) -> str | None:
     if size_bytes <= limits.body_bytes_max:
         return None
     return f"a request of {size_bytes} bytes, the store takes {limits.body_bytes_max}"
+
+
+def learnt(limits: Limits, ops_count: int, size_bytes: int, text: str) -> Limits:
+    """The limits that a refusal for size (413) of ``ops_count`` operations in ``size_bytes`` bytes teaches: what its
+    text says, or else less than what was refused. Never more than before, never less than a commit needs."""
+    numbers = {what: int(found.group(1)) for what, pattern in _REFUSALS.items() if (found := pattern.search(text))}
+    if "value" in numbers:
+        return replace(limits, value_bytes_max=max(1, min(numbers["value"], limits.value_bytes_max)))
+    if "ops" in numbers or (not numbers and ops_count > _OPS_OLD):
+        ops_max = min(numbers.get("ops", _OPS_OLD), ops_count - 1, limits.ops_max)
+        return replace(limits, ops_max=max(OPS_MIN, ops_max))
+    body = min(numbers.get("body", size_bytes // 2), size_bytes - 1, limits.body_bytes_max)
+    return replace(limits, body_bytes_max=max(BODY_BYTES_MIN, body))
 
 
 def require_key(key: str) -> str:

@@ -13,14 +13,18 @@ Digests are BLAKE2b-20, each level with its own ``person`` so that no level's in
 
 A subpage *is* its packed bytes: no Python object exists per key, which keeps a million keys below 150 bytes each.
 Digests of subpages, pages and partitions are computed when asked for and kept until something below them changes.
+
+A page may be *cold*: its digest is known (or not even that), its entries are in the store only. Whatever needs them
+raises NotLoaded; :mod:`consul_backend.lazy_index` loads pages before anybody asks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
+from typing import Any, NoReturn
 
-from consul_backend.errors import Corrupt
+from consul_backend.errors import Corrupt, NotLoaded
 
 DIGEST_BYTES = 20
 PAGES = 256
@@ -72,13 +76,26 @@ def unpack_entries(blob: bytes) -> Iterator[tuple[str, bytes]]:
         yield name, blob[cut:position]
 
 
+class _Cold(dict[int, bytes]):
+    """Stands for the subpages of a cold page: any look at them is refused. Costs loaded pages nothing."""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise NotLoaded("a page of the merkle index is not in memory yet; try again")
+
+    get = pop = items = __getitem__ = __setitem__ = __iter__ = __len__ = _refuse
+
+
+_COLD = _Cold()
+
+
 class _Page:
     """Subpages by number, and the digests that are known."""
 
-    __slots__ = ("blobs", "digest", "digests")
+    __slots__ = ("blobs", "count", "digest", "digests")
 
     def __init__(self) -> None:
         self.blobs: dict[int, bytes] = {}
+        self.count = 0
         self.digests: dict[int, bytes] = {}
         self.digest: bytes | None = None
 
@@ -114,7 +131,7 @@ class _Partition:
             self.digest = _hash_numbered(self.page_digests(), b"partition")
         return self.digest
 
-    def set_blob(self, bucket: int, blob: bytes) -> None:
+    def set_blob(self, bucket: int, blob: bytes, grown: int) -> None:
         number, subpage = bucket >> 8, bucket & 0xFF
         page = self.pages.get(number)
         if page is None:
@@ -123,6 +140,8 @@ class _Partition:
             page = self.pages[number] = _Page()
         page.digests.pop(subpage, None)
         page.digest = self.digest = None
+        page.count += grown
+        self.count += grown
         if blob:
             page.blobs[subpage] = blob
             return
@@ -159,13 +178,10 @@ class Forest:
         blob = page.blobs.get(head[1], b"") if page is not None else b""
         start, stop = _locate(blob, name)
         entry = b"" if digest is None else len(name).to_bytes(2, "big") + name + digest
-        if start == stop:
-            if digest is None:
-                return bucket
-            tree.count += 1
-        elif digest is None:
-            tree.count -= 1
-        tree.set_blob(bucket, blob[:start] + entry + blob[stop:])
+        if start == stop and digest is None:
+            return bucket
+        grown = (digest is not None) - (start != stop)
+        tree.set_blob(bucket, blob[:start] + entry + blob[stop:], grown)
         if not tree.pages:
             del self._partitions[cls][partition]
         return bucket
@@ -256,10 +272,60 @@ class Forest:
             tree = trees[partition] = _Partition()
         page = tree.pages.get(bucket >> 8)
         old = page.blobs.get(bucket & 0xFF, b"") if page is not None else b""
-        tree.count += count_entries(blob) - count_entries(old)
-        tree.set_blob(bucket, blob)
+        tree.set_blob(bucket, blob, count_entries(blob) - count_entries(old))
         if not tree.pages:
             del trees[partition]
+
+    def add_cold(self, cls: str, partition: str, page: int, digest: bytes | None, count: int) -> None:
+        """Note that a page's entries are in the store only; ``digest`` None: even its digest must be computed."""
+        tree = self._partitions.setdefault(cls, {}).setdefault(partition, _Partition())
+        before = tree.pages.get(page)
+        cold = tree.pages[page] = _Page()
+        cold.blobs, cold.digest, cold.count = _COLD, digest, count
+        tree.count += count - (before.count if before is not None else 0)
+        tree.digest = None
+
+    def is_cold(self, cls: str, partition: str, page: int) -> bool:
+        """Whether a page's entries are in the store only."""
+        tree = self._find(cls, partition)
+        found = tree.pages.get(page) if tree is not None else None
+        return found is not None and found.blobs is _COLD
+
+    def cold_between(self, cls: str, partition: str, start: int, stop: int) -> bool:
+        """Whether any page of the buckets ``start`` to ``stop`` (exclusive) is cold."""
+        tree = self._find(cls, partition)
+        if tree is None:
+            return False
+        pages = range(start >> 8, (stop + 0xFF) >> 8)
+        return any(page in tree.pages and tree.pages[page].blobs is _COLD for page in pages)
+
+    def adopt(self, cls: str, partition: str, page: int, source: Forest) -> None:
+        """Put ``source``'s page, perhaps an empty one, in place of a cold one."""
+        theirs = source._find(cls, partition)
+        loaded = theirs.pages.get(page) if theirs is not None else None
+        trees = self._partitions.setdefault(cls, {})
+        tree = trees.setdefault(partition, _Partition())
+        before = tree.pages.pop(page, None) or _Page()
+        if loaded is not None:
+            tree.pages[page] = loaded
+        if loaded is None or before.digest != loaded.root():
+            tree.digest = None
+        tree.count += (loaded.count if loaded is not None else 0) - before.count
+        if not tree.pages:
+            del trees[partition]
+
+    def page_digest(self, cls: str, partition: str, page: int) -> bytes | None:
+        """The digest of one page, None when it is empty."""
+        tree = self._find(cls, partition)
+        found = tree.pages.get(page) if tree is not None else None
+        return found.root() if found is not None else None
+
+    def page_heads(self, cls: str, partition: str) -> dict[int, tuple[bytes, int]]:
+        """Digest and number of entries of a partition's non-empty pages."""
+        tree = self._find(cls, partition)
+        if tree is None:
+            return {}
+        return {number: (page.root(), page.count) for number, page in tree.pages.items()}
 
     def _find(self, cls: str, partition: str) -> _Partition | None:
         trees = self._partitions.get(cls)

@@ -1,6 +1,7 @@
 """Writing the merkle index to the store behind the commits' back.
 
-One flush is one transaction: the two guards, a compare-and-swap of the checkpoint, then extents to write and delete.
+One flush is one transaction: the two guards, a compare-and-swap of the checkpoint, then extents to write and delete,
+and the heads of their partitions.
 The checkpoint's compare-and-swap chains flushes to each other, so that a late duplicate of an earlier one is refused,
 and makes checkpoint and extents change together. Writers never wait: the extents are cut from memory between two
 commits, at the head of that moment, and what changes meanwhile is dirty again.
@@ -11,13 +12,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
+
+from msgspec.structs import replace as replace_fields
 
 from consul_backend.checkpoint import DIRTY_MAX, Checkpoint, CheckpointLeaf, checkpoint_key, encode_checkpoint
 from consul_backend.errors import Conflict, OutcomeUnknown, PermissionDenied, StoreWentBack, TooLarge, Unavailable
 from consul_backend.failpoint import failpoint
-from consul_backend.fenced import GUARD_OPS, fenced_txn
+from consul_backend.fenced import GUARD_OPS, fenced_txn, require_tenure
+from consul_backend.heads import HEADS_BYTES_MAX, HeadsTable, encode_heads, heads_key, heads_sum
+from consul_backend.limits import base64_bytes
 from consul_backend.merkle import Forest
 from consul_backend.merkle_pages import ExtentTable, FlushPlan
 from consul_backend.physical import PhysicalStore
@@ -41,11 +46,15 @@ class FlushView:
     head: Head
     positions: Mapping[str, Position]
     segment_bytes: Mapping[int, int]
+    crossings: Mapping[int, int] = field(default_factory=dict)
+    batches_from: Callable[[int], tuple[int, ...]] = lambda redo_from: ()
+    """First parts of large batches that a recovery from that record on would need."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Flush:
     plan: FlushPlan
+    heads: dict[tuple[str, str], int | None]
     checkpoint: Checkpoint
     raw: bytes
     ops: list[Op]
@@ -62,6 +71,7 @@ class Flusher:
         forest: Forest,
         table: ExtentTable,
         *,
+        heads: HeadsTable,
         view: Callable[[], FlushView],
         checkpoint: Checkpoint | None,
         checkpoint_index: int,
@@ -73,19 +83,22 @@ class Flusher:
         self._tenure = tenure
         self._forest = forest
         self._table = table
+        self._heads = heads
         self._view = view
         self._checkpoint_index = checkpoint_index
         self._interval_s = interval_s
         self._extents_per_s = extents_per_s
         self._unresolved: _Flush | None = None
+        self._flushed = asyncio.Event()
         self.checkpoint = checkpoint
         self.extents_written = 0
         self.failures = 0
 
     @property
     def redo_from(self) -> int:
-        """The first record that recovery would need; the log from here on must stay."""
-        return self.checkpoint.redo_from if self.checkpoint is not None else 1
+        """The first record that recovery would need; the log from here on must stay. Recovery reads the checkpoint's
+        head as well, to see that the log is the one which the checkpoint was written after."""
+        return self.checkpoint.scan_from if self.checkpoint is not None else 1
 
     async def flush(self) -> int:
         """One transaction's worth, oldest first; returns how many extents, 0 also when all is stored already.
@@ -112,16 +125,32 @@ class Flusher:
         failpoint("flush:after-reply")
         self._unresolved = None
         self._table.flushed(flush.plan)
+        self._heads.apply(flush.heads)
         self.checkpoint = flush.checkpoint
         self._checkpoint_index = index
         self.extents_written += flush.plan.ops
+        self._flushed.set()
+        self._flushed = asyncio.Event()
         failpoint("flush:before-ack")
         return flush.plan.ops
 
     async def flush_all(self) -> None:
         """Flush until nothing is dirty (while nobody commits). Raises as :meth:`flush`."""
         while self._unresolved is not None or self._build_needed():
-            await self.flush()
+            if not await self.flush() and not self._heads.stale:
+                return
+
+    async def stored(self, index: int) -> None:
+        """Wait until :meth:`run` has stored everything up to record ``index``."""
+        while self._lacks(index):
+            await self._flushed.wait()
+
+    def _lacks(self, index: int) -> bool:
+        checkpoint = self.checkpoint
+        if checkpoint is None or checkpoint.head_index < index:
+            return True
+        waiting = [leaf.first for leaf in checkpoint.dirty] + [leaf.first for leaf in self._table.oldest(1)]
+        return min(waiting, default=index + 1) <= index
 
     async def run(self) -> NoReturn:
         """Flush at the configured pace until cancelled. Raises FenceLost, StoreWentBack."""
@@ -139,21 +168,26 @@ class Flusher:
 
     def _build_needed(self) -> bool:
         current = self.checkpoint is not None and self.checkpoint.head_index == self._view().head.index
-        return not current or self._table.dirty_count > 0
+        return not current or self._table.dirty_count > 0 or bool(self._heads.stale)
 
     def _build(self) -> _Flush | None:
         if not self._build_needed():
             return None
         view = self._view()
         limits = self._physical.limits
+        ops_max = limits.ops_max - GUARD_OPS - 1
+        body_bytes_max = min(FLUSH_BODY_BYTES, limits.body_bytes_max // 3)
+        # Each extent may be of another partition, whose heads then travel with it.
+        extents_max = max(1, min(FLUSH_EXTENTS, ops_max // 3, body_bytes_max // base64_bytes(HEADS_BYTES_MAX)))
         plan = self._table.plan(
             self._forest,
             view.head.index,
-            extents_max=FLUSH_EXTENTS,
-            ops_max=limits.ops_max - GUARD_OPS - 1,
-            body_bytes_max=min(FLUSH_BODY_BYTES, limits.body_bytes_max // 3),
+            extents_max=extents_max,
+            ops_max=ops_max - extents_max,
+            body_bytes_max=body_bytes_max,
         )
         count, total = self._table.total_after(plan)
+        heads, head_ops = self._build_heads(plan, extents_max)
         checkpoint = Checkpoint(
             serial=self.checkpoint.serial + 1 if self.checkpoint is not None else 1,
             epoch=self._tenure.epoch,
@@ -167,16 +201,38 @@ class Flusher:
             extents=count,
             extents_sum=total,
             segment_bytes=dict(view.segment_bytes),
+            heads=len(self._heads.after(heads)),
+            heads_sum=heads_sum(self._heads.after(heads)),
+            crossings=dict(view.crossings),
         )
+        checkpoint = replace_fields(checkpoint, batches=view.batches_from(checkpoint.redo_from))
         raw = encode_checkpoint(self._generation, checkpoint)
         ops: list[Op] = [Cas(checkpoint_key(self._generation), raw, self._checkpoint_index)]
         ops += [Set(key, blob) for key, blob in plan.writes.items()]
         ops += [Delete(key) for key in plan.deletes]
-        return _Flush(plan, checkpoint, raw, ops)
+        return _Flush(plan, heads, checkpoint, raw, ops + head_ops)
+
+    def _build_heads(self, plan: FlushPlan, count_max: int) -> tuple[dict[tuple[str, str], int | None], list[Op]]:
+        """The heads of the plan's partitions as they are now, and of stale ones while there is room: checksums by name
+        (None: deleted), and the operations that store them."""
+        names = [*plan.changes, *(name for name in sorted(self._heads.stale) if name not in plan.changes)]
+        heads: dict[tuple[str, str], int | None] = {}
+        ops: list[Op] = []
+        for cls, partition in names[: max(count_max, len(plan.changes))]:
+            key = heads_key(self._generation, cls, partition)
+            if self._table.keeps_extents(plan, (cls, partition)):
+                raw, checksum = encode_heads(key, self._forest, cls, partition, plan.lsn)
+                heads[cls, partition] = checksum
+                ops.append(Set(key, raw))
+            else:
+                heads[cls, partition] = None
+                ops.append(Delete(key))
+        return heads, ops
 
     async def _find_own(self, flush: _Flush) -> int:
         item = await self._physical.get(checkpoint_key(self._generation), consistent=True)
         if item is None or item.value != flush.raw:
+            await require_tenure(self._physical, self._tenure)  # or else it is a successor's
             raise StoreWentBack(
                 "the checkpoint is not the one this node wrote although it holds the lock: the store was restored or"
                 " changed underneath"

@@ -19,89 +19,41 @@ import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import accumulate
 
-import msgspec
-
-from consul_backend.errors import Corrupt
-from consul_backend.keys import decode_segment, encode_partition
+from consul_backend.extents import (
+    CHECKSUM_BYTES,
+    DEPTH_MAX,
+    EXTENT_BYTES_MAX,
+    Extent,
+    decode_extent,
+    encode_extent,
+    extent_key,
+    merkle_prefix,
+    parse_extent_name,
+    parse_partition_name,
+)
 from consul_backend.limits import base64_bytes
 from consul_backend.merkle import BUCKETS, Forest
 
-EXTENT_VERSION = 1
-EXTENT_BYTES_MAX = 24 * 1024
-DEPTH_MAX = 16
-CHECKSUM_BYTES = 16
+__all__ = [
+    "EXTENT_BYTES_MAX",
+    "Extent",
+    "ExtentTable",
+    "FlushPlan",
+    "decode_extent",
+    "encode_extent",
+    "extent_key",
+    "merkle_prefix",
+    "parse_extent_name",
+    "parse_partition_name",
+    "range_of",
+]
+
 _SUM_MODULUS = 1 << (8 * CHECKSUM_BYTES)
 _SUBPAGE_FRAME_BYTES = 8
 _OP_FRAME_BYTES = 128
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode_outer = msgspec.msgpack.Decoder(tuple[bytes, bytes]).decode
-_decode_body = msgspec.msgpack.Decoder(tuple[int, int, tuple[tuple[int, bytes], ...]]).decode
-
-
-def merkle_prefix(generation: str) -> str:
-    """What every extent key of a generation begins with."""
-    return f"g/{generation}/merkle/"
-
-
-def extent_key(generation: str, cls: str, partition: str, depth: int, start: int) -> str:
-    """Where an extent is stored: ``g/<generation>/merkle/<class>/<partition>/<depth>-<prefix>``."""
-    name = f"{depth:02d}-{start >> (DEPTH_MAX - depth):04x}"
-    return f"{merkle_prefix(generation)}{encode_partition(cls, partition)}/{name}"
-
-
-def parse_extent_name(name: str) -> tuple[int, int]:
-    """Depth and first bucket from the last segment of an extent key. Raises Corrupt."""
-    head, dash, tail = name.partition("-")
-    try:
-        depth, prefix = int(head), int(tail, 16)
-    except ValueError:
-        raise Corrupt(f"{name!r} is not the name of an index extent") from None
-    if not dash or not 0 <= depth <= DEPTH_MAX or not 0 <= prefix < 1 << depth or name != f"{depth:02d}-{prefix:04x}":
-        raise Corrupt(f"{name!r} is not the name of an index extent")
-    return depth, prefix << (DEPTH_MAX - depth)
-
-
-def parse_partition_name(name: str) -> str:
-    """The partition from its folder name (with its slash). Raises Corrupt."""
-    return decode_segment(name.removesuffix("/"))
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A decoded extent: subpages as of WAL index ``lsn``."""
-
-    lsn: int
-    subpages: tuple[tuple[int, bytes], ...]
-    checksum: bytes
-
-
-def encode_extent(key: str, lsn: int, subpages: list[tuple[int, bytes]]) -> tuple[bytes, bytes]:
-    """The stored bytes of an extent and its checksum, which also covers its key: extents cannot be swapped."""
-    body = _encode((EXTENT_VERSION, lsn, subpages))
-    checksum = _checksum(key, body)
-    return _encode((body, checksum)), checksum
-
-
-def decode_extent(key: str, raw: bytes) -> Extent:
-    """The extent stored at ``key``. Raises Corrupt naming the key."""
-    try:
-        body, checksum = _decode_outer(raw)
-        if _checksum(key, body) != checksum:
-            raise Corrupt(f"index extent {key} does not have its checksum")
-        version, lsn, subpages = _decode_body(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        raise Corrupt(f"index extent {key} is malformed") from None
-    if version != EXTENT_VERSION:
-        raise Corrupt(f"index extent {key} has version {version}, this program knows {EXTENT_VERSION}")
-    return Extent(lsn, subpages, checksum)
-
-
-def _checksum(key: str, body: bytes) -> bytes:
-    return blake2b(key.encode() + b"\0" + body, digest_size=CHECKSUM_BYTES, person=b"extent").digest()
+_PAGE_DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +106,24 @@ class _Layout:
                 return key
         return None
 
+    def derive(self) -> None:
+        """The leaves, from what is stored."""
+        split = {(depth, _align(start, depth)) for below, start in self.stored for depth in range(below)}
+        leaves = list(_derive_leaves(split, 0, 0))
+        self.starts = [start for start, _ in leaves]
+        self.depths = dict(leaves)
+
+    def mark_unwritten(self, redo_from: int) -> None:
+        """Leaves that a split left unwritten are dirty from ``redo_from``."""
+        for start, depth in self.depths.items():
+            if (depth, start) not in self.stored:
+                above = self.covering(start, depth)
+                if above is not None:
+                    self.dirty[start] = max(self.stored[above].lsn + 1, redo_from)
+
+    def leaves_between(self, start: int, stop: int) -> list[int]:
+        return self.starts[bisect_right(self.starts, start) - 1 : bisect_left(self.starts, stop)]
+
     def leaves_under(self, depth: int, start: int) -> list[tuple[int, int]]:
         low = bisect_left(self.starts, start)
         high = bisect_left(self.starts, start + _width(depth))
@@ -192,12 +162,14 @@ class ExtentTable:
         return self._sum.to_bytes(CHECKSUM_BYTES, "big")
 
     def mark(self, cls: str, partition: str, bucket: int, index: int) -> None:
-        """Record ``index`` changed ``bucket``."""
+        """Record ``index`` changed ``bucket``. Pages loaded late bring their records late: the oldest counts."""
         layout = self._layouts.get((cls, partition))
         if layout is None:
             layout = self._layouts[cls, partition] = _Layout()
         starts = layout.starts
-        layout.dirty.setdefault(starts[bisect_right(starts, bucket) - 1], index)
+        start = starts[bisect_right(starts, bucket) - 1]
+        if layout.dirty.get(start, index) >= index:
+            layout.dirty[start] = index
 
     def dirty_leaves(self) -> Iterator[DirtyLeaf]:
         """Every dirty leaf, in no order."""
@@ -239,15 +211,86 @@ class ExtentTable:
     def settle(self, redo_from: int) -> None:
         """Derive the leaves from what is stored; leaves that a split left unwritten are dirty from ``redo_from``."""
         for layout in self._layouts.values():
-            split = {(depth, _align(start, depth)) for below, start in layout.stored for depth in range(below)}
-            leaves = list(_derive_leaves(split, 0, 0))
-            layout.starts = [start for start, _ in leaves]
-            layout.depths = dict(leaves)
-            for start, depth in leaves:
-                if (depth, start) not in layout.stored:
-                    above = layout.covering(start, depth)
-                    if above is not None:
-                        layout.dirty[start] = max(layout.stored[above].lsn + 1, redo_from)
+            layout.derive()
+            layout.mark_unwritten(redo_from)
+
+    # -- loading a partition's extents one after the other (lazy_index)
+
+    def resume(self, count: int, total: bytes) -> None:
+        """Take number and sum of the stored extents from a checkpoint, instead of from :meth:`add_stored`."""
+        self.count, self._sum = count, int.from_bytes(total, "big")
+
+    def recount(self) -> None:
+        """Compute number and sum anew, once every partition's extents are known."""
+        stored = [one for layout in self._layouts.values() for one in layout.stored.values()]
+        self.count, self._sum = len(stored), sum([one.checksum for one in stored]) % _SUM_MODULUS
+
+    def add_names(self, cls: str, partition: str, stored: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Note which extents (depth, start) of a partition are stored. Returns those above others: splits that are not
+        complete, to be loaded before :meth:`settle_partition`."""
+        layout = self._layouts[cls, partition] = _Layout()
+        layout.stored = dict.fromkeys(stored, _Stored(0, 0, False))
+        layout.derive()
+        return [(depth, start) for depth, start in stored if layout.depths.get(start) != depth]
+
+    def set_loaded(self, cls: str, partition: str, depth: int, start: int, extent: Extent) -> None:
+        """An extent known by name was read."""
+        stored = _Stored(int.from_bytes(extent.checksum, "big"), extent.lsn, not extent.subpages)
+        self._layouts[cls, partition].stored[depth, start] = stored
+
+    def settle_partition(self, cls: str, partition: str, redo_from: int) -> None:
+        """As :meth:`settle`, for one partition of :meth:`add_names`."""
+        layout = self._layouts[cls, partition]
+        layout.mark_unwritten(redo_from)
+        if not layout.stored:
+            del self._layouts[cls, partition]
+
+    def unit_of(self, cls: str, partition: str, page: int) -> tuple[int, int]:
+        """The pages (first, after the last) that are stored together with ``page``: its shallowest extent's range."""
+        bucket = page * _width(_PAGE_DEPTH)
+        layout = self._layouts.get((cls, partition))
+        for depth in range(_PAGE_DEPTH):
+            start = _align(bucket, depth)
+            if layout is not None and (depth, start) in layout.stored:
+                return start >> 8, (start + _width(depth)) >> 8
+        return page, page + 1
+
+    def stored_over(self, cls: str, partition: str, start: int, stop: int) -> list[tuple[int, int]]:
+        """The stored extents (depth, start) that hold any bucket from ``start`` up to ``stop`` (exclusive), the
+        shallow ones first."""
+        layout = self._layouts.get((cls, partition))
+        if layout is None:
+            return []
+        inside = {(layout.depths[first], first) for first in layout.leaves_between(start, stop)}
+        found = inside | {(depth, _align(first, depth)) for below, first in inside for depth in range(below)}
+        return sorted(where for where in found if where in layout.stored)
+
+    def stored_checksum(self, cls: str, partition: str, depth: int, start: int) -> bytes | None:
+        """The checksum of a clean leaf's stored extent; None when it is dirty, no leaf, or nothing is stored."""
+        layout = self._layouts.get((cls, partition))
+        stored = layout.stored.get((depth, start)) if layout is not None else None
+        if layout is None or stored is None or start in layout.dirty or layout.depths.get(start) != depth:
+            return None
+        return stored.checksum.to_bytes(CHECKSUM_BYTES, "big")
+
+    def clean_leaves(self, cls: str, partition: str) -> list[tuple[int, int]]:
+        """The leaves (depth, start) of a partition whose stored extent is up to date."""
+        layout = self._layouts.get((cls, partition))
+        if layout is None:
+            return []
+        leaves = [(depth, start) for start, depth in layout.depths.items() if start not in layout.dirty]
+        return [where for where in leaves if where in layout.stored]
+
+    def keeps_extents(self, plan: FlushPlan, name: tuple[str, str]) -> bool:
+        """Whether any extent of a (class, partition) will be stored once the plan is applied."""
+        layout, changes = self._layouts.get(name), plan.changes.get(name, {})
+        stored = layout.stored.keys() if layout is not None else set()
+        return any(changes.get(where, True) for where in stored | changes.keys())
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """The (class, partition) pairs that have stored or dirty leaves."""
+        return list(self._layouts)
 
     # -- flushing
 
@@ -258,6 +301,8 @@ class ExtentTable:
         """
         plan = FlushPlan(lsn)
         for leaf in self.oldest(extents_max):
+            if forest.cold_between(leaf.cls, leaf.partition, leaf.start, leaf.start + _width(leaf.depth)):
+                continue  # shares its extent with a damaged page: only a repair can write it
             layout = self._layouts[leaf.cls, leaf.partition]
             for start, depth in self._split(layout, leaf, forest):
                 part = DirtyLeaf(leaf.cls, leaf.partition, start, depth, leaf.first)

@@ -1,6 +1,8 @@
 """Becoming active: what is in the store, what case that is, and what to do. ARIES' analysis and redo.
 
-Undo is empty in this version: a commit is one transaction, so no record is ever half true.
+A commit is one transaction, so no record is ever half true. A large batch (``large_batch.py``) can be half written:
+what the log says of it is found here and finished by the new tenure, before it serves: rolled forward if it has its
+commit record, else voided by an abort record.
 
 How a store gets into each case, and why the answer is safe:
 
@@ -17,22 +19,30 @@ How a store gets into each case, and why the answer is safe:
 * *first start*: nothing was flushed yet; the log since genesis is everything.
 * *checkpoint lost*: as *index damaged*, whether it is missing or fails its checksum.
 
+The work is bounded by the distance to the checkpoint, not by the number of keys: a small index is read whole, of a big
+one only the heads of its pages; the rest is loaded while it is in use (``lazy_index.py``). Heads that are not those of
+the checkpoint are ignored, the index is then read whole, and they are written anew.
+
 Recovery writes nothing (a rebuild deletes what it will not use), so a crash in it is a crash before it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from enum import Enum
 
 from consul_backend.checkpoint import Checkpoint, checkpoint_key, decode_checkpoint
 from consul_backend.errors import Corrupt
 from consul_backend.failpoint import failpoint
-from consul_backend.fenced import fenced_idempotent
+from consul_backend.fenced import fenced_idempotent, require_tenure
 from consul_backend.group_commit import Tip
-from consul_backend.merkle import PAGES, Forest, bucket_of, entry_digest
+from consul_backend.heads import Heads, HeadsTable, decode_heads, heads_prefix, heads_sum
+from consul_backend.large_batch import Replay
+from consul_backend.lazy_index import LazyIndex, put_extent
+from consul_backend.merkle import PAGES, Forest, entry_digest
 from consul_backend.merkle_pages import (
     Extent,
     ExtentTable,
@@ -40,13 +50,14 @@ from consul_backend.merkle_pages import (
     merkle_prefix,
     parse_extent_name,
     parse_partition_name,
-    range_of,
 )
 from consul_backend.physical import PhysicalStore
 from consul_backend.tenure import Tenure
 from consul_backend.txn import Delete, DeleteTree, Op
-from consul_backend.wal import GENESIS_INDEX, GENESIS_PREV, CorruptRecord, Record
+from consul_backend.wal import GENESIS_INDEX, GENESIS_PREV, CorruptRecord, Record, Write
 from consul_backend.wal_reader import list_segment, list_segments, scan_records
+
+log = logging.getLogger("core.recovery")
 
 
 class Action(Enum):
@@ -126,6 +137,11 @@ class Recovered:
     oldest_index: int
     segment_bytes: dict[int, int]
     case: str
+    lazy: LazyIndex
+    heads: HeadsTable
+    replay: Replay
+    """Of the records that were read: large batches to finish."""
+    crossings: dict[int, int]
     redone: int
     """Records that were repeated."""
     recent: list[Record] = field(default_factory=list)
@@ -144,32 +160,59 @@ class _Found:
     checkpoint_index: int = 0
     extents: list[tuple[str, str, int, int, Extent]] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
+    heads: dict[tuple[str, str], Heads] = field(default_factory=dict)
+    heads_damaged: set[tuple[str, str]] = field(default_factory=set)
+    heads_match: bool = False
+    lazy: bool = False
 
 
 RECENT_RECORDS = 256
+EAGER_KEYS = 10_000
+"""An index of up to so many entries (about 40 extents) is read whole."""
 
 
-async def recover(physical: PhysicalStore, generation: str, tenure: Tenure, segment_records: int) -> Recovered:
+async def recover(
+    physical: PhysicalStore, generation: str, tenure: Tenure, segment_records: int, eager_keys: int = EAGER_KEYS
+) -> Recovered:
     """The index, the head and the positions of a generation, from its checkpoint, extents and log.
 
-    Raises Corrupt (naming what is wrong) and what the physical store raises. The caller holds the lock.
+    Raises Corrupt (naming what is wrong), FenceLost and what the physical store raises. The caller holds the lock.
     """
+    try:
+        return await _recover(physical, generation, tenure, segment_records, eager_keys)
+    except Corrupt:
+        # What is read here is no snapshot: to a node that lost the lock meanwhile, its successor's writes look like
+        # damage.
+        await require_tenure(physical, tenure)
+        raise
+
+
+async def _recover(
+    physical: PhysicalStore, generation: str, tenure: Tenure, segment_records: int, eager_keys: int
+) -> Recovered:
     found = _Found()
     await _find_checkpoint(physical, generation, found)
     failpoint("recovery:after-checkpoint")
     await _find_log(physical, generation, segment_records, found)
-    await _find_extents(physical, generation, found)
-    failpoint("recovery:after-extents")
+    await _find_heads(physical, generation, found)
+    found.lazy = found.heads_match and sum([head.count for head in found.heads.values()]) > eager_keys
     table = ExtentTable(generation)
+    if not found.lazy:
+        await _find_extents(physical, generation, found)
+    elif found.checkpoint is not None:
+        table.resume(found.checkpoint.extents, found.checkpoint.extents_sum)
+    failpoint("recovery:after-extents")
     for extent in found.extents:
         table.add_stored(*extent)
     case = classify(_facts(found, table))
     if case.action is Action.HALT:
         raise Corrupt(_explain(case, generation, found))
     if case.action is Action.REBUILD:
-        doomed: list[Op] = [DeleteTree(merkle_prefix(generation)), Delete(checkpoint_key(generation))]
+        doomed: list[Op] = [DeleteTree(merkle_prefix(generation)), DeleteTree(heads_prefix(generation))]
+        doomed.append(Delete(checkpoint_key(generation)))
         await fenced_idempotent(physical, tenure, doomed)
         found.extents, found.checkpoint, found.checkpoint_index = [], None, 0
+        found.heads, found.heads_match, found.lazy = {}, True, False
         table = ExtentTable(generation)
     recovered = await _redo(physical, generation, segment_records, found, table, case)
     failpoint("recovery:after-redo")
@@ -180,7 +223,7 @@ def _facts(found: _Found, table: ExtentTable) -> Facts:
     checkpoint = found.checkpoint
     if checkpoint is not None:
         matches = (checkpoint.extents, checkpoint.extents_sum) == (table.count, table.total)
-        reaches = found.oldest <= min(checkpoint.redo_from, checkpoint.head_index)
+        reaches = found.oldest <= checkpoint.scan_from
         covers = found.newest >= checkpoint.head_index
     else:
         matches, reaches, covers = not found.checkpoint_stored and not table.count, False, False
@@ -225,7 +268,7 @@ async def _find_log(physical: PhysicalStore, generation: str, segment_records: i
         return
     needed = GENESIS_INDEX
     if found.checkpoint is not None:
-        needed = min(found.checkpoint.redo_from, found.checkpoint.head_index)
+        needed = found.checkpoint.scan_from
     expected: int | None = None
     for segment in segments:
         first = segment * segment_records
@@ -246,6 +289,28 @@ async def _find_log(physical: PhysicalStore, generation: str, segment_records: i
     if found.oldest % segment_records and found.oldest != GENESIS_INDEX and found.missing is None:
         # Collection takes whole segments, so a segment that begins in its middle lost records.
         found.missing = found.oldest - 1
+
+
+async def _find_heads(physical: PhysicalStore, generation: str, found: _Found) -> None:
+    prefix = heads_prefix(generation)
+    for cls in await physical.list(prefix, consistent=True):
+        names = await physical.list(prefix + cls, consistent=True)
+        keys = [prefix + cls + name for name in names]
+        for name, key, item in zip(names, keys, await physical.get_many(keys, consistent=True), strict=True):
+            where = (cls.removesuffix("/"), parse_partition_name(name))
+            try:
+                if item is not None:
+                    found.heads[where] = decode_heads(key, item.value)
+            except Corrupt as error:
+                log.warning("the index will be read whole: %s", error)
+                found.heads_damaged.add(where)
+    checkpoint = found.checkpoint
+    if checkpoint is not None:
+        total = heads_sum({name: head.checksum for name, head in found.heads.items()})
+        same = (checkpoint.heads, checkpoint.heads_sum) == (len(found.heads), total)
+        found.heads_match = same and not found.heads_damaged
+    else:
+        found.heads_match = not found.heads and not found.heads_damaged
 
 
 async def _find_extents(physical: PhysicalStore, generation: str, found: _Found) -> None:
@@ -274,15 +339,23 @@ async def _redo(
 ) -> Recovered:
     checkpoint = found.checkpoint
     redo_from = checkpoint.redo_from if checkpoint is not None else GENESIS_INDEX
-    start = min(redo_from, checkpoint.head_index) if checkpoint is not None else GENESIS_INDEX
+    start = checkpoint.scan_from if checkpoint is not None else GENESIS_INDEX
     forest = Forest()
     await _load(forest, found.extents)
-    table.settle(redo_from)
+    if not found.lazy:
+        table.settle(redo_from)
+    heads = HeadsTable()
+    if found.heads_match:
+        heads.checksums = {name: head.checksum for name, head in found.heads.items()}
+    else:
+        heads.stale = {*found.heads, *found.heads_damaged, *table.names}
+    lazy = LazyIndex(physical, generation, forest, table, found.heads if found.lazy else {}, redo_from)
     sizes: dict[int, int] = {}
     if checkpoint is not None:
         kept = found.oldest // segment_records
         sizes = {segment: size for segment, size in checkpoint.segment_bytes.items() if segment >= kept}
     recent: list[Record] = []
+    replay = Replay()
     tip: Tip | None = None
     async for piece in scan_records(physical, generation, start, found.newest, segment_records):
         for record, item in piece:
@@ -294,14 +367,15 @@ async def _redo(
             elif checkpoint is None or record.index > checkpoint.head_index:
                 segment = record.index // segment_records
                 sizes[segment] = sizes.get(segment, 0) + len(item.value)
-            redo(record, forest, table, from_index=redo_from)
+            redo(record, lazy.redo, from_index=redo_from, true=replay.feed(record))
             recent.append(record)
             tip = Tip(record, item.key, item.modify_index)
         del recent[:-RECENT_RECORDS]
         await asyncio.sleep(0)
     if tip is None:
         raise AssertionError("the newest record is always read")
-    await _warm(forest)
+    if not found.lazy:
+        await _warm(forest)
     return Recovered(
         forest=forest,
         table=table,
@@ -311,38 +385,38 @@ async def _redo(
         oldest_index=found.oldest,
         segment_bytes=sizes,
         case=case.label,
+        lazy=lazy,
+        heads=heads,
+        replay=replay,
+        crossings=dict(checkpoint.crossings) if checkpoint is not None else {},
         redone=found.newest - redo_from + 1,
         recent=recent,
     )
 
 
-def redo(record: Record, forest: Forest, table: ExtentTable, *, from_index: int) -> None:
-    """Repeat one record into the index, where what is stored is older. Raises CorruptRecord when entries are left
-    out: a cluster's own log is complete."""
+Redo = Callable[[str, str, str, bytes | None, int], None]
+"""Repeats one change: class, partition, path, entry digest (None: deleted), record."""
+
+
+def redo(record: Record, apply: Redo, *, from_index: int, true: Sequence[Write] | None = None) -> None:
+    """Repeat one record into the index, where what is stored is older: ``true`` are the entries that it made true, its
+    own unless it belongs to a large batch. Raises CorruptRecord when entries are left out: a cluster's own log is
+    complete."""
     index = record.index
     if index < from_index:
         return
     if None in record.bodies:
         raise CorruptRecord(f"record {index} lacks entries of its own log")
-    for cls, partition, entries in record.groups():
-        for path, value in entries:
-            bucket = bucket_of(path)
-            if index > table.lsn_of(cls, partition, bucket):
-                digest = None if value is None else entry_digest(f"{cls}/{partition}/{path}", value)
-                forest.change(cls, partition, path, digest)
-                table.mark(cls, partition, bucket, index)
+    for write in record.writes() if true is None else true:
+        cls, partition, path = write.key.split("/", 2)
+        digest = None if write.value is None else entry_digest(write.key, write.value)
+        apply(cls, partition, path, digest, index)
 
 
 async def _load(forest: Forest, extents: list[tuple[str, str, int, int, Extent]]) -> None:
     """Extents into the index: the shallow ones first, so that for each bucket the deepest one counts."""
     for cls, partition, depth, start, extent in sorted(extents, key=_depth):
-        first, stop = range_of(depth, start)
-        for bucket in [bucket for bucket, _ in forest.blobs(cls, partition, first, stop)]:
-            forest.load_blob(cls, partition, bucket, b"")
-        for bucket, blob in extent.subpages:
-            if not first <= bucket < stop:
-                raise Corrupt(f"an index extent of class {cls}, partition {partition!r} holds another's subpages")
-            forest.load_blob(cls, partition, bucket, blob)
+        put_extent(forest, cls, partition, depth, start, extent)
         await asyncio.sleep(0)
 
 

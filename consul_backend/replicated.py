@@ -11,27 +11,33 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from consul_backend.batching import Prepared
+from consul_backend.batching import NeedsParts, Prepared
+from consul_backend.chunks import Chunks, read_value
 from consul_backend.clock import Clock
 from consul_backend.errors import ForeignWrite
 from consul_backend.failpoint import failpoint
 from consul_backend.generation import drop_generation, genesis, physical_key, read_entry
 from consul_backend.group_commit import CommitOptions, Committed, GroupCommit
-from consul_backend.keys import decode_segment, encode_partition, encode_path
+from consul_backend.index_check import Inspected
+from consul_backend.keys import decode_name, encode_partition, encode_path, public_name, split_prefix
+from consul_backend.large_batch import BatchBounds, crossing
+from consul_backend.listing import corrected
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.merkle_flush import Flusher, FlushView
 from consul_backend.physical import PhysicalStore
 from consul_backend.position import Position
 from consul_backend.read_lease import ReadLease
-from consul_backend.recovery import Recovered, recover
+from consul_backend.recovery import EAGER_KEYS, Recovered, recover
 from consul_backend.retention import HARD_FACTOR, Collector, RetentionFacts, keep_from
+from consul_backend.roll_forward import LargeBatches
 from consul_backend.tenure import Tenure
 from consul_backend.value_cache import ValueCache
 from consul_backend.wal import CorruptRecord, Head, Record, Write
 from consul_backend.wal_reader import RecordGone, RecordRing, read_stored
+from consul_backend.went_back import require_seen, watch_tip
 
 __all__ = [
     "Head",
@@ -50,11 +56,18 @@ _MIB = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
-    """Bounds of one node's store. ``segment_records`` must stay what the generation began with (recovery checks)."""
+    """Bounds of one node's store. ``segment_records`` must stay what the generation began with (recovery checks).
+    ``batch_*`` bound one batch of values, ``staged_*`` one that replication commits together with a position."""
 
     cache_bytes_max: int = 64 * _MIB
     queue_batches_max: int = 4096
     queue_bytes_max: int = 64 * _MIB
+    batch_entries_max: int = 100_000
+    batch_bytes_max: int = 32 * _MIB
+    staged_entries_max: int = 1_000_000
+    staged_bytes_max: int = 256 * _MIB
+    large_queue_max: int = 16
+    large_queue_bytes_max: int = 128 * _MIB
     ring_records_max: int = 4096
     ring_bytes_max: int = 32 * _MIB
     wal_keep_records: int = 16_384
@@ -63,11 +76,16 @@ class StoreOptions:
     flush_interval_s: float = 1.0
     flush_extents_per_s: float = 64.0
     collect_interval_s: float = 5.0
+    tip_interval_s: float = 1.0
     resolve_timeout_s: float = 5.0
+    index_eager_keys: int = EAGER_KEYS
+    index_warm_share: float = 0.25
 
     def __post_init__(self) -> None:
         if self.segment_records < 2:
             raise ValueError("a segment of the log has at least two records")
+        if not 0 < self.index_warm_share <= 1:
+            raise ValueError("index_warm_share is a share of the time, above 0 and up to 1")
 
 
 class ReplicatedStore:
@@ -95,6 +113,7 @@ class ReplicatedStore:
         self._options = options
         self._lease = lease
         self._table = recovered.table
+        self._lazy = recovered.lazy
         self._segment_bytes = recovered.segment_bytes
         self._recovered_case, self._redone = recovered.case, recovered.redone
         self._cache = ValueCache(options.cache_bytes_max)
@@ -118,13 +137,25 @@ class ReplicatedStore:
             random_bytes=random_bytes,
             on_commit=self._on_commit,
         )
+        self._chunks = Chunks(physical, generation, tenure, recovered.lazy, self.forest.digest_of)
+        self._large = LargeBatches(
+            physical,
+            generation,
+            self._group_commit,
+            self._chunks,
+            queue_max=options.large_queue_max,
+            queue_bytes_max=options.large_queue_bytes_max,
+            random_bytes=random_bytes,
+        )
+        self._crossings = {**recovered.crossings, **crossing(recovered.replay.spans, options.segment_records)}
         self._flusher = Flusher(
             physical,
             generation,
             tenure,
             self.forest,
             self._table,
-            view=lambda: FlushView(self.head, self.positions, self._segment_bytes),
+            heads=recovered.heads,
+            view=self._flush_view,
             checkpoint=recovered.checkpoint,
             checkpoint_index=recovered.checkpoint_index,
             interval_s=options.flush_interval_s,
@@ -150,18 +181,22 @@ class ReplicatedStore:
         clock: Clock,
         lease: ReadLease,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        seen_index: int = 0,
     ) -> ReplicatedStore:
-        """Recover a generation and commit the tenure record. The caller holds the lock as ``tenure``.
+        """Recover a generation and commit the tenure record. The caller holds the lock as ``tenure``. ``seen_index``:
+        a record of this generation that is known to have been committed; a log that ends before it went back.
 
         Raises Corrupt, FenceLost, StoreWentBack, SentinelMissing, OutcomeUnknown, Unavailable, PermissionDenied.
         """
-        recovered = await recover(physical, generation, tenure, options.segment_records)
+        recovered = await recover(physical, generation, tenure, options.segment_records, options.index_eager_keys)
+        require_seen(recovered.tip, seen_index)
         store = cls(
             physical, generation, tenure, options, recovered, clock=clock, lease=lease, random_bytes=random_bytes
         )
         failpoint("recovery:before-tenure")
         await store._group_commit.begin()
         failpoint("recovery:after-tenure")
+        await store._large.recover(recovered.replay)
         return store
 
     async def run(self) -> None:
@@ -169,8 +204,48 @@ class ReplicatedStore:
         SentinelMissing, OutcomeUnknown, Corrupt: whichever it is, this tenure is over."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._group_commit.run(), name="commit")
-            tasks.create_task(self._flusher.run(), name="flush index")
+            tip = watch_tip(self._physical, self.tenure, self._group_commit, self._options.tip_interval_s)
+            tasks.create_task(tip, name="watch the newest record")
+            tasks.create_task(self._large.run(), name="large batches")
+            tasks.create_task(self._chunks.run(self._options.collect_interval_s), name="collect chunks")
+            tasks.create_task(self._lazy.run(self._options.index_warm_share), name="load index")
+            tasks.create_task(self._flush(), name="flush index")
             tasks.create_task(self._collector.run(), name="collect log")
+
+    async def _flush(self) -> None:
+        # A checkpoint says from where the log is needed, and records that wait for a page to be loaded are.
+        await self._lazy.rooted()
+        await self._flusher.run()
+
+    # -- the index
+
+    async def rooted(self) -> None:
+        """Wait until every root is known: at once, except shortly after the recovery of a big index."""
+        await self._lazy.rooted()
+
+    async def load_index(self, cls: str | None = None) -> None:
+        """Have the whole index, or one class of it, in memory: what a comparison of indexes needs first. Raises
+        IndexDamaged, and what reading raises."""
+        await self._lazy.load_all(cls)
+
+    def inspected(self) -> Inspected:
+        """What :func:`~consul_backend.index_check.check` and :func:`~consul_backend.reindex.reindex` need of it."""
+        return Inspected(
+            self._physical,
+            self.generation,
+            self.tenure,
+            self.forest,
+            self._table,
+            self._lazy,
+            head=lambda: self.head,
+            oldest=lambda: self.oldest_index,
+            stored=lambda index: self._flusher.stored(index),
+            records=self.records,
+            commit=self.commit,
+            value_of=lambda stored: read_value(self._physical, self.generation, stored, consistent=True),
+            settled=lambda key: self._group_commit.settled(lambda entries: key in entries),
+            elsewhere=lambda key: self._large.overlay.get(key) is not None,
+        )
 
     # -- reading
 
@@ -186,6 +261,11 @@ class ReplicatedStore:
             value = self._cache.get(key)
             if value is not None:
                 return value
+            pending = self._large.overlay.get(key)
+            if pending is not None:
+                return pending.value
+            if self._lazy.cold:
+                await self._lazy.need((key,))
             digest = self.forest.digest_of(key)
             if digest is None:
                 return None
@@ -199,19 +279,26 @@ class ReplicatedStore:
         """The stored value that has the index's digest; None when the key is gone from the index meanwhile."""
         consistent = False
         while True:
+            pending = self._large.overlay.get(key)
+            if pending is not None:
+                return pending.value
             before = self.forest.digest_of(key)
             item = await self._physical.get(where, consistent=consistent)
             digest = self.forest.digest_of(key)
             if digest is None:
                 return None
-            if item is not None and entry_digest(key, item.value) == digest:
-                return item.value
+            if item is not None:
+                if entry_digest(key, item.value) == digest:
+                    return item.value
+                value = await read_value(self._physical, self.generation, item.value, consistent=consistent)
+                if value is not None and entry_digest(key, value) == digest:
+                    return value
             if await self._group_commit.settled(lambda entries: key in entries) or digest != before:
                 continue
             if consistent and self._lease.valid():
                 # With the lease valid after the read, no successor of ours can have written it.
                 self._foreign_writes += 1
-                raise ForeignWrite(f"the stored value of {_public_name(key)} is not what the index says")
+                raise ForeignWrite(f"the stored value of {public_name(key)} is not what the index says")
             await self._lease.ensure()
             consistent = True
 
@@ -225,17 +312,37 @@ class ReplicatedStore:
         """
         if not writes and not positions:
             return self.head
-        return await self._group_commit.commit(writes, positions)
+        if self._lazy.cold:
+            await self._lazy.need([write.key for write in writes])
+        if len(writes) <= self._group_commit.budget.ops_max:
+            try:
+                return await self._group_commit.commit(writes, positions)
+            except NeedsParts:
+                pass
+        bounds = BatchBounds(self._options.batch_entries_max, self._options.batch_bytes_max)
+        if positions:
+            bounds = BatchBounds(self._options.staged_entries_max, self._options.staged_bytes_max)
+        bounds.require(writes)
+        return await self._large.commit(writes, positions)
 
     def _on_commit(self, committed: Committed) -> None:
         record = committed.record
         index = record.header.index
         change, mark, put = self.forest.change, self._table.mark, self._cache.put
         entries: Mapping[str, Prepared] = committed.entries
+        if record.header.large is not None:
+            entries = self._large.recorded(record)
+            if entries:
+                newest = self._large.spans[-1][:2]
+                self._crossings = {**self._crossings, **crossing([newest], self._options.segment_records)}
+        elif self._large.overlay:
+            self._large.replaced(entries)
+        if self._chunks.live and record.header.large is None:
+            self._chunks.replaced_all(entries)
         for key, write in entries.items():
             cls, partition = write.group
             mark(cls, partition, change(cls, partition, write.path, write.digest), index)
-            put(key, write.value)
+            put(key, write.value if record.header.large is None else None)  # the overlay has it: see get
         self.positions = record.header.positions
         self.head = committed.head
         self._ring.append(record)
@@ -243,6 +350,10 @@ class ReplicatedStore:
         self._segment_bytes[segment] = self._segment_bytes.get(segment, 0) + committed.size_bytes
         self._advanced.set()
         self._advanced = asyncio.Event()
+
+    async def rolled(self) -> None:
+        """Wait until no large batch is in progress: every true value is in its data key."""
+        await self._large.finished()
 
     # -- the log
 
@@ -281,6 +392,12 @@ class ReplicatedStore:
         """Secondary ``name`` needs nothing any more."""
         self._holds.pop(name, None)
 
+    def _flush_view(self) -> FlushView:
+        checkpoint = self._flusher.checkpoint
+        if checkpoint is not None:
+            self._large.forget_before(checkpoint.redo_from)
+        return FlushView(self.head, self.positions, self._segment_bytes, self._crossings, self._large.firsts)
+
     def _retention_facts(self) -> RetentionFacts:
         options = self._options
         return RetentionFacts(
@@ -292,17 +409,20 @@ class ReplicatedStore:
             segment_records=options.segment_records,
             sizes=self._segment_bytes,
             holds=self._holds,
+            crossings=self._crossings,
         )
 
     def _segment_gone(self, segment: int) -> None:
         self.oldest_index = max(self.oldest_index, (segment + 1) * self._options.segment_records)
         self._segment_bytes.pop(segment, None)
+        self._crossings.pop(segment, None)
 
     # -- upkeep
 
     async def flush(self) -> None:
         """Store everything of the index that is dirty now, regardless of the pace. For tests and orderly ends; must not
         run beside :meth:`run`."""
+        await self._lazy.settle()
         await self._flusher.flush_all()
 
     async def collect(self) -> int:
@@ -326,6 +446,16 @@ class ReplicatedStore:
             "commit_narrowed": counts.narrowed,
             "commit_queue": self._group_commit.queued,
             "commit_queue_peak": counts.queue_peak,
+            "commit_specials": counts.specials,
+            "commit_relimited": counts.relimited,
+            "large_batches": self._large.counts.batches,
+            "large_parts": self._large.counts.parts,
+            "large_rolls": self._large.counts.rolls,
+            "large_aborted": self._large.counts.aborted,
+            "large_refused_sizes": self._large.counts.refused_sizes,
+            "large_queue": self._large.queued,
+            "large_overlay_entries": len(self._large.overlay),
+            "chunked_values": len(self._chunks.live),
             "cache_entries": len(self._cache),
             "cache_bytes": self._cache.size_bytes,
             "cache_hits": self._cache.hits,
@@ -336,42 +466,34 @@ class ReplicatedStore:
             "index_stored_extents": self._table.count,
             "index_extents_written": self._flusher.extents_written,
             "index_flush_failures": self._flusher.failures,
+            "index_cold_pages": self._lazy.cold_pages,
+            "index_damaged_pages": len(self._lazy.damaged),
             "index_redo_from": self._flusher.redo_from,
             "recovery_records_redone": self._redone,
             "foreign_writes": self._foreign_writes,
         }
 
+    async def _stored_names(self, prefix: str) -> list[str]:
+        cls, partition, path = split_prefix(prefix)
+        where = f"g/{self.generation}/d/{encode_partition(cls, partition)}/"
+        if path or prefix.count("/") > 2:
+            where += f"{encode_path(path)}/"
+        # Consistent: unlike a value, a name has no digest in the index that would show a deposed leader's answer.
+        return [decode_name(name) for name in await self._physical.list(where, consistent=True)]
+
     async def list(self, prefix: str) -> list[str]:
         """The names one level below ``prefix`` (``<class>/<partition>/`` and perhaps folders, with a slash at its end),
         sorted; folders end in a slash. Raises as :meth:`get`."""
-        cls, partition, path = _split_prefix(prefix)
-        where = f"g/{self.generation}/d/{encode_partition(cls, partition)}/"
-        if path:
-            where += f"{encode_path(path)}/"
+        cls, partition, _ = split_prefix(prefix)
         while True:
             await self._lease.ensure()
             if not self.forest.count(cls, partition):
                 return []
-            names = await self._physical.list(where)
+            version, changes = self._large.version, self._large.changes(prefix)
+            names: Iterable[str] = await self._stored_names(prefix)
             await self._group_commit.settled(lambda entries: any(name.startswith(prefix) for name in entries))
-            if self._lease.valid():
-                return sorted(_decode_name(name) for name in names)
-
-
-def _public_name(key: str) -> str:
-    """A key's class and partition; paths may be nobody else's business."""
-    cls, partition, _ = key.split("/", 2)
-    return f"an entry of class {cls}, partition {partition}"
-
-
-def _split_prefix(prefix: str) -> tuple[str, str, str]:
-    parts = prefix.split("/", 2)
-    if len(parts) != 3 or parts[0] not in ("r", "l", "c") or not parts[1] or (parts[2] and parts[2][-1] != "/"):
-        raise ValueError(f"not a list prefix: {prefix!r}")
-    return parts[0], parts[1], parts[2].removesuffix("/")
-
-
-def _decode_name(name: str) -> str:
-    folder = name.endswith("/")
-    decoded = decode_segment(name.removesuffix("/"))
-    return f"{decoded}/" if folder else decoded
+            if changes:
+                names = await corrected(self._stored_names, prefix, names, changes)
+            # A large batch that became true meanwhile may be half in the data keys: then everything again.
+            if self._lease.valid() and version == self._large.version:
+                return sorted(names)

@@ -2,7 +2,7 @@
 
 Kept, always: the newest record, and everything from the durable checkpoint's redo point on. Kept within the hard bound
 (``HARD_FACTOR`` times the configured bounds): what a known secondary has not acknowledged. Collected: whole segments
-all of whose records may go, one fenced ``delete-tree`` each.
+all of whose records may go, one fenced ``delete-tree`` each; never between the parts of a large batch and its commit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from consul_backend.errors import OutcomeUnknown, PermissionDenied, Unavailable
@@ -39,6 +39,8 @@ class RetentionFacts:
     segment_records: int
     sizes: Mapping[int, int]
     holds: Mapping[str, int]
+    crossings: Mapping[int, int] = field(default_factory=dict)
+    """By segment: the first part, in an older segment, of a large batch that a record of it commits."""
 
 
 def keep_from(facts: RetentionFacts) -> int:
@@ -46,7 +48,12 @@ def keep_from(facts: RetentionFacts) -> int:
     soft = _bounded(facts, 1)
     hard = _bounded(facts, HARD_FACTOR)
     held = min(facts.holds.values(), default=soft)
-    return max(facts.oldest, min(facts.head, facts.redo_from, max(hard, min(soft, held))))
+    kept = max(facts.oldest, min(facts.head, facts.redo_from, max(hard, min(soft, held))))
+    # A commit record is worth nothing without its parts: whoever has the one must be able to get the others.
+    for segment in sorted(facts.crossings, reverse=True):
+        if segment >= kept // facts.segment_records:
+            kept = min(kept, facts.crossings[segment])
+    return max(facts.oldest, kept)
 
 
 def _bounded(facts: RetentionFacts, factor: int) -> int:

@@ -1,7 +1,10 @@
 """The beat and the sessions bound to it.
 
 A session's own TTL is slow (Consul waits for twice at least 10 s), so sessions here live by a check that this process
-must pass again and again. The check belongs to a small service of its own, one per process, and not to the node:
+must pass again and again. But it is the local agent that notices a missed check: when the whole machine is lost, nobody
+does. So a session also has a TTL, which :meth:`Sessions.renew` starts afresh and the leader alone counts.
+
+The check belongs to a small service of its own, one per process, and not to the node:
 
 * a failing *node* check takes every service of that node out of Consul's DNS and health answers;
 * a service check needs only ``service`` write, a node check the right to write the node;
@@ -15,6 +18,7 @@ to several agents is noticed at once.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 
@@ -35,6 +39,11 @@ REMOVE_DEAD_AFTER = "1m"
 CHECK_SYNC_TIMEOUT_S = 5.0
 CHECK_SYNC_RETRY_S = 0.02
 LOCK_DELAY_MAX_S = 60.0
+TTL_MIN_S = 10.0
+"""Consul's default minimum, ``session_ttl_min``."""
+TTL_BEATS = 3.0
+TTL_MAX_S = 86_400.0
+_TTL_RANGE = re.compile(rb"must be between \[([0-9hms.]+)=")
 
 
 class _Created(msgspec.Struct):
@@ -66,27 +75,35 @@ class Sessions:
             self._ttl_s = beat_ttl_s
             await self._register()
         await self.beat()
-        body = msgspec.json.encode(
-            {
-                "Name": name,
-                "NodeChecks": [],
-                "ServiceChecks": [{"ID": self._check_id}],
-                "Behavior": "release",
-                "LockDelay": _milliseconds(lock_delay_s),
-            }
-        )
+        ask = {
+            "Name": name,
+            "NodeChecks": [],
+            "ServiceChecks": [{"ID": self._check_id}],
+            "Behavior": "release",
+            "LockDelay": _milliseconds(lock_delay_s),
+            "TTL": _milliseconds(min(max(TTL_MIN_S, TTL_BEATS * beat_ttl_s), TTL_MAX_S)),
+        }
         deadline_s = time.monotonic() + CHECK_SYNC_TIMEOUT_S
         while True:
             try:
                 answer = await self._transport.request(
-                    "PUT", "/v1/session/create", query=self._query, body=body, timeout_s=CALL_TIMEOUT_S
+                    "PUT",
+                    "/v1/session/create",
+                    query=self._query,
+                    body=msgspec.json.encode(ask),
+                    timeout_s=CALL_TIMEOUT_S,
                 )
             except OutcomeUnknown as error:
                 # A session nobody knows of holds no lock; it dies with the beat.
                 raise Unavailable(f"creating a session: {error}") from error
             if answer.status == 200:
                 return require_session(msgspec.json.decode(answer.body, type=_Created).ID)
-            if not _awaits_check(answer) or time.monotonic() > deadline_s:
+            if time.monotonic() > deadline_s:
+                raise _failure(answer)
+            if allowed := _TTL_RANGE.search(answer.body):
+                ask["TTL"] = allowed[1].decode("ascii")
+                continue
+            if not _awaits_check(answer):
                 raise _failure(answer)
             await asyncio.sleep(CHECK_SYNC_RETRY_S)  # the agent tells the servers of a new check a moment later
 
@@ -107,22 +124,22 @@ class Sessions:
             raise Unavailable(f"the beat was refused: {error}") from error
 
     async def renew(self, session: str) -> bool:
-        """Whether the session lives, by the word of a leader that has just proved itself to a quorum.
+        """Start the session's TTL afresh. Whether it lives, by the word of a leader that has just proved itself to a
+        quorum: one that was cut off still answers a renewal, so it is looked up as well.
 
-        (``session/renew`` does nothing for a session without TTL, and a leader that was cut off still answers it.)
         Raises Unavailable, PermissionDenied.
         """
         require_session(session)
-        with translated("look up the session"):
-            _, found = await self._consul.session.info(session, consistency="consistent")
-        if found is not None:
-            return True
-        try:  # an empty answer also means "not yours to see"; renewing tells the two apart
+        try:
             with translated("renew the session"):
                 await self._consul.session.renew(session)
         except UnknownToConsul:
             return False
-        raise Unavailable("Consul shows no such session and yet renews it")
+        with translated("look up the session"):
+            _, found = await self._consul.session.info(session, consistency="consistent")
+        if found is None:
+            raise Unavailable("Consul renews a session and yet shows none")
+        return True
 
     async def destroy(self, session: str) -> None:
         """End a session; an unknown one is no failure. Raises Unavailable, PermissionDenied."""

@@ -29,7 +29,15 @@ from consul_backend.errors import (
     TooLarge,
     Unavailable,
 )
-from consul_backend.limits import BODY_BYTES_MIN, Limits, require_body, require_key, require_prefix, require_shape
+from consul_backend.limits import (
+    BODY_BYTES_MIN,
+    Limits,
+    learnt,
+    require_body,
+    require_key,
+    require_prefix,
+    require_shape,
+)
 from consul_backend.physical import SENTINEL_KEY, Item, TxnResult, writes_sentinel
 from consul_backend.sessions import Sessions
 from consul_backend.transport import ANSWER_BYTES_MAX, Answer, AnswerTooBig, Transport
@@ -222,7 +230,11 @@ class ConsulStore:
             "PUT", "/v1/txn", query=self._query, body=body, timeout_s=self._timeout_s
         )
         if answer.status != 200:
-            raise self._txn_failure(answer)
+            failure = self._txn_failure(answer)
+            if isinstance(failure, TooLarge):
+                # Another server than was probed, or a setting that changed: whoever packs the next one asks `limits`.
+                self._limits = learnt(self._limits, len(ops), len(body), _text(answer))
+            raise failure
         try:
             index, entries = decode_results(ops, answer.body)
         except msgspec.DecodeError as error:

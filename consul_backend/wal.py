@@ -36,11 +36,13 @@ BATCH_ID_BYTES = 16
 GENESIS_INDEX = 1
 GENESIS_PREV = bytes(HASH_BYTES)
 
-Kind = Literal["genesis", "tenure", "data", "part", "commit", "abort"]
-"""``genesis`` begins a store generation, ``tenure`` a node's time as active. ``part``, ``commit`` and ``abort`` are
-reserved for large batches (architecture 3.4); this version neither writes nor accepts them."""
+Kind = Literal["genesis", "tenure", "data", "part", "commit", "abort", "roll"]
+"""``genesis`` begins a store generation, ``tenure`` a node's time as active. The last four belong to large batches
+(:mod:`consul_backend.large_batch`): a ``part`` holds entries that a later ``commit`` makes true or an ``abort`` voids;
+a ``roll`` says that some of them now are in their data keys."""
 
 WRITTEN_KINDS = frozenset({"genesis", "tenure", "data"})
+LARGE_KINDS = frozenset({"part", "commit", "abort", "roll"})
 
 
 class CorruptRecord(Corrupt):
@@ -63,9 +65,30 @@ class GroupHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     count: int
 
 
+class PartRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A part as its commit record names it; ``classes`` are the letters of the classes it has entries of, sorted."""
+
+    index: int
+    chain_hash: bytes
+    classes: str
+
+
+class Large(msgspec.Struct, frozen=True, array_like=True):
+    """What a record has to do with the large batch ``id`` (16 random bytes).
+
+    ``part``: ``continued`` says that the first entry's value goes on where the part before ended. ``commit``: ``parts``
+    are all of them, in order. ``roll``: ``done`` says that no data key of the batch is left to write."""
+
+    id: bytes
+    continued: bool = False
+    parts: tuple[PartRef, ...] = ()
+    done: bool = False
+
+
 class Header(msgspec.Struct, frozen=True, array_like=True):
     """``index`` is dense; ``epoch`` numbers the writer's tenure; ``batch_id`` (16 random bytes) tells two attempts of
-    one writer apart; ``positions`` repeats the newest position of each mode."""
+    one writer apart; ``positions`` repeats the newest position of each mode; ``large`` is there for the kinds of a
+    large batch only."""
 
     index: int
     prev_hash: bytes
@@ -76,6 +99,7 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
     kind: Kind
     positions: dict[str, Position]
     groups: tuple[GroupHead, ...]
+    large: Large | None = None
 
 
 class Head(msgspec.Struct, frozen=True, gc=False):
@@ -129,6 +153,7 @@ class Record:
         kind: Kind,
         positions: Mapping[str, Position],
         groups: Groups,
+        large: Large | None = None,
     ) -> Record:
         """A new record over ``groups``, whose entries must have distinct paths."""
         heads: list[GroupHead] = []
@@ -137,7 +162,7 @@ class Record:
             body = _encode(entries)
             heads.append(GroupHead(class_, partition, digest32(body), len(entries)))
             bodies.append(body)
-        header = Header(index, prev_hash, epoch, writer, batch_id, time_ms, kind, dict(positions), tuple(heads))
+        header = Header(index, prev_hash, epoch, writer, batch_id, time_ms, kind, dict(positions), tuple(heads), large)
         header_bytes = _encode(header)
         return cls(header, header_bytes, digest32(header_bytes), tuple(bodies))
 
@@ -206,7 +231,8 @@ class Record:
             "epoch": header.epoch < 0,
             "batch_id": len(header.batch_id) != BATCH_ID_BYTES,
             "time_ms": header.time_ms < 0,
-            "kind": header.kind not in WRITTEN_KINDS,
+            "kind": header.kind not in (WRITTEN_KINDS if header.large is None else LARGE_KINDS),
+            "large": header.large is not None and not _is_sound(header, header.large),
             "groups": len(names) != len(self.bodies) or len(set(names)) != len(names),
             "group": any(
                 head.cls not in CLASSES
@@ -234,6 +260,20 @@ class Record:
         if len(entries) != head.count or len(paths) != len(entries) or "" in paths:
             raise CorruptRecord(f"{where}: the entries are not what the header says")
         return entries
+
+
+def _is_sound(header: Header, large: Large) -> bool:
+    """Whether a record of a large batch has what its kind needs, and nothing else."""
+    indexes = [part.index for part in large.parts]
+    return (
+        len(large.id) == BATCH_ID_BYTES
+        and bool(header.groups) == (header.kind == "part")
+        and bool(indexes) == (header.kind == "commit")
+        and (header.kind == "part" or not large.continued)
+        and (header.kind == "roll" or not large.done)
+        and all(before < after for before, after in zip(indexes, [*indexes[1:], header.index], strict=False))
+        and all(len(part.chain_hash) == HASH_BYTES and part.classes for part in large.parts)
+    )
 
 
 def _describe_malformed(raw: bytes) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import ipaddress
 import logging
 import signal
 import ssl
 import sys
 import uuid
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from consul_backend.clock import SystemClock
@@ -20,9 +22,11 @@ from consul_backend.config import ConsulConfig
 from consul_backend.election import ElectionOptions
 from consul_backend.embedded import EmbeddedStore
 from consul_backend.errors import BackendError
+from consul_backend.failpoint import arm_from_environment, declare
 from consul_backend.physical import PhysicalStore
 from consul_backend.replicated import StoreOptions
 from consul_backend.store import ConsulStore
+from sidecar.api.client_address import ForwardedFor
 from sidecar.api.front import Front
 from sidecar.api.server import ApiServer, ServerLimits
 from sidecar.config import (
@@ -34,8 +38,12 @@ from sidecar.config import (
     load,
     split_address,
 )
+from sidecar.core.metrics import METRICS
 from sidecar.dev import DevServer, print_dev_banner
+from sidecar.failpoints import POINTS
 from sidecar.leading import ScopeParts
+from sidecar.loop_lag import watch_loop_lag
+from sidecar.measured_store import MeasuredStore
 from sidecar.mesh.registration import NoRegistration, Registrar, ServiceRegistration
 from sidecar.node import Node, NodeIdentity
 from sidecar.roles import RoleOptions, Roles
@@ -50,6 +58,8 @@ log = logging.getLogger("core")
 def run_server(config: ServerConfig, dev: DevOptions | None, config_paths: tuple[str, ...] = ()) -> int:
     """Run until SIGINT or SIGTERM; returns the exit code. ``config_paths`` are read again on SIGHUP."""
     configure_logging(config.log_level, config.log_format)
+    declare(POINTS)
+    arm_from_environment()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     try:
         asyncio.run(_serve(config, dev, config_paths))
@@ -69,14 +79,15 @@ async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tup
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
     async with contextlib.AsyncExitStack() as stack:
-        physical = make_physical(config)
+        physical = MeasuredStore(make_physical(config))
         await physical.open()
         stack.push_async_callback(physical.close)
         identity = NodeIdentity(str(uuid.uuid4()), config.api_addr, config.cluster_addr)
         sealing = Sealing(physical, node_id=identity.node_id, cluster_name=config.cluster_name, clock=clock)
         ha_enabled = isinstance(config.storage, ConsulStorage)
         node = Node(identity, sealing, storage_type=physical.kind, ha_enabled=ha_enabled)
-        front = Front(node)
+        front = Front(node, prometheus=config.prometheus_retention_s > 0)
+        stack.enter_context(METRICS.source(node.gauges, node.totals))
         cluster_listener = ClusterListener(*split_address(config.listeners[0].cluster_address))
         await cluster_listener.start()
         stack.push_async_callback(cluster_listener.close)
@@ -84,7 +95,7 @@ async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tup
         stack.push_async_callback(registration.close)
         tls = await open_listeners(config.listeners, front, stack)
         print_banner(config, physical.kind)
-        loop.add_signal_handler(signal.SIGHUP, reload_settings, config_paths, tls)
+        loop.add_signal_handler(signal.SIGHUP, reload_settings, config_paths, tls, node.reopen_audit)
         roles = Roles(
             node,
             physical,
@@ -100,6 +111,7 @@ async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tup
             running = [
                 tasks.create_task(roles.run(), name="roles"),
                 tasks.create_task(registration.run(), name="service registration"),
+                tasks.create_task(watch_loop_lag(), name="event loop lag"),
             ]
             if dev is not None:
                 print_dev_banner(config, await DevServer(node, front).prepare(dev))
@@ -169,6 +181,8 @@ async def open_listeners(
             body_bytes_max=listener.max_request_size_bytes,
             request_timeout_s=listener.max_request_duration_s,
             require_request_header=listener.require_request_header,
+            metrics_open=listener.unauthenticated_metrics_access,
+            forwarded_for=forwarded_for(listener),
         )
         server = ApiServer(front.handle, limits=limits)
         stack.push_async_callback(server.close)
@@ -178,6 +192,19 @@ async def open_listeners(
             contexts.append((listener, tls))
         await server.listen(*split_address(listener.address), tls=tls)
     return contexts
+
+
+def forwarded_for(listener: Listener) -> ForwardedFor | None:
+    """The listener's rule for ``X-Forwarded-For``; None believes nobody."""
+    settings = listener.forwarded_for
+    if settings is None:
+        return None
+    return ForwardedFor(
+        tuple(ipaddress.ip_network(text, strict=False) for text in settings.authorized_addrs),
+        hop_skips=settings.hop_skips,
+        reject_not_authorized=settings.reject_not_authorized,
+        reject_not_present=settings.reject_not_present,
+    )
 
 
 def api_tls(listener: Listener) -> ssl.SSLContext:
@@ -196,9 +223,14 @@ def api_tls(listener: Listener) -> ssl.SSLContext:
     return context
 
 
-def reload_settings(config_paths: tuple[str, ...], contexts: list[tuple[Listener, ssl.SSLContext]]) -> None:
-    """SIGHUP: the log level, and the certificates of the API listeners for new connections."""
+def reload_settings(
+    config_paths: tuple[str, ...],
+    contexts: list[tuple[Listener, ssl.SSLContext]],
+    reopen_audit: Callable[[], None],
+) -> None:
+    """SIGHUP: the audit files, the log level, and the certificates of the API listeners for new connections."""
     print("==> Outrider reload triggered", flush=True)
+    reopen_audit()
     try:
         if config_paths:
             set_level(load(config_paths).log_level)

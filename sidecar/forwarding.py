@@ -97,6 +97,15 @@ class TenureCredentials:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A standby's newest heartbeat, and when it came by both clocks (seconds)."""
+
+    echo: Echo
+    monotonic_s: float
+    unix_s: float
+
+
 def from_message(message: ForwardRequest) -> HttpRequest:
     """The request as the sender had it; identity and trail come from the message, never from a header."""
     return HttpRequest(
@@ -130,7 +139,7 @@ class ForwardingServer:
         self._handle = handle
         self._modes = modes
         self._head_index = head_index
-        self._standbys: dict[str, tuple[Echo, float]] = {}
+        self._standbys: dict[str, Heard] = {}
 
     def purpose(self) -> Purpose:
         """What the cluster port serves for the standbys of this tenure."""
@@ -143,11 +152,15 @@ class ForwardingServer:
             allow=lambda _fingerprint: True,
         )
 
+    def standbys(self) -> list[Heard]:
+        """The standbys heard of lately, each with its newest heartbeat."""
+        cutoff = time.monotonic() - PEER_TTL_S
+        self._standbys = {name: heard for name, heard in self._standbys.items() if heard.monotonic_s >= cutoff}
+        return list(self._standbys.values())
+
     def cluster_addresses(self) -> list[str]:
         """This node's cluster address first, then those of the standbys heard of lately."""
-        cutoff = time.monotonic() - PEER_TTL_S
-        self._standbys = {name: seen for name, seen in self._standbys.items() if seen[1] >= cutoff}
-        return [self._own_cluster_addr, *(echo.cluster_addr for echo, _ in self._standbys.values())]
+        return [self._own_cluster_addr, *(heard.echo.cluster_addr for heard in self.standbys())]
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.method != "POST":
@@ -168,7 +181,7 @@ class ForwardingServer:
         return web.Response(status=404)
 
     def _echo(self, echo: Echo) -> EchoReply:
-        self._standbys[echo.node_id] = (echo, time.monotonic())
+        self._standbys[echo.node_id] = Heard(echo, time.monotonic(), time.time())
         performance, disaster = self._modes()
         return EchoReply(self.cluster_addresses(), performance, disaster, self._head_index())
 

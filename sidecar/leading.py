@@ -21,11 +21,13 @@ from multidict import CIMultiDict
 from consul_backend.clock import Clock
 from consul_backend.election import Held
 from consul_backend.errors import BackendError, Conflict, OutcomeUnknown
+from consul_backend.failpoint import failpoint
 from consul_backend.physical import PhysicalStore
 from consul_backend.replicated import ReplicatedStore, StoreOptions, drop_generation, genesis
 from plugin_api.errors import Unavailable
 from sidecar.api.service import Service, ServiceOptions
 from sidecar.config import ConsulStorage, EmbeddedStorage, ServerConfig
+from sidecar.core.audit.options import LocalRules
 from sidecar.core.barrier import load_barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.init import build_secondary_genesis
@@ -33,6 +35,7 @@ from sidecar.core.keys import REPLICATED_KEYRING, SEAL
 from sidecar.core.seal_record import root_fingerprint
 from sidecar.core.store_view import SealedStore
 from sidecar.forwarding import LEADER_KEY, ForwardingServer, TenureCredentials, from_message
+from sidecar.gauges import store_gauges, store_totals
 from sidecar.generation import Generation, flip_generation, read_generation
 from sidecar.node import ActiveRole, Node
 from sidecar.replication.activation import ActivationResult
@@ -63,7 +66,13 @@ class ScopeParts:
                 api_addr=config.api_addr,
                 default_lease_ttl_s=config.default_lease_ttl_s,
                 max_lease_ttl_s=config.max_lease_ttl_s,
+                prometheus=config.prometheus_retention_s > 0,
                 sanitized_config=sanitized(config),
+                audit=LocalRules(
+                    prefixing=config.audit.allow_prefixing,
+                    directories=config.audit.directories,
+                    timeout_s=config.audit.timeout_s,
+                ),
             ),
             replication=ReplicationOptions(
                 beat_s=config.replication.heartbeat_interval_s,
@@ -118,8 +127,10 @@ class ActiveScope:
         *,
         clock: Clock,
         store_options: StoreOptions,
+        seen_index: int,
     ) -> None:
         self._parts = parts
+        self._seen_index = seen_index
         self._node = node
         self._physical = physical
         self._listener = listener
@@ -130,6 +141,7 @@ class ActiveScope:
         self._store_options = store_options
         self._tasks: list[asyncio.Task[None]] = []
         self._gate: str | None = None
+        self._recovered: ReplicatedStore | None = None
         self.restart_asked = asyncio.Event()
 
     async def start(self, tasks: asyncio.TaskGroup) -> ActiveRole:
@@ -142,8 +154,9 @@ class ActiveScope:
             self._store_options,
             clock=self._clock,
             lease=self._held.lease,
+            seen_index=self._seen_index,
         )
-        self._store = store
+        self._store = self._recovered = store
         self._spawn(tasks, store.run(), "replicated store")
         barrier = await load_barrier(store.get, self._opened.root_key)
         sealed = SealedStore(store, barrier)
@@ -183,7 +196,7 @@ class ActiveScope:
             gate=lambda: self._gate,
         )
         await self._service.start()
-        role = ActiveRole(self._service, self, cluster, time.time())
+        role = ActiveRole(self._service, self, cluster, time.time(), standbys=lambda: forwarding.standbys())
         forwarding = ForwardingServer(
             self._credentials,
             cluster_id=cluster.cluster_id,
@@ -210,11 +223,30 @@ class ActiveScope:
         """No other node reaches this tenure any more."""
         await self._listener.remove(self._credentials.sni)
 
+    @property
+    def seen_index(self) -> int:
+        """The newest record known to be committed, also before and after this tenure."""
+        return self._recovered.head.index if self._recovered is not None else self._seen_index
+
     def head_index(self) -> int:
         return self._store.head.index
 
     def modes(self) -> tuple[str, str]:
         return self._replication.mode, "disabled"
+
+    def gauges(self) -> dict[str, float]:
+        position = self._store.positions.get("performance")
+        remote_index = None if position is None else position.index
+        return store_gauges(self._store.statistics(), self._replication.mode, remote_index) | self._service.gauges()
+
+    def totals(self) -> dict[str, float]:
+        return store_totals(self._store.statistics())
+
+    def audit_blocked(self) -> bool:
+        return self._service.audit_blocked()
+
+    def reopen_audit(self) -> None:
+        self._service.reopen_audit()
 
     # ---- what replication asks of the node
 
@@ -274,7 +306,9 @@ class ActiveScope:
             time_ms=self._clock.time_ms(),
             random_bytes=os.urandom,
         )
+        failpoint("activation:after-genesis")
         await self._point_at(target, found[1])
+        failpoint("activation:after-flip")
         log.warning("this cluster is now a performance secondary; its previous store is being deleted")
         # What is still admitted would be written to the store that was just given up.
         self._gate = "this cluster is becoming a replication secondary; try again shortly"
@@ -300,8 +334,10 @@ class ActiveScope:
             generation = name.rstrip("/")
             if generation == self._opened.generation.id:
                 continue
+            failpoint("activation:before-drop")
             try:
                 await drop_generation(self._physical, generation, self._held.tenure)
+                failpoint("activation:after-drop")
                 log.info("deleted the replaced store generation %s", generation)
             except Conflict:
                 return  # the tenure is over; the next one deletes it

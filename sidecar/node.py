@@ -6,15 +6,26 @@ The role is a value put here by ``roles.py`` for as long as its scope runs; noth
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from consul_backend.election import LeaderInfo
 from plugin_api.errors import PluginError
-from sidecar.api.node_view import InitOptions, InitOutcome, LeaderStatus, NodeHealth, NotForwarded, SealStatus
+from sidecar.api.node_view import (
+    InitOptions,
+    InitOutcome,
+    LeaderStatus,
+    Member,
+    NodeHealth,
+    NotForwarded,
+    SealStatus,
+)
 from sidecar.core.cluster import ClusterInfo
-from sidecar.forwarding import StandbyForwarder
+from sidecar.forwarding import Heard, StandbyForwarder
+from sidecar.gauges import role_gauges
 from sidecar.request.types import HttpRequest, HttpResponse
 from sidecar.sealing import Sealing
 from sidecar.version import __version__
@@ -36,6 +47,18 @@ class RoleView(Protocol):
     def modes(self) -> tuple[str, str]:
         """Performance and DR mode, as in sys/health."""
 
+    def gauges(self) -> Mapping[str, float]:
+        """Values of this moment, by the names of the telemetry."""
+
+    def totals(self) -> Mapping[str, float]:
+        """What only grows during the tenure, likewise."""
+
+    def audit_blocked(self) -> bool:
+        """Whether requests fail because no audit device works."""
+
+    def reopen_audit(self) -> None:
+        """Open the audit devices' files and connections again."""
+
 
 @dataclass(eq=False, slots=True)
 class ActiveRole:
@@ -45,6 +68,7 @@ class ActiveRole:
     view: RoleView
     cluster: ClusterInfo
     since_s: float
+    standbys: Callable[[], Sequence[Heard]] = tuple
     admitting: bool = True
     in_flight: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -89,6 +113,7 @@ class NodeIdentity:
     node_id: str
     api_addr: str
     cluster_addr: str
+    hostname: str = field(default_factory=socket.gethostname)
 
 
 class Node:
@@ -126,6 +151,11 @@ class Node:
         changed, self._role_changed = self._role_changed, asyncio.Event()
         changed.set()
 
+    def reopen_audit(self) -> None:
+        """For SIGHUP; only the active node has audit devices at work."""
+        if isinstance(self._role, ActiveRole):
+            self._role.view.reopen_audit()
+
     def is_active(self) -> bool:
         return isinstance(self._role, ActiveRole)
 
@@ -145,6 +175,7 @@ class Node:
                 cluster_name=role.cluster.cluster_name,
                 cluster_id=role.cluster.cluster_id,
                 last_wal=role.view.head_index(),
+                audit_blocked=role.view.audit_blocked(),
             )
         performance, disaster = role.modes if role else ("unknown", "unknown")
         cluster = role.cluster if role else None
@@ -191,6 +222,38 @@ class Node:
         return LeaderStatus(
             ha_enabled=True, is_self=False, leader_address=leader.api_addr, leader_cluster_address=leader.cluster_addr
         )
+
+    def gauges(self) -> dict[str, float]:
+        """Values of this moment, by the names of the telemetry."""
+        role = self._role
+        performance, disaster = ("unknown", "unknown")
+        if isinstance(role, ActiveRole):
+            performance, disaster = role.view.modes()
+        elif role is not None:
+            performance, disaster = role.modes
+        own = role_gauges(
+            unsealed=self.sealing.opened is not None,
+            active=isinstance(role, ActiveRole),
+            performance_mode=performance,
+            dr_mode=disaster,
+        )
+        return own | dict(role.view.gauges() if isinstance(role, ActiveRole) else {})
+
+    def totals(self) -> Mapping[str, float]:
+        """What only grows during a tenure, likewise."""
+        return self._role.view.totals() if isinstance(self._role, ActiveRole) else {}
+
+    async def members(self) -> list[Member]:
+        own = self.identity
+        members = [Member(own.hostname, own.api_addr, own.cluster_addr, active=True, version=self.version)]
+        role = self._role
+        heard = role.standbys() if isinstance(role, ActiveRole) else ()
+        for one in sorted(heard, key=lambda one: one.echo.api_addr):
+            echo = one.echo
+            members.append(
+                Member(echo.hostname, echo.api_addr, echo.cluster_addr, False, echo.version, last_echo_s=one.unix_s)
+            )
+        return members
 
     async def init(self, options: InitOptions) -> InitOutcome:
         return await self.sealing.init(options)

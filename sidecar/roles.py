@@ -24,6 +24,7 @@ from consul_backend.errors import (
     StoreWentBack,
     Unavailable,
 )
+from consul_backend.failpoint import failpoint
 from consul_backend.physical import GENERATION_KEY, PhysicalStore
 from consul_backend.replicated import StoreOptions
 from sidecar.core.barrier import BarrierMissing, DecryptionFailed
@@ -97,6 +98,7 @@ class Roles:
         self._store_options = store_options
         self._options = options
         self._credentials = TenureCredentials.make()
+        self._seen: tuple[str, int] = ("", 0)
         self._election = Election(
             physical, node_id=node.identity.node_id, advertise=self._advertise, clock=clock, options=election_options
         )
@@ -119,7 +121,17 @@ class Roles:
             if self._node.sealing.opened is None:
                 await self._registration.update(sealed=True, active=False)
 
+    def _see(self, opened: Opened, index: int) -> None:
+        """Remember that a record was committed: a store that later ends before it was put back underneath."""
+        generation, seen = self._seen
+        self._seen = (opened.generation.id, max(index, seen) if generation == opened.generation.id else index)
+
+    def _seen_index(self, opened: Opened) -> int:
+        generation, seen = self._seen
+        return seen if generation == opened.generation.id else 0
+
     def _halt(self, error: BaseException) -> None:
+        self._seen = ("", 0)  # whoever unseals this node again has decided to go on with the store as it is
         self._node.sealing.seal(f"{error} (this node serves nothing until it is unsealed again)")
 
     # ---- standing by
@@ -191,8 +203,16 @@ class Roles:
             role.cluster = role.forwarder.cluster
         identity = self._node.identity
         reply = await role.forwarder.echo(
-            Echo(identity.node_id, identity.api_addr, identity.cluster_addr, opened.generation.id)
+            Echo(
+                identity.node_id,
+                identity.api_addr,
+                identity.cluster_addr,
+                opened.generation.id,
+                identity.hostname,
+                self._node.version,
+            )
         )
+        self._see(opened, reply.head_index)
         role.modes = (reply.performance_mode, reply.dr_mode)
         if not role.ready:
             role.ready = True
@@ -215,6 +235,7 @@ class Roles:
             self._credentials,
             clock=self._clock,
             store_options=self._store_options,
+            seen_index=self._seen_index(opened),
         )
         lost: BaseException | None = None
         left = _Left()
@@ -229,8 +250,10 @@ class Roles:
             lost = group
         finally:
             self._node.take_role(None)
+            self._see(opened, scope.seen_index)
             await scope.close()
             if lost is None:
+                failpoint("lead:before-release")
                 await self._election.release(held, stay_away_s=None if left.asked else 0.0)
             else:
                 await self._election.lost(held)
@@ -248,6 +271,7 @@ class Roles:
             return _Left(stale=reason)
         started = time.monotonic()
         role = await scope.start(tasks)
+        failpoint("lead:before-serving")
         self._node.take_role(role)
         log.info("active operation, %.2f s after the lock", time.monotonic() - started)
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from consul_backend.clock import Clock
 from consul_backend.errors import BackendError, Conflict, Corrupt, OutcomeUnknown
+from consul_backend.failpoint import failpoint
 from consul_backend.physical import PhysicalStore
 from consul_backend.replicated import genesis, read_entry
 from plugin_api.errors import InvalidRequest, Unavailable
@@ -87,6 +88,7 @@ class Sealing:
             root_token=root_token,
         )
         generation = Generation(os.urandom(4).hex(), str(uuid.uuid4()), made.root_fingerprint)
+        failpoint("init:before-genesis")
         try:
             await genesis(
                 self._physical,
@@ -106,6 +108,7 @@ class Sealing:
             ) from error
         except BackendError as error:
             raise Unavailable(f"the store refused the initialization, nothing was written: {error}") from error
+        failpoint("init:after-genesis")
         log.info("security barrier initialized: shares=%d threshold=%d", options.shares, options.threshold)
         return InitOutcome(tuple(made.keys), made.root_token)
 

@@ -61,6 +61,7 @@ async def decode(request: HttpRequest, request_id: str) -> Call:
         wrap_ttl_s=_wrap_ttl_s(request),
         wrap_jwt=request.headers.get("X-Vault-Wrap-Format", "").lower() == "jwt",
         forwarded_auth=request.forwarded_auth,
+        body_bytes=len(request.body),
     )
 
 

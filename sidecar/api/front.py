@@ -18,6 +18,7 @@ from plugin_api.formats import format_time
 from sidecar.api import envelopes, json_codec
 from sidecar.api.decoding import MethodNotAllowed, client_token
 from sidecar.api.health import health_code
+from sidecar.api.metrics_answer import metrics_answer
 from sidecar.api.node_view import InitOptions, NodeView, NotForwarded, SealStatus
 from sidecar.api.statuses import refusal
 from sidecar.core.seal import SealConfig, decode_share
@@ -26,6 +27,7 @@ from sidecar.request.types import HttpRequest, HttpResponse
 
 FEATURES = ("Performance Replication",)
 """What ``sys/license/features`` lists; the web UI shows its replication pages by it."""
+LOCAL_ONLY = frozenset({"sys/host-info", "sys/metrics"})
 _WRITE_METHODS = frozenset({"PUT", "POST"})
 
 RawHandler = Callable[[HttpRequest], Awaitable[HttpResponse]]
@@ -34,8 +36,9 @@ RawHandler = Callable[[HttpRequest], Awaitable[HttpResponse]]
 class Front:
     """One per node, for its whole life."""
 
-    def __init__(self, node: NodeView, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, node: NodeView, *, now: Callable[[], float] = time.time, prometheus: bool = True) -> None:
         self._node = node
+        self._prometheus = prometheus
         self._now = now
         self._raw: dict[str, RawHandler] = {
             "sys/health": self._health,
@@ -53,12 +56,18 @@ class Front:
             raw = self._raw.get(request.path)
             if raw is not None:
                 return await raw(request)
+            if request.metrics_open and request.path == "sys/metrics":
+                return self._metrics(request)
             _check_directives(request)
             health = await self._node.health()
             if not health.initialized or health.sealed:
                 return _errors(503, "Vault is sealed")
-            if request.path == "sys/seal" and not self._node.is_active():
-                return self._seal_on_standby(request)
+            if not self._node.is_active():
+                if request.path == "sys/seal":
+                    return self._seal_on_standby(request)
+                if request.path.rstrip("/") in LOCAL_ONLY:
+                    # Only the active node can check a token, and another node's answer would be of another machine.
+                    return _errors(400, "cannot forward local-only request")
             return await self._dispatch(request)
         except Exception as error:
             answer = refusal(error)
@@ -112,6 +121,8 @@ class Front:
             body.update(cluster_name=health.cluster_name, cluster_id=health.cluster_id)
         if health.last_wal:
             body["last_wal"] = health.last_wal
+        if health.audit_blocked:
+            body["audit_blocked"] = True
         return _json(status, body)
 
     async def _seal_status(self, request: HttpRequest) -> HttpResponse:
@@ -186,6 +197,12 @@ class Front:
         if not text:
             raise InvalidRequest("'key' must be specified in request body as JSON, or 'reset' set to true")
         return _json(200, self._seal_body(await self._node.unseal(decode_share(text))))
+
+    def _metrics(self, request: HttpRequest) -> HttpResponse:
+        """On a listener that shows them to anybody, whatever this node's state."""
+        _require(request, "GET")
+        answer = metrics_answer(request.query, prometheus=self._prometheus)
+        return HttpResponse(answer.status, CIMultiDict({"Content-Type": answer.content_type}), answer.body)
 
     async def _features(self, request: HttpRequest) -> HttpResponse:
         _require(request, "GET")

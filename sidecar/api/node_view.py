@@ -31,7 +31,8 @@ class SealStatus:
 @dataclass(frozen=True, slots=True)
 class NodeHealth:
     """``sys/health`` (contract 4.1). Modes: disabled, primary, secondary, bootstrapping, unknown. Uninitialised and
-    sealed nodes report ``standby`` True. ``last_wal`` is 0 where it is not known."""
+    sealed nodes report ``standby`` True. ``last_wal`` is 0 where it is not known. ``audit_blocked``: unsealed, but
+    requests fail because no audit device works."""
 
     initialized: bool
     sealed: bool
@@ -41,6 +42,7 @@ class NodeHealth:
     cluster_name: str = ""
     cluster_id: str = ""
     last_wal: int = 0
+    audit_blocked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,18 @@ class InitOutcome:
     root_token: str = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One node in ``sys/ha-status`` (contract 4.9). ``last_echo_s``: unix seconds, 0 for the active node itself."""
+
+    hostname: str
+    api_addr: str
+    cluster_addr: str
+    active: bool
+    version: str
+    last_echo_s: float = 0.0
+
+
 class NotForwarded(Exception):
     """:meth:`NodeView.dispatch` could not hand the request on and it was certainly not handled: the front answers with
     a redirect, or 503 where no active node is known."""
@@ -96,6 +110,9 @@ class NodeView(Protocol):
 
     async def leader(self) -> LeaderStatus:
         """Called on unsealed nodes only."""
+
+    async def members(self) -> list[Member]:
+        """The active node first, then the standbys it heard of lately. Called on the active node only."""
 
     async def init(self, options: InitOptions) -> InitOutcome:
         """Raises InvalidRequest ``Vault is already initialized``, Unavailable."""

@@ -38,6 +38,16 @@ class ReplicationAPI(Upstream, Protocol):
     async def revoke_secondary(self, mode: str, id: str) -> None:  # noqa: A002 - the API's own name
         """Cut a secondary off for good (contract 1.7)."""
 
+    async def merkle_check(self) -> Response:
+        """Compare the index with everything stored (contract 1.14); runs in primaries, secondaries and clusters of
+        their own."""
+
+    async def reindex(self, diff: bool, force: bool, skip_flush: bool) -> Response:
+        """Start a reindex in the background (contract 1.13)."""
+
+    async def recover(self) -> Response:
+        """Try to leave an adverse state (contract 1.13)."""
+
     async def secondary_enable(
         self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str
     ) -> Response:

@@ -19,6 +19,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from sidecar.api import envelopes, json_codec, paths
+from sidecar.api.client_address import HEADER, AddressRefused, ForwardedFor
 from sidecar.api.connection import SERVER_NAME, Server
 from sidecar.request.types import HttpRequest, HttpResponse
 
@@ -44,6 +45,8 @@ class ServerLimits:
     idle_timeout_s: float = 75.0
     connections_max: int = 4096
     require_request_header: bool = False
+    metrics_open: bool = False
+    forwarded_for: ForwardedFor | None = None
 
 
 Handler = Callable[[HttpRequest], Awaitable[HttpResponse]]
@@ -111,12 +114,13 @@ class ApiServer:
         held_bytes = 0
         try:
             path, query = paths.split_target(request.raw_path)
+            address = self._client_address(request)
             if not path.startswith("/v1/"):
                 return await self._other(request, path)
             self._check_head(request)
             held_bytes = self._reserve(request)
             body = await self._read_body(request)
-            message = self._message(request, path, query, body)
+            message = self._message(request, path, query, body, address)
             async with asyncio.timeout(self._limits.request_timeout_s):
                 answer = await self._handler(message)
             return _to_web(answer)
@@ -176,7 +180,17 @@ class ApiServer:
             raise _Refused(408, "the request body did not arrive in time", close=True) from None
         return b"".join(parts)
 
-    def _message(self, request: web.BaseRequest, path: str, query: str, body: bytes) -> HttpRequest:
+    def _client_address(self, request: web.BaseRequest) -> str:
+        """Decided before anything of the request is looked at or read."""
+        rule = self._limits.forwarded_for
+        if rule is None:
+            return request.remote or ""
+        try:
+            return rule.client_address(request.remote or "", request.headers.getall(HEADER, ()))
+        except AddressRefused as refused:
+            raise _Refused(400, str(refused), close=True) from None
+
+    def _message(self, request: web.BaseRequest, path: str, query: str, body: bytes, address: str) -> HttpRequest:
         headers: CIMultiDict[str] = CIMultiDict(
             (name, value) for name, value in request.headers.items() if not name.lower().startswith(_INTERNAL_PREFIX)
         )
@@ -186,8 +200,9 @@ class ApiServer:
             query=paths.decode_query(query),
             headers=headers,
             body=body,
-            remote_address=request.remote or "",
+            remote_address=address,
             raw_target=request.raw_path,
+            metrics_open=self._limits.metrics_open,
         )
 
     async def _refuse(self, request: web.BaseRequest, refused: _Refused) -> web.StreamResponse:

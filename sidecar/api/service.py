@@ -7,6 +7,7 @@ work, :meth:`Service.handle` may be called from then on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -19,28 +20,40 @@ from consul_backend.errors import BackendError
 from plugin_api.errors import InvalidRequest, PermissionDenied, PluginError, ReadOnlyStorage, Unavailable
 from plugin_api.formats import format_time
 from sidecar.api import envelopes, json_codec
+from sidecar.api.auditing import Auditor, Exchange
 from sidecar.api.decoding import decode
 from sidecar.api.node_view import NodeView
 from sidecar.api.replication_api import ReplicationAPI
 from sidecar.api.statuses import refusal
+from sidecar.api.sys_audit import SysAudit
 from sidecar.api.sys_core import ServiceOptions, SysBackend, SysCore
+from sidecar.api.sys_host import SysHost
 from sidecar.api.sys_misc import SysMisc
 from sidecar.api.sys_mounts import SysMounts, revoke_below
 from sidecar.api.sys_policies import SysPolicies
+from sidecar.api.sys_quotas import SysQuotas
+from sidecar.api.sys_rekey import SysRekey
 from sidecar.api.sys_replication import SysReplication
 from sidecar.api.sys_seal import SysSeal
+from sidecar.api.sys_tools import SysTools
 from sidecar.api.sys_wrapping import SysWrapping
+from sidecar.core.audit.registry import AuditRegistry
 from sidecar.core.barrier import Barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.keys import REPLICATED_KEYRING
-from sidecar.core.mounts import AUTH, MountTable
+from sidecar.core.metrics import METRICS
+from sidecar.core.mounts import AUTH, SECRETS, MountTable
 from sidecar.core.policies import PolicyStore
+from sidecar.core.quotas import Exceeded, Quotas
 from sidecar.core.rotation import maintain_keyrings
 from sidecar.core.store_view import LogicalStore, SealedStore, track_writes
+from sidecar.core.token_roles import TokenRoles
 from sidecar.core.tokens import TokenStore
+from sidecar.core.version_history import VersionHistory
 from sidecar.core.wrapping import WrapInfo, Wrapping
 from sidecar.request.call import Answer, Backend, Call
 from sidecar.request.cubbyhole import Cubbyhole
+from sidecar.request.in_flight import RequestUnderWay
 from sidecar.request.login import log_in
 from sidecar.request.mount_view import GROUPS, MountView, TtlDefaults
 from sidecar.request.pipeline import Pipeline
@@ -63,12 +76,18 @@ _OWN_CLUSTER = (
     "auth/token/",
     "cubbyhole/",
     "sys/generate-root/",
+    "sys/host-info",
+    "sys/in-flight-req",
+    "sys/loggers",
+    "sys/metrics",
+    "sys/rekey",
     "sys/replication/",
     "sys/rotate",
     "sys/seal",
     "sys/step-down",
     "sys/wrapping/",
 )
+_ROLES_OF_ALL = "auth/token/roles/"
 _READ_ONLY = "cannot write to readonly storage"
 
 
@@ -103,10 +122,12 @@ class Service:
         self._now = now
         self._gate = gate
         self._sealed = sealed = SealedStore(store, barrier)
-        self._tokens = tokens = TokenStore(sealed, now, writable=self._writable)
+        self._tokens = tokens = TokenStore(sealed, now)
         self._policies = PolicyStore(sealed, self._writable)
         self._wrapping = Wrapping(sealed, tokens, now, writable=self._writable)
-        self._pipeline = Pipeline(lambda: self._mounts.router, tokens, self._policies)
+        self._audit = AuditRegistry(sealed, self._writable, now, options.audit)
+        self._auditor = Auditor(self._audit.broker, lambda: self._mounts, now)
+        self._pipeline = Pipeline(lambda: self._mounts.router, tokens, self._policies, self._auditor)
         self._mounts = self._mount_view(plugins or PluginRegistry.installed())
         core = SysCore(
             sealed=sealed,
@@ -122,9 +143,11 @@ class Service:
             now=now,
             writable=self._writable,
             mounts_changed=self._wake,
+            audit=self._audit,
         )
         self._core = core
-        self._mounts.install("sys/", sys_backend(core))
+        self._quotas = Quotas(sealed, self._writable, now)
+        self._mounts.install("sys/", sys_backend(core, self._quotas))
         self._work = asyncio.Event()
         self._orphaned_logins: list[str] = []
 
@@ -135,6 +158,7 @@ class Service:
             "cubbyhole/": Cubbyhole(self._sealed),
             "auth/token/": TokenPaths(
                 self._tokens,
+                TokenRoles(self._sealed, self._writable),
                 self._now,
                 default_ttl_s=options.default_lease_ttl_s,
                 max_ttl_s=options.max_lease_ttl_s,
@@ -166,19 +190,48 @@ class Service:
         await self._tokens.load()
         await self._mounts.table.load()
         self._mounts.refresh()
+        await self._audit.load()
+        await self._quotas.load()
         self._wake()
 
     async def run(self) -> None:
         """Expire tokens, rotate keys, delete what unmounted mounts left; until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
+        async with contextlib.aclosing(self), asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tokens.run(), name="token expiry")
             tasks.create_task(self._keep_keyrings(), name="keyrings")
             tasks.create_task(self._clean_up(), name="unmounted data")
+            versions = VersionHistory(self._sealed, self._core.node.version, self._now)
+            tasks.create_task(self._note_version(versions), name="version history")
+
+    async def aclose(self) -> None:
+        """Let go of the audit devices; nothing that must be audited is answered from then on."""
+        await self._audit.broker.close()
+
+    def reopen_audit(self) -> None:
+        """Open the files and connections of the audit devices again, for log rotation."""
+        self._audit.broker.reopen()
+
+    def gauges(self) -> dict[str, float]:
+        """Values of this moment, by the names of the telemetry."""
+        tables = {"logical": SECRETS, "auth": AUTH}
+        mounted = {name: len(self._mounts.table.entries(table)) for name, table in tables.items()}
+        return {
+            "barrier.estimated_encryptions": float(self._sealed.barrier.encryptions("r")),
+            "core.in_flight_requests": float(len(self._core.in_flight)),
+            **{f"core.mount_table.num_entries.{name}": float(count) for name, count in mounted.items()},
+        }
+
+    def audit_blocked(self) -> bool:
+        """Whether requests fail because no audit device works."""
+        return self._audit.broker.blocked
 
     async def _keep_keyrings(self) -> None:
         while True:
             await self._tried(lambda: maintain_keyrings(self._sealed, self._now, self._writable), "keyrings")
             await asyncio.sleep(KEYRING_PASS_S)
+
+    async def _note_version(self, versions: VersionHistory) -> None:
+        await self._tried(versions.record, "version history")
 
     async def _clean_up(self) -> None:
         while True:
@@ -223,24 +276,42 @@ class Service:
             self._orphaned_logins.extend(sorted(before - after))
             self._wake()
         await self._mounts.invalidate(keys)
+        await self._audit.invalidate(keys)
+        await self._quotas.invalidate(keys)
 
     # -- a request
 
     async def handle(self, request: HttpRequest) -> HttpResponse:
         """Answer one request; errors are answers too. ``position`` of the answer is the highest WAL index that the
         request committed here."""
-        with track_writes() as writes:
-            response = await self._handled(request, str(uuid.uuid4()))
+        if request.forwarded_auth is None and (exceeded := self._quotas.check(request.path, request.remote_address)):
+            return _over_quota(request, exceeded)
+        exchange = Exchange(request, str(uuid.uuid4()))
+        entry = RequestUnderWay(request.method, request.path, request.remote_address, self._now())
+        in_flight = self._core.in_flight.holding(exchange.id, entry)
+        with track_writes() as writes, in_flight, METRICS.timer("core.handle_request"):
+            response = await self._handled(exchange)
+            if self._auditor.enabled:
+                response = await self._audited(exchange, response)
+        METRICS.increment("core.response_status_code", code=str(response.status), type=f"{response.status // 100}xx")
         response.position = max(response.position, writes.index)
         return response
 
-    async def _handled(self, request: HttpRequest, request_id: str) -> HttpResponse:
+    async def _audited(self, exchange: Exchange, response: HttpResponse) -> HttpResponse:
         try:
-            call = await decode(request, request_id)
+            await self._auditor.response(exchange, response)
+        except Exception as error:  # the edge: whatever it is, nothing leaves that no device has taken
+            return _refused(error, exchange.id)
+        return response
+
+    async def _handled(self, exchange: Exchange) -> HttpResponse:
+        request = exchange.request
+        try:
+            call = exchange.call = await decode(request, exchange.id)
             reason = self._gate()
             if reason is not None and not call.path.startswith(_UNGATED):
                 raise Unavailable(reason)
-            if call.forwarded_auth is not None and call.path.startswith(_OWN_CLUSTER):
+            if call.forwarded_auth is not None and _is_own_clusters(call.path):
                 raise PermissionDenied("this path belongs to one cluster: it is not run for another")
             try:
                 answer = await self._pipeline.run(call)
@@ -248,7 +319,7 @@ class Service:
                 return await self._forwarded(request, call)
             return await self._respond(call, answer)
         except Exception as error:  # the edge: every error becomes an answer, and a defect is logged with its trace
-            return _refused(error, request_id)
+            return _refused(error, exchange.id)
 
     async def _forwarded(self, request: HttpRequest, call: Call) -> HttpResponse:
         """Run the whole request on the primary, as the caller that was found out here."""
@@ -264,6 +335,8 @@ class Service:
         return response
 
     async def _respond(self, call: Call, answer: Answer) -> HttpResponse:
+        if answer.plain is not None:
+            return HttpResponse(answer.status, CIMultiDict({"Content-Type": answer.content_type}), answer.plain)
         if answer.raw is not None:
             return _json(answer.status, answer.raw)
         if answer.stored is not None:
@@ -329,14 +402,32 @@ class Service:
         return _json(200, envelopes.success("", None, wrap_info=_wrap_info(info), warnings=warnings))
 
 
-def sys_backend(core: SysCore) -> SysBackend:
+def _is_own_clusters(path: str) -> bool:
+    return path.startswith(_OWN_CLUSTER) and not path.startswith(_ROLES_OF_ALL)
+
+
+def _over_quota(request: HttpRequest, exceeded: Exceeded) -> HttpResponse:
+    """Decided by path and address alone: nothing of the request was decoded, nothing is entered in the audit log."""
+    METRICS.increment("quota.rate_limit.violation", name=exceeded.quota)
+    text = f'request path "{request.path}": rate limit quota exceeded'
+    response = _json(429, envelopes.errors((text,)))
+    response.headers["Retry-After"] = str(exceeded.retry_after_s)
+    return response
+
+
+def sys_backend(core: SysCore, quotas: Quotas) -> SysBackend:
     """The table of every ``sys/`` endpoint that needs a tenure."""
     parts = (
         SysReplication(core),
+        SysAudit(core),
         SysMounts(core),
         SysPolicies(core),
         SysWrapping(core),
         SysSeal(core),
+        SysRekey(core),
+        SysHost(core),
+        SysTools(core),
+        SysQuotas(core, quotas),
         SysMisc(core),
     )
     return SysBackend(route for part in parts for route in part.routes())

@@ -12,12 +12,15 @@ from plugin_api.errors import UnsupportedOperation, UnsupportedPath
 from plugin_api.request import Operation
 from sidecar.api.node_view import NodeView
 from sidecar.api.replication_api import ReplicationAPI
+from sidecar.core.audit.options import LocalRules
+from sidecar.core.audit.registry import AuditRegistry
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.policies import PolicyStore
 from sidecar.core.store_view import SealedStore
 from sidecar.core.tokens import TokenStore
 from sidecar.core.wrapping import Wrapping
 from sidecar.request.call import Answer, Call
+from sidecar.request.in_flight import InFlight
 from sidecar.request.mount_view import MountView
 from sidecar.request.pipeline import Pipeline
 
@@ -30,7 +33,9 @@ class ServiceOptions:
     api_addr: str = ""
     default_lease_ttl_s: int = 2_764_800
     max_lease_ttl_s: int = 2_764_800
+    prometheus: bool = True
     sanitized_config: Mapping[str, Any] = field(default_factory=dict)
+    audit: LocalRules = field(default_factory=LocalRules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,9 @@ class SysCore:
     now: Callable[[], float]
     writable: Callable[[], bool]
     mounts_changed: Callable[[], None]
+    audit: AuditRegistry
     random_bytes: Callable[[int], bytes] = os.urandom
+    in_flight: InFlight = field(default_factory=InFlight)
 
 
 Params = Mapping[str, str]

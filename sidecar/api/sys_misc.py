@@ -10,8 +10,8 @@ from sidecar.request.fields import Fields
 
 
 class SysMisc:
-    """Handlers of one tenure. No engine of this version hands out leases, and no audit device exists; the answers say
-    so in the shapes clients know."""
+    """Handlers of one tenure. No engine of this version hands out leases; the answers say so in the shapes clients
+    know."""
 
     def __init__(self, core: SysCore) -> None:
         self._core = core
@@ -20,8 +20,6 @@ class SysMisc:
         """Rows of the table."""
         read, update, listing = Operation.READ, Operation.UPDATE, Operation.LIST
         return [
-            Route("audit", {read: self._no_devices}, sudo=True),
-            Route("audit/{path*}", {update: self._no_audit}, sudo=True),
             Route("leases/lookup", {update: self._no_lease}),
             Route("leases/renew", {update: self._no_lease}),
             Route("renew", {update: self._no_lease}),
@@ -32,12 +30,6 @@ class SysMisc:
             Route("internal/ui/namespaces", {read: self._namespaces}),
             Route("plugins/catalog", {read: self._plugins, listing: self._plugins}, sudo=True),
         ]
-
-    async def _no_devices(self, call: Call, params: Params) -> Answer:
-        return Answer({})
-
-    async def _no_audit(self, call: Call, params: Params) -> None:
-        raise InvalidRequest(f'unknown backend type: "{Fields(call.data).string("type")}"')
 
     async def _no_lease(self, call: Call, params: Params) -> None:
         if not Fields(call.data).string("lease_id"):

@@ -29,6 +29,9 @@ class SysReplication:
         rows = [
             Route("replication/status", {Operation.READ: self._both}, open=True, help="Status of both modes."),
             Route("replication/{mode}/status", {Operation.READ: self._one}, open=True),
+            Route("replication/merkle-check", {Operation.UPDATE: self._merkle_check}),
+            Route("replication/reindex", {Operation.UPDATE: self._reindex}, sudo=True),
+            Route("replication/recover", {Operation.UPDATE: self._recover}),
         ]
         actions = (
             ("primary/enable", self._primary_enable, False),
@@ -53,6 +56,18 @@ class SysReplication:
         if self._core.replication is None:
             return Answer({"mode": "disabled"})
         return Answer(await self._core.replication.status(mode))
+
+    async def _merkle_check(self, call: Call, params: Params) -> Answer:
+        return _answer(await self._api().merkle_check())
+
+    async def _reindex(self, call: Call, params: Params) -> Answer:
+        fields = Fields(call.data)
+        return _answer(
+            await self._api().reindex(fields.boolean("diff"), fields.boolean("force"), fields.boolean("skip_flush"))
+        )
+
+    async def _recover(self, call: Call, params: Params) -> Answer:
+        return _answer(await self._api().recover())
 
     async def _primary_enable(self, call: Call, params: Params) -> Answer:
         address = Fields(call.data).string("primary_cluster_addr")

@@ -1,4 +1,5 @@
-"""``outrider kv``: get, put, list and delete on both versions of the key-value engine.
+"""``outrider kv``: get, put, list and delete on both versions of the key-value engine, and what only the versioned one
+has: undelete, destroy and metadata.
 
 A first call asks the server which mount a path belongs to and of which version it is, as Vault's client does.
 """
@@ -131,9 +132,13 @@ def list_names(call: Call) -> int:
     return show_names(call, found(call, "listing", path, lambda: client.list(path)))
 
 
+def _versions(call: Call) -> list[str]:
+    return [part for text in call.values.texts("versions") for part in text.split(",") if part]
+
+
 def delete(call: Call) -> int:
     call.at_most(1)
-    versions = [part for text in call.values.texts("versions") for part in text.split(",") if part]
+    versions = _versions(call)
     client = call.client()
     target = _is_secret_path(_locate(call, client))
     if versions and not target.versioned:
@@ -144,6 +149,68 @@ def delete(call: Call) -> int:
             client.put(path, {"versions": versions})
         else:
             client.delete(path)
+    if call.format == "table":
+        call.say(f"Success! Data deleted (if it existed) at: {path}")
+    return EXIT_OK
+
+
+def _change_versions(call: Call, area: str, what: str) -> int:
+    call.at_most(1)
+    versions = _versions(call)
+    if not versions:
+        raise UsageError("no versions provided, use the -versions flag to say which")
+    client = call.client()
+    path = _versioned_path(call, client, area)
+    with doing(f"{what} {path}"):
+        client.put(path, {"versions": versions})
+    if call.format == "table":
+        call.say(f"Success! Data written to: {path}")
+    return EXIT_OK
+
+
+def _versioned_path(call: Call, client: Client, area: str) -> str:
+    target = _is_secret_path(_locate(call, client))
+    if not target.versioned:
+        raise UsageError("this needs a versioned mount")
+    return target.path(area)
+
+
+def undelete(call: Call) -> int:
+    return _change_versions(call, "undelete", "undeleting")
+
+
+def destroy(call: Call) -> int:
+    return _change_versions(call, "destroy", "destroying")
+
+
+def metadata_get(call: Call) -> int:
+    call.at_most(1)
+    client = call.client()
+    path = _versioned_path(call, client, "metadata")
+    reply = found(call, "reading", path, lambda: client.get(path))
+    body = reply.body or {}
+    if call.format != "table" or call.values.text("field") or body.get("wrap_info"):
+        return call.show_secret(reply)
+    call.warn_of(body)
+    data = dict(body.get("data") or {})
+    versions = data.pop("versions", None) or {}
+    sections = [
+        f"{output.heading('Metadata Path', len(path))}\n{path}",
+        f"{output.title('Metadata', list(data))}\n{output.pairs(sorted(data.items()))}",
+    ]
+    for number in sorted(versions, key=int):
+        version = versions[number]
+        sections.append(f"{output.title(f'Version {number}', list(version))}\n{output.pairs(sorted(version.items()))}")
+    call.say("\n\n".join(sections))
+    return EXIT_OK
+
+
+def metadata_delete(call: Call) -> int:
+    call.at_most(1)
+    client = call.client()
+    path = _versioned_path(call, client, "metadata")
+    with doing(f"deleting {path}"):
+        client.delete(path)
     if call.format == "table":
         call.say(f"Success! Data deleted (if it existed) at: {path}")
     return EXIT_OK
@@ -169,4 +236,27 @@ DELETE = Command(
     "Delete a secret; on a versioned mount its newest version, which can be brought back.",
     delete,
     (Flag("versions", "Versions to delete, separated by commas.", "texts"), MOUNT_FLAG),
+)
+VERSIONS_FLAG = Flag("versions", "Versions it is about, separated by commas.", "texts")
+UNDELETE = Command(
+    "kv undelete [flags] PATH", "Bring deleted versions of a secret back.", undelete, (VERSIONS_FLAG, MOUNT_FLAG)
+)
+DESTROY = Command(
+    "kv destroy [flags] PATH",
+    "Remove versions of a secret for good; their metadata stays.",
+    destroy,
+    (VERSIONS_FLAG, MOUNT_FLAG),
+)
+METADATA_GET = Command(
+    "kv metadata get [flags] PATH",
+    "Show the versions and settings of a secret.",
+    metadata_get,
+    (MOUNT_FLAG,),
+    field=True,
+)
+METADATA_DELETE = Command(
+    "kv metadata delete [flags] PATH",
+    "Remove a secret with all its versions. Nothing brings it back.",
+    metadata_delete,
+    (MOUNT_FLAG,),
 )

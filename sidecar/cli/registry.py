@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 GROUPS = {
     "auth": "Turn auth methods on and off",
     "kv": "Work with the versioned and unversioned key-value engine",
-    "operator": "Initialise, unseal, seal and hand over",
+    "operator": "Initialise, unseal, seal, change keys and hand over",
     "policy": "Work with policies",
     "replication": "Enable, watch and end performance replication",
     "secrets": "Turn secrets engines on and off",
+    "token": "Create, look up, renew and revoke tokens",
 }
 
 
@@ -35,6 +36,7 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("login",): Entry("Get a token and keep it", "login", "LOGIN"),
     ("server",): Entry("Run a node", "server", "SERVER"),
     ("status",): Entry("Seal and leader status of a node", "status", "STATUS"),
+    ("unwrap",): Entry("Redeem a wrapping token", "token", "UNWRAP"),
     ("version",): Entry("Print the version", "version", "VERSION"),
     ("auth", "enable"): Entry("Turn an auth method on", "mounts", "AUTH_ENABLE"),
     ("auth", "disable"): Entry("Turn an auth method off", "mounts", "AUTH_DISABLE"),
@@ -43,10 +45,19 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("kv", "put"): Entry("Write a secret, or its next version", "kv", "PUT"),
     ("kv", "list"): Entry("List secrets", "kv", "LIST"),
     ("kv", "delete"): Entry("Delete a secret, or versions of it", "kv", "DELETE"),
+    ("kv", "undelete"): Entry("Bring deleted versions back", "kv", "UNDELETE"),
+    ("kv", "destroy"): Entry("Remove versions for good", "kv", "DESTROY"),
+    ("kv", "metadata", "get"): Entry("Show a secret's versions and settings", "kv", "METADATA_GET"),
+    ("kv", "metadata", "delete"): Entry("Remove a secret with all its versions", "kv", "METADATA_DELETE"),
     ("operator", "init"): Entry("Initialise a cluster", "operator", "INIT"),
     ("operator", "unseal"): Entry("Give a node a share of its unseal key", "operator", "UNSEAL"),
     ("operator", "seal"): Entry("Seal a node", "operator", "SEAL"),
     ("operator", "step-down"): Entry("Let another node lead", "operator", "STEP_DOWN"),
+    ("operator", "rekey"): Entry("Replace the key shares", "operator_keys", "REKEY"),
+    ("operator", "generate-root"): Entry("Make a root token from key shares", "operator_keys", "GENERATE_ROOT"),
+    ("operator", "key-status"): Entry("Show the data key", "operator_keys", "KEY_STATUS"),
+    ("operator", "rotate"): Entry("Use a fresh data key", "operator_keys", "ROTATE"),
+    ("operator", "members"): Entry("List the nodes of the cluster", "operator_keys", "MEMBERS"),
     ("policy", "write"): Entry("Write a policy from a file", "policy", "WRITE"),
     ("policy", "read"): Entry("Print a policy", "policy", "READ"),
     ("policy", "list"): Entry("List policies", "policy", "LIST"),
@@ -59,12 +70,16 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("secrets", "enable"): Entry("Turn a secrets engine on", "mounts", "SECRETS_ENABLE"),
     ("secrets", "disable"): Entry("Turn a secrets engine off", "mounts", "SECRETS_DISABLE"),
     ("secrets", "list"): Entry("List secrets engines", "mounts", "SECRETS_LIST"),
+    ("token", "create"): Entry("Make a token", "token", "CREATE"),
+    ("token", "lookup"): Entry("Show a token", "token", "LOOKUP"),
+    ("token", "renew"): Entry("Let a token live longer", "token", "RENEW"),
+    ("token", "revoke"): Entry("Revoke a token", "token", "REVOKE"),
 }
 
 
 def find(tokens: Sequence[str]) -> tuple[str, ...] | None:
     """The command that the first tokens name."""
-    for length in (2, 1):
+    for length in (3, 2, 1):
         if tuple(tokens[:length]) in COMMANDS:
             return tuple(tokens[:length])
     return None
@@ -91,5 +106,5 @@ def overview() -> str:
 def group_help(group: str) -> str:
     """The help text of a group."""
     lines = [f"Usage: outrider {group} <subcommand> [flags] [arguments]", "", f"  {GROUPS[group]}.", "", "Subcommands:"]
-    lines += [f"    {name[1]:<18}{entry.summary}" for name, entry in COMMANDS.items() if name[0] == group]
+    lines += [f"    {' '.join(name[1:]):<18}{entry.summary}" for name, entry in COMMANDS.items() if name[0] == group]
     return "\n".join(lines)

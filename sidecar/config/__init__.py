@@ -18,11 +18,13 @@ from sidecar.config import stanzas
 from sidecar.config.reader import ConfigError, Reader
 from sidecar.config.stanzas import log_level
 from sidecar.config.values import (
+    AuditSettings,
     ConsulConnection,
     ConsulStorage,
     DevOptions,
     ElectionSettings,
     EmbeddedStorage,
+    ForwardedForSettings,
     InmemStorage,
     Listener,
     ReplicationSettings,
@@ -34,12 +36,14 @@ from sidecar.config.values import (
 )
 
 __all__ = [
+    "AuditSettings",
     "ConfigError",
     "ConsulConnection",
     "ConsulStorage",
     "DevOptions",
     "ElectionSettings",
     "EmbeddedStorage",
+    "ForwardedForSettings",
     "InmemStorage",
     "Listener",
     "ReplicationSettings",
@@ -106,11 +110,12 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
     listeners = stanzas.read_listeners(top, dev)
     api_addr, cluster_addr = top.text("api_addr"), top.text("cluster_addr")
     default_ttl_s, max_ttl_s = stanzas.read_lease_ttls(top)
-    election, store = stanzas.read_sidecar(top)
+    election, store, audit = stanzas.read_sidecar(top)
     replication = stanzas.read_replication(top)
     level = log_level(top.text("log_level", "info", stanzas.LOG_LEVEL_WORDS))
     log_format = top.text("log_format", "standard", stanzas.LOG_FORMATS)
     cluster_name = top.text("cluster_name")
+    prometheus_retention_s = stanzas.read_telemetry(top)
     stanzas.read_the_rest(top)
     top.finish()
     if storage is None:
@@ -133,10 +138,12 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
         max_lease_ttl_s=max_ttl_s,
         log_level=_environment_choice(environ, "LOG_LEVEL", stanzas.LOG_LEVEL_WORDS) or level,
         log_format=_environment_choice(environ, "LOG_FORMAT", stanzas.LOG_FORMATS) or log_format,
+        prometheus_retention_s=prometheus_retention_s,
         service_registration=registration,
         replication=replication,
         election=election,
         store=store,
+        audit=audit,
         warnings=tuple(warnings),
     )
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from urllib.parse import urlsplit
 
 from sidecar.config.reader import ConfigError, Reader
 from sidecar.config.values import (
     DEFAULT_LEASE_TTL_S,
+    AuditSettings,
     ConsulConnection,
     ConsulStorage,
     DevOptions,
     ElectionSettings,
     EmbeddedStorage,
+    ForwardedForSettings,
     InmemStorage,
     Listener,
     ReplicationSettings,
@@ -24,6 +27,7 @@ from sidecar.config.values import (
 
 LOG_LEVEL_WORDS = ("trace", "debug", "info", "notice", "warn", "warning", "error", "err")
 LOG_FORMATS = ("standard", "json")
+PROMETHEUS_RETENTION_S = 86400.0
 CLUSTER_PORT_OFFSET = 1  # the cluster port is the API port plus this, unless configured
 
 _KEY_PREFIX = re.compile(r"(?:[A-Za-z0-9_-]+/)+")
@@ -39,7 +43,19 @@ _NO_MEANING_AT_TOP = (
     "introspection_endpoint", "kms_library", "license_path", "log_file", "log_requests_level", "log_rotate_bytes",
     "log_rotate_duration", "log_rotate_max_files", "oidc_provider", "pid_file", "plugin_directory",
     "plugin_file_permissions", "plugin_file_uid", "plugin_tmpdir", "raw_storage_endpoint", "enable_raw_endpoint",
-    "remove_irrevocable_lease_after", "reporting", "request_limiter", "sentinel", "telemetry", "ui", "user_lockout",
+    "remove_irrevocable_lease_after", "reporting", "request_limiter", "sentinel", "ui", "user_lockout",
+)  # fmt: skip
+
+
+_NO_MEANING_IN_TELEMETRY = (
+    "add_lease_metrics_namespace_labels", "add_mount_point_rollback_metrics", "circonus_api_app", "circonus_api_token",
+    "circonus_api_url", "circonus_broker_id", "circonus_broker_select_tag", "circonus_check_display_name",
+    "circonus_check_force_metric_activation", "circonus_check_id", "circonus_check_instance_id",
+    "circonus_check_search_tag", "circonus_check_tags", "circonus_submission_interval", "circonus_submission_url",
+    "disable_hostname", "dogstatsd_addr", "dogstatsd_tags", "enable_hostname_label", "filter_default",
+    "lease_metrics_epsilon", "maximum_gauge_cardinality", "metrics_prefix", "num_lease_metrics_buckets",
+    "prefix_filter", "stackdriver_debug_logs", "stackdriver_location", "stackdriver_namespace",
+    "stackdriver_project_id", "statsd_address", "statsite_address", "usage_gauge_period",
 )  # fmt: skip
 
 
@@ -187,12 +203,13 @@ def _listener(reader: Reader) -> Listener:
         max_request_size_bytes=reader.size_bytes("max_request_size", 33554432, minimum=1),
         max_request_duration_s=reader.duration_s("max_request_duration", 90.0, minimum=1.0),
         require_request_header=reader.boolean("require_request_header"),
+        unauthenticated_metrics_access=_metrics_access(reader),
+        forwarded_for=_forwarded_for(reader),
     )
     reader.no_effect(
         "custom_response_headers", "http_idle_timeout", "http_read_header_timeout", "http_read_timeout",
-        "http_write_timeout", "inflight_requests_logging", "max_json_depth", "profiling", "telemetry",
-        "tls_cipher_suites", "tls_max_version", "tls_prefer_server_cipher_suites", "x_forwarded_for_authorized_addrs",
-        "x_forwarded_for_hop_skips", "x_forwarded_for_reject_not_authorized", "x_forwarded_for_reject_not_present",
+        "http_write_timeout", "inflight_requests_logging", "max_json_depth", "profiling",
+        "tls_cipher_suites", "tls_max_version", "tls_prefer_server_cipher_suites",
     )  # fmt: skip
     reader.not_available(
         proxy_protocol_behavior="connections that begin with a PROXY header would be refused",
@@ -203,6 +220,53 @@ def _listener(reader: Reader) -> Listener:
         redact_version="the version would be shown all the same",
     )
     return listener
+
+
+def _forwarded_for(reader: Reader) -> ForwardedForSettings | None:
+    """Only ``x_forwarded_for_authorized_addrs`` turns the header on."""
+    addresses = reader.texts("x_forwarded_for_authorized_addrs")
+    if not addresses:
+        reader.no_effect(
+            "x_forwarded_for_hop_skips", "x_forwarded_for_reject_not_authorized", "x_forwarded_for_reject_not_present"
+        )
+        return None
+    for text in addresses:
+        try:
+            ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            raise reader.error("x_forwarded_for_authorized_addrs", "must hold addresses and networks only") from None
+    return ForwardedForSettings(
+        addresses,
+        hop_skips=reader.integer("x_forwarded_for_hop_skips", 0),
+        reject_not_authorized=reader.boolean("x_forwarded_for_reject_not_authorized", True),
+        reject_not_present=reader.boolean("x_forwarded_for_reject_not_present", True),
+    )
+
+
+def _metrics_access(listener: Reader) -> bool:
+    stanza = listener.block("telemetry", labels=0)
+    if stanza is None:
+        return False
+    reader = listener.inner(stanza)
+    is_open = reader.boolean("unauthenticated_metrics_access")
+    reader.not_available(
+        disallow_metrics="metrics would be shown all the same, to those with a token",
+        metrics_only="everything else would be served all the same",
+    )
+    reader.finish()
+    return is_open
+
+
+def read_telemetry(top: Reader) -> float:
+    """``telemetry {}``: how long Prometheus' form is kept, in seconds; 0 turns it off. Nothing is pushed anywhere."""
+    stanza = top.block("telemetry", labels=0)
+    if stanza is None:
+        return PROMETHEUS_RETENTION_S
+    reader = top.inner(stanza)
+    retention_s = reader.duration_s("prometheus_retention_time", PROMETHEUS_RETENTION_S)
+    reader.no_effect(*_NO_MEANING_IN_TELEMETRY)
+    reader.finish()
+    return retention_s
 
 
 def _check_listener(listener: Listener, reader: Reader, place: str) -> None:
@@ -253,11 +317,12 @@ def read_replication(top: Reader) -> ReplicationSettings:
     return settings
 
 
-def read_sidecar(top: Reader) -> tuple[ElectionSettings, StoreSettings]:
+def read_sidecar(top: Reader) -> tuple[ElectionSettings, StoreSettings, AuditSettings]:
     """``sidecar {}``: what Vault has no word for."""
+    prefixing = top.boolean("allow_audit_log_prefixing")
     stanza = top.block("sidecar", labels=0)
     if stanza is None:
-        return ElectionSettings(), StoreSettings()
+        return ElectionSettings(), StoreSettings(), AuditSettings(prefixing)
     reader = top.inner(stanza)
     election = ElectionSettings(
         beat_ttl_s=reader.duration_s("beat_ttl", 3.0, minimum=0.5),
@@ -271,13 +336,20 @@ def read_sidecar(top: Reader) -> tuple[ElectionSettings, StoreSettings]:
         wal_keep_bytes=reader.size_bytes("wal_keep_size", 256 * 2**20, minimum=2**20),
         flush_interval_s=reader.duration_s("flush_interval", 1.0, minimum=0.01),
     )
+    audit = AuditSettings(
+        allow_prefixing=prefixing,
+        directories=reader.texts("audit_directories"),
+        timeout_s=reader.duration_s("audit_timeout", 2.0, minimum=0.1),
+    )
     reader.finish()
     if election.beat_interval_s * 2 > election.beat_ttl_s:
         raise reader.error(
             "beat_interval" if reader.place("beat_interval") else "beat_ttl",
             "leaves no room for one lost beat: beat_ttl must be at least twice beat_interval",
         )
-    return election, store
+    if any(not path.startswith("/") for path in audit.directories):
+        raise reader.error("audit_directories", "must be absolute paths")
+    return election, store, audit
 
 
 def read_the_rest(top: Reader) -> None:
@@ -285,10 +357,7 @@ def read_the_rest(top: Reader) -> None:
     top.no_effect(*_NO_MEANING_AT_TOP)
     if top.boolean("disable_clustering"):
         raise top.error("disable_clustering", "is not available: nodes and clusters talk over the cluster port")
-    top.not_available(
-        hsm="there is no such seal",
-        allow_audit_log_prefixing="there are no audit devices of that kind",
-    )
+    top.not_available(hsm="there is no such seal")
     for stanza in top.blocks("seal"):
         if stanza.labels != ("shamir",):
             raise ConfigError(

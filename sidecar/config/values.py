@@ -71,6 +71,26 @@ class InmemStorage:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditSettings:
+    """What audit devices may do on this machine; the devices themselves are made over the API. No ``directories``
+    means that files may be anywhere."""
+
+    allow_prefixing: bool = False
+    directories: tuple[str, ...] = ()
+    timeout_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardedForSettings:
+    """The ``x_forwarded_for_*`` keys of a listener; ``authorized_addrs`` are addresses and networks."""
+
+    authorized_addrs: tuple[str, ...]
+    hop_skips: int = 0
+    reject_not_authorized: bool = True
+    reject_not_present: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Listener:
     """``listener "tcp"``. Addresses are ``host:port``; TLS 1.2 or newer unless ``tls_disable``."""
 
@@ -86,6 +106,8 @@ class Listener:
     max_request_size_bytes: int = 33554432
     max_request_duration_s: float = 90.0
     require_request_header: bool = False
+    unauthenticated_metrics_access: bool = False
+    forwarded_for: ForwardedForSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +167,12 @@ class ServerConfig:
     max_lease_ttl_s: int = DEFAULT_LEASE_TTL_S
     log_level: str = "info"
     log_format: str = "standard"
+    prometheus_retention_s: float = 86400.0
     service_registration: ServiceRegistrationSettings = field(default_factory=ServiceRegistrationSettings)
     replication: ReplicationSettings = field(default_factory=ReplicationSettings)
     election: ElectionSettings = field(default_factory=ElectionSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
     warnings: tuple[str, ...] = ()
 
 

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from sidecar.core.keyring import KEY_ID_BYTES, Keyring
 from sidecar.core.keys import LOCAL_KEYRING, REPLICATED_KEYRING, keyring, partition_of
@@ -73,6 +75,11 @@ class Barrier:
     def root_key(self) -> bytes:
         """The root key itself: for activation, which hands it to a new secondary, and for nothing else."""
         return self._root_key
+
+    def derived_key(self, label: bytes) -> bytes:
+        """32 bytes for the one use that ``label`` names: the same on every node of every cluster under this root key.
+        They reveal nothing of it."""
+        return HKDF(SHA256(), 32, salt=None, info=label).derive(self._root_key)
 
     def seal(self, key: str, plaintext: bytes) -> bytes:
         """``plaintext`` as it is stored at logical ``key``."""

@@ -10,12 +10,15 @@ REPLICATED_KEYRING = "r/core/keyring"
 LOCAL_KEYRING = "l/core/keyring"
 CLUSTER = "l/core/cluster"
 JWT_KEY = "r/core/jwtkey"
+QUOTAS = "r/quota/rate-limit/"
+VERSIONS = "l/core/versions/"
 
 # These entries protect themselves with the root key or the unseal key: the barrier cannot open what it is made from.
 RAW_KEYS = frozenset({SEAL, REPLICATED_KEYRING, LOCAL_KEYRING})
 
 POLICIES = "r/policy/acl/"
 
+TOKEN_ROLES = "r/token/role/"  # noqa: S105 - a name, not a secret
 TOKEN_SALT = "l/token/salt"  # noqa: S105 - a name, not a secret
 TOKEN_IDS = "l/token/id/"  # noqa: S105
 TOKEN_ACCESSORS = "l/token/accessor/"  # noqa: S105
@@ -23,6 +26,8 @@ TOKEN_PARENTS = "l/token/parent/"  # noqa: S105
 TOKEN_EXPIRY = "l/token/expiry/"  # noqa: S105
 TOKEN_REVOKING = "l/token/revoking/"  # noqa: S105
 CUBBYHOLES = "l/cubbyhole/"
+
+AUDIT_TABLES = ("r/core/audit/", "l/core/audit/")
 
 
 def keyring(storage_class: str) -> str:

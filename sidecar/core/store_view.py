@@ -13,6 +13,7 @@ from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, ReadOnlyStorage
 from sidecar.core.barrier import Barrier
 from sidecar.core.keys import RAW_KEYS
+from sidecar.core.metrics import METRICS
 
 _READS_AT_ONCE = 64
 
@@ -75,10 +76,11 @@ class SealedStore:
 
     async def get(self, key: str) -> bytes | None:
         """The plaintext at ``key``, or None."""
-        blob = await self._store.get(key)
-        if blob is None or key in RAW_KEYS:
-            return blob
-        return await self.barrier.open_value(key, blob)
+        with METRICS.timer("barrier.get"):
+            blob = await self._store.get(key)
+            if blob is None or key in RAW_KEYS:
+                return blob
+            return await self.barrier.open_value(key, blob)
 
     async def get_raw(self, key: str) -> bytes | None:
         """The bytes at ``key`` as they are stored."""
@@ -86,7 +88,8 @@ class SealedStore:
 
     async def list(self, prefix: str) -> list[str]:
         """Names one level below ``prefix``; folders end in ``/``."""
-        return await self._store.list(prefix)
+        with METRICS.timer("barrier.list"):
+            return await self._store.list(prefix)
 
     def encode(self, write: Write) -> Write:
         """``write`` as the store takes it. Keyrings and the seal record pass unchanged."""
@@ -96,8 +99,10 @@ class SealedStore:
 
     async def commit(self, writes: Sequence[Write]) -> CommitHead:
         """Seal and commit ``writes``, all or none."""
-        encoded = [await self._encode_value(write) for write in writes]
-        head = await self._store.commit(encoded)
+        with METRICS.timer("barrier.put"):
+            encoded = [await self._encode_value(write) for write in writes]
+            with METRICS.timer("wal.persistWALs"):
+                head = await self._store.commit(encoded)
         tracker = last_write.get()
         if tracker is not None:
             tracker.index = max(tracker.index, head.index)

@@ -7,21 +7,24 @@ is the only writer of these keys while its node leads; replication tells it of o
 
 from __future__ import annotations
 
-import base64
-import binascii
+import asyncio
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
+from consul_backend.errors import BackendError
 from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, PermissionDenied
 from sidecar.core.barrier import DecryptionFailed
+from sidecar.core.batch_tokens import KEY_LABEL, BatchTokens
 from sidecar.core.keys import TOKEN_ACCESSORS, TOKEN_IDS, TOKEN_PARENTS, TOKEN_REVOKING, TOKEN_SALT
 from sidecar.core.locks import KeyedLocks
+from sidecar.core.metrics import METRICS
 from sidecar.core.policies import normalize_policies
-from sidecar.core.store_view import SealedStore, View, always, read_many, walk
+from sidecar.core.store_view import SealedStore, View, read_many, walk
 from sidecar.core.token_entry import (
     BATCH,
     ROOT_POLICY,
@@ -51,13 +54,15 @@ from sidecar.core.token_ids import (
     removal,
     store,
 )
+from sidecar.core.token_tidy import tidy
+
+log = logging.getLogger("token")
 
 __all__ = ["CreateToken", "IssuedToken", "Renewed", "TokenEntry", "TokenStore", "cubbyhole"]
 
 # A transaction has room for 61 operations; what a revocation deletes beyond this goes in further commits.
 WRITES_MAX = 48
 _TOKEN_BYTES_MAX = 8192
-_BATCH_KEYS = ("r/token/batch", "l/token/batch")
 
 
 class TokenStore:
@@ -71,20 +76,21 @@ class TokenStore:
         sealed: SealedStore,
         now: Callable[[], float],
         *,
-        writable: Callable[[], bool] = always,
         random_bytes: Callable[[int], bytes] = os.urandom,
         cache_max: int = 50_000,
     ) -> None:
         self._sealed = sealed
         self._now = now
-        self._writable = writable
         self._random_bytes = random_bytes
         self._cache_max = cache_max
         self._salt = b""
         self._cache: OrderedDict[str, TokenEntry] = OrderedDict()
         self._loading: dict[str, object] = {}
         self._locks = KeyedLocks()
+        self._batch = BatchTokens(sealed.barrier.derived_key(KEY_LABEL))
         self._sweep = ExpirySweep(sealed, now, self._expire, self._revoke_hash)
+        self._tidy_asked, self._tidy_done = asyncio.Event(), asyncio.Event()
+        self._tidy_done.set()
 
     async def load(self) -> None:
         """Read the salt and the index of expiries. Once, before anything else."""
@@ -96,8 +102,42 @@ class TokenStore:
         await self._sweep.load()
 
     async def run(self) -> None:
-        """Remove expired tokens and finish interrupted revocations, until cancelled."""
-        await self._sweep.run()
+        """Remove expired tokens, finish interrupted revocations, tidy when asked; until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._sweep.run(), name="token sweep")
+            tasks.create_task(self._tidy(), name="token tidy")
+
+    def ask_for_tidy(self) -> bool:
+        """Have :meth:`run` tidy up soon. False where it is asked to already."""
+        if self._tidy_asked.is_set():
+            return False
+        self._tidy_done.clear()
+        self._tidy_asked.set()
+        return True
+
+    async def tidied(self) -> None:
+        """Return once no tidy is asked for or under way."""
+        await self._tidy_done.wait()
+
+    async def _tidy(self) -> None:
+        while True:
+            await self._tidy_asked.wait()
+            try:
+                await self._sweep.sweep()
+                done = await tidy(self._sealed)
+                log.info(
+                    "tidy finished: tokens=%d removed: accessors=%d children=%d cubbyhole entries=%d",
+                    done.tokens,
+                    done.accessors,
+                    done.children,
+                    done.cubbyholes,
+                )
+            except (BackendError, DecryptionFailed, msgspec.MsgspecError) as error:
+                # One unreadable entry is no reason to stop serving; whoever reads it next is told.
+                log.error("tidy gave up: %s", type(error).__name__)
+            finally:
+                self._tidy_asked.clear()
+                self._tidy_done.set()
 
     async def sweep(self) -> None:
         """One pass of what :meth:`run` repeats."""
@@ -107,7 +147,10 @@ class TokenStore:
 
     async def create(self, spec: CreateToken) -> IssuedToken:
         """Make a token in one commit. Raises InvalidRequest, and PermissionDenied where the parent has gone."""
-        return await self.create_with(spec, lambda entry: ())
+        with METRICS.timer("token.create"):
+            issued = await self.create_with(spec, lambda entry: ())
+        METRICS.increment("token.creation", token_type=spec.type)
+        return issued
 
     async def create_with(self, spec: CreateToken, also: Callable[[TokenEntry], Sequence[Write]]) -> IssuedToken:
         """:meth:`create`, with further writes in the same commit."""
@@ -148,6 +191,7 @@ class TokenStore:
 
     async def create_root(self, token: str | None = None) -> IssuedToken:
         """A root token that never expires; ``token`` is a custom id (as for a development server)."""
+        METRICS.increment("token.create_root")
         path = "auth/token/root"
         return await self.create(
             CreateToken(policies=(ROOT_POLICY,), path=path, display_name="root", renewable=False, id=token),
@@ -178,13 +222,10 @@ class TokenStore:
         )
 
     def _create_batch(self, spec: CreateToken) -> IssuedToken:
-        """A batch token is its own storage. Sealed with the replicated ring it is good on every cluster of the set;
-        a secondary, which may not use that ring, makes tokens for itself."""
+        """A batch token is its own storage."""
         ttl_s, warnings = first_ttl(spec)
         entry = self._entry(spec, "", "", ttl_s)
-        key = _BATCH_KEYS[0] if self._writable() else _BATCH_KEYS[1]
-        blob = self._sealed.barrier.seal(key, msgspec.msgpack.encode(entry))
-        token = BATCH_PREFIX + base64.urlsafe_b64encode(blob).decode().rstrip("=")
+        token = self._batch.make(entry, self._random_bytes)
         return IssuedToken(token, msgspec.structs.replace(entry, id_hash=self._hash(token)), warnings)
 
     # -- looking up and using
@@ -193,9 +234,10 @@ class TokenStore:
         """The entry of a token that may be used now. Consumes nothing."""
         if not token or len(token) > _TOKEN_BYTES_MAX:
             return None
-        if token.startswith(BATCH_PREFIX):
-            return await self._lookup_batch(token)
-        return await self._live(self._hash(token))
+        with METRICS.timer("token.lookup"):
+            if token.startswith(BATCH_PREFIX):
+                return await self._lookup_batch(token)
+            return await self._live(self._hash(token))
 
     async def use(self, token: str) -> TokenEntry | None:
         """:meth:`lookup`, and consume one of its uses if they are counted. The consumption is committed when this
@@ -232,21 +274,13 @@ class TokenStore:
         return sorted(msgspec.msgpack.decode(raw, type=AccessorEntry).accessor for raw in raws)
 
     async def _lookup_batch(self, token: str) -> TokenEntry | None:
-        text = token.removeprefix(BATCH_PREFIX)
-        try:
-            blob = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-        except (binascii.Error, ValueError):
+        """A child counts only where its parent lives: names of tokens are another cluster's own."""
+        entry = self._batch.read(token)
+        if entry is None or not entry.alive(self._now()):
             return None
-        for key in _BATCH_KEYS:
-            try:
-                plain = self._sealed.barrier.open(key, blob)
-            except DecryptionFailed:
-                continue
-            entry = msgspec.msgpack.decode(plain, type=TokenEntry)
-            if not entry.alive(self._now()) or (entry.parent and await self._live(entry.parent) is None):
-                return None
-            return msgspec.structs.replace(entry, id_hash=self._hash(token))
-        return None
+        if entry.parent and await self._live(entry.parent) is None:
+            return None
+        return msgspec.structs.replace(entry, id_hash=self._hash(token))
 
     # -- renewal
 
@@ -293,7 +327,8 @@ class TokenStore:
         """:meth:`revoke` of the token that ``entry`` describes."""
         if entry.type == BATCH:
             raise InvalidRequest("batch tokens cannot be revoked")
-        await self._revoke_hash(entry.id_hash)
+        with METRICS.timer("token.revoke"):
+            await self._revoke_hash(entry.id_hash)
 
     async def revoke_accessor(self, accessor: str) -> None:
         """:meth:`revoke` by accessor. Raises InvalidRequest ``invalid accessor`` for an unknown one."""

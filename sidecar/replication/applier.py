@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from consul_backend.clock import Clock
 from consul_backend.errors import BackendError, PermissionDenied, TooLarge
+from consul_backend.failpoint import failpoint
 from consul_backend.limits import Limits
 from consul_backend.position import Position
 from sidecar.replication.channel import Channel, ChannelClosed
@@ -33,6 +34,8 @@ from sidecar.replication.protocol import (
     CompleteUpTo,
     Heartbeat,
     HelloReply,
+    LogFrame,
+    PartFrame,
     ProtocolViolation,
     RecordFrame,
     Skip,
@@ -198,7 +201,9 @@ class Applier:
     async def _apply(self, batch: Batch, *, durable_now: bool) -> None:
         """Make one batch true here, and then known to the readers. Raises TooLarge when it is not one commit."""
         if batch.writes or durable_now:
+            failpoint("applier:before-commit")
             await commit(self._store, batch.writes, batch.position)
+            failpoint("applier:after-commit")
             self._durable = batch.position
         if batch.writes:
             await self._on_applied([write.key for write in batch.writes])
@@ -214,7 +219,7 @@ class _Reception:
         self._clock = applier._clock
         self._options = applier._options
         self._intake = Intake(position, Budget.of(self._options.limits))
-        self._inbox: Inbox[RecordFrame | Skip | CompleteUpTo | Bye] = Inbox(self._options.queue_bytes_max)
+        self._inbox: Inbox[LogFrame | CompleteUpTo | Bye] = Inbox(self._options.queue_bytes_max)
         self._offset = ClockOffset()
         self._echo: tuple[int, float] | None = None
         self._durable_at_s = self._clock.monotonic()
@@ -287,9 +292,9 @@ class _Reception:
         try:
             while True:
                 frame = await self._inbox.get()
-                if isinstance(frame, RecordFrame | Skip):
+                if isinstance(frame, RecordFrame | Skip | PartFrame):
                     self._intake.accept(frame)
-                    if not (self._intake.wants_more() and self._inbox.next_is((RecordFrame, Skip))):
+                    if not (self._intake.wants_more() and self._inbox.next_is((RecordFrame, Skip, PartFrame))):
                         await self._apply_accepted()
                 elif isinstance(frame, CompleteUpTo):
                     await self._compare(frame)
@@ -323,6 +328,7 @@ class _Reception:
             steps_max = None
             if batch.writes or durable_now:
                 self._durable_at_s = now_s
+            failpoint("applier:before-ack")
             await self._acknowledge()
 
     async def _acknowledge(self) -> None:

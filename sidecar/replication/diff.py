@@ -1,38 +1,114 @@
 """Comparing two merkle forests over one round trip, and planning the second. Pure.
 
+The 65,536 buckets of a partition are compared as *ranges* of two sizes, each range by an 8-byte fingerprint:
+
+* the secondary sends one fingerprint for every *group* of about 256 entries (32 KB for a million entries);
+* the primary answers, in each group that differs, with one for every *cell* of about 16 entries;
+* the secondary sends 8-byte ids of its entries in the cells that differ; the primary sends what is not among them, and
+  the ids that it does not have.
+
+So d differing entries of n cost about n/32 + 256 d bytes, however the entries are spread over partitions. Fingerprints
+and ids are keyed by a random salt of each diff: what collides once does not collide again, and nobody can prepare it.
+A collision hides a difference until the roots are compared in full at the end, and the next diff finds it.
+
 Both forests may change while this goes on: a digest is read when it is read. That is harmless on the primary, because
 whatever changed there after the base record comes again with the records since the base; and on the secondary nobody
-but the sync itself writes class ``r``. Generators hand back control after each page, so that a caller on an event loop
+but the sync itself writes class ``r``. Generators hand back control now and then, so that a caller on an event loop
 may let others run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
-from consul_backend.merkle import SUBPAGES, bucket_of
+from consul_backend.merkle import BUCKETS, PAGES, SUBPAGES, bucket_of
 from consul_backend.wal import Write
 from sidecar.replication.intake import KEYRING_KEY, REPLICATED
-from sidecar.replication.protocol import DiffReply, DiffRequest, Extent, PartitionDigests
+from sidecar.replication.protocol import (
+    FINGERPRINT_BYTES,
+    Cells,
+    DiffReply,
+    DiffRequest,
+    Entries,
+    Extent,
+    FetchRequest,
+    PartitionDigests,
+    ProtocolViolation,
+)
 from sidecar.replication.store_view import Forest
 
 _, _KEYRING_PARTITION, _KEYRING_PATH = KEYRING_KEY.split("/")
 
-DIGESTS_MAX = 1_500_000
-"""Subpage digests in one answer, about 36 MB; pages that differ beyond it are compared entry by entry instead."""
+FINGERPRINTS_MAX = 3_000_000
+"""In one answer, 24 MB; groups that differ beyond it are compared entry by entry without looking at cells."""
 
-_ENTRY_BYTES = 32
-"""A digest and msgpack around one entry of an extent."""
+GROUP_ENTRIES = 256
+CELL_ENTRIES = 16
+GROUP_DEPTH_MAX = 12
+DEPTH_MAX = 16
+_PAGE_DEPTH = 8
+_EXTENT_BYTES = 16
+_EMPTY = bytes(FINGERPRINT_BYTES)
+_BETWEEN_TURNS = 64
 
 
-def diff_request(forest: Forest) -> Iterator[DiffRequest | None]:
-    """None after each partition, at last the request."""
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The buckets of a partition whose number begins with the ``depth`` bits ``prefix``; all of them at depth 0."""
+
+    partition: str
+    depth: int = 0
+    prefix: int = 0
+
+    @property
+    def buckets(self) -> tuple[int, int]:
+        """First bucket, and the one after the last."""
+        width = BUCKETS >> self.depth
+        return self.prefix * width, (self.prefix + 1) * width
+
+
+def depth_for(entries: int, each: int, depth_max: int) -> int:
+    """How deep to divide a partition so that a range holds about ``each`` entries."""
+    return min(depth_max, max(0, (entries - 1) // each).bit_length())
+
+
+def fingerprint(salt: bytes, forest: Forest, part: Range) -> bytes:
+    """What a range holds, under a salt; zeros when it is empty."""
+    start, stop = part.buckets
+    if part.depth <= _PAGE_DEPTH:
+        digests = forest.page_digests(REPLICATED, part.partition)
+        items = [(page, digests[page]) for page in range(start // SUBPAGES, stop // SUBPAGES) if page in digests]
+    else:
+        page = start // SUBPAGES
+        found = forest.subpage_digests(REPLICATED, part.partition, page)
+        first = start - page * SUBPAGES
+        items = [(number, found[number]) for number in range(first, first + stop - start) if number in found]
+    if not items:
+        return _EMPTY
+    packed = b"".join([bytes((number,)) + digest for number, digest in items])
+    return blake2b(packed, digest_size=FINGERPRINT_BYTES, key=salt, person=b"range").digest()
+
+
+def entry_id(salt: bytes, path: str, digest: bytes) -> bytes:
+    """An entry of a partition, under a salt."""
+    return blake2b(digest + path.encode(), digest_size=FINGERPRINT_BYTES, key=salt, person=b"entry").digest()
+
+
+def diff_request(forest: Forest, salt: bytes) -> Iterator[DiffRequest | None]:
+    """None now and then, at last the request."""
     partitions: dict[str, PartitionDigests] = {}
     for partition, root in forest.partitions(REPLICATED).items():
-        partitions[partition] = PartitionDigests(root, dict(forest.page_digests(REPLICATED, partition)))
+        depth = depth_for(forest.count(REPLICATED, partition), GROUP_ENTRIES, GROUP_DEPTH_MAX)
+        groups: list[bytes] = []
+        for prefix in range(1 << depth if depth else 0):
+            groups.append(fingerprint(salt, forest, Range(partition, depth, prefix)))
+            if prefix % _BETWEEN_TURNS == 0:
+                yield None
+        partitions[partition] = PartitionDigests(root, depth, b"".join(groups))
         yield None
-    yield DiffRequest(forest.root(REPLICATED), partitions)
+    yield DiffRequest(salt, forest.root(REPLICATED), partitions)
 
 
 @dataclass(slots=True)
@@ -41,13 +117,12 @@ class Differences:
 
     whole: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
-    pages: dict[str, list[int]] = field(default_factory=dict)
-    subpages: dict[str, dict[int, dict[int, bytes]]] = field(default_factory=dict)
-    digests_left: int = DIGESTS_MAX
+    cells: dict[str, Cells] = field(default_factory=dict)
+    fingerprints_left: int = FINGERPRINTS_MAX
 
 
 def compare(forest: Forest, request: DiffRequest, found: Differences) -> Iterator[None]:
-    """Fill ``found`` with what differs between the primary's forest and the request."""
+    """Fill ``found`` with what differs between the primary's forest and the request. Raises ProtocolViolation."""
     ours = forest.partitions(REPLICATED)
     found.gone.extend(sorted(request.partitions.keys() - ours.keys()))
     for partition, root in sorted(ours.items()):
@@ -55,34 +130,40 @@ def compare(forest: Forest, request: DiffRequest, found: Differences) -> Iterato
         if theirs is None:
             found.whole.append(partition)
         elif theirs.root != root:
-            yield from _compare_pages(forest, partition, theirs.pages, found)
+            yield from _compare_groups(forest, partition, request.salt, theirs, found)
         yield None
 
 
-def _compare_pages(forest: Forest, partition: str, theirs: Mapping[int, bytes], found: Differences) -> Iterator[None]:
-    ours = forest.page_digests(REPLICATED, partition)
-    whole = sorted(ours.keys() ^ theirs.keys())
-    for page in sorted(ours.keys() & theirs.keys()):
-        if ours[page] == theirs[page]:
-            continue
-        subpages = dict(forest.subpage_digests(REPLICATED, partition, page))
-        if len(subpages) > found.digests_left:
-            whole.append(page)
-        else:
-            found.digests_left -= len(subpages)
-            found.subpages.setdefault(partition, {})[page] = subpages
-        yield None
-    if whole:
-        found.pages[partition] = whole
+def _compare_groups(
+    forest: Forest, partition: str, salt: bytes, theirs: PartitionDigests, found: Differences
+) -> Iterator[None]:
+    depth = theirs.depth
+    if len(theirs.groups) != (FINGERPRINT_BYTES << depth if depth else 0):
+        raise ProtocolViolation("a diff request has another number of groups than its depth says")
+    differing = [0] if depth == 0 else []
+    for prefix in range(1 << depth if depth else 0):
+        if fingerprint(salt, forest, Range(partition, depth, prefix)) != _part(theirs.groups, prefix):
+            differing.append(prefix)
+        if prefix % _BETWEEN_TURNS == 0:
+            yield None
+    below = max(depth, depth_for(forest.count(REPLICATED, partition), CELL_ENTRIES, DEPTH_MAX))
+    split = below - depth
+    if split == 0 or (len(differing) << split) > found.fingerprints_left:
+        found.cells[partition] = Cells(depth, differing, b"")
+        return
+    found.fingerprints_left -= len(differing) << split
+    cells: list[bytes] = []
+    for count, group in enumerate(differing):
+        cells += [
+            fingerprint(salt, forest, Range(partition, below, group << split | cell)) for cell in range(1 << split)
+        ]
+        if count % 4 == 0:
+            yield None
+    found.cells[partition] = Cells(below, differing, b"".join(cells))
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A part of a partition to compare entry by entry: one subpage, a page (``subpage`` None), all (both None)."""
-
-    partition: str
-    page: int | None = None
-    subpage: int | None = None
+def _part(fingerprints: bytes, number: int) -> bytes:
+    return fingerprints[number * FINGERPRINT_BYTES : (number + 1) * FINGERPRINT_BYTES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,73 +171,114 @@ class SyncPlan:
     """What a secondary asks for. ``ranges`` begin with the one that holds the replicated keyring, if it differs;
     ``gone`` are partitions to delete without asking."""
 
+    salt: bytes
     ranges: tuple[Range, ...]
     gone: tuple[str, ...]
 
     @classmethod
-    def of(cls, reply: DiffReply, forest: Forest) -> SyncPlan:
-        """The plan that follows from the primary's answer and this cluster's own forest."""
+    def of(cls, request: DiffRequest, reply: DiffReply, forest: Forest) -> SyncPlan:
+        """The plan that follows from the primary's answer and this cluster's own forest. Raises ProtocolViolation."""
         ranges = [Range(partition) for partition in reply.whole]
-        ranges += [Range(partition, page) for partition, pages in reply.pages.items() for page in pages]
-        for partition, pages in reply.subpages.items():
-            for page, theirs in pages.items():
-                ours = forest.subpage_digests(REPLICATED, partition, page)
-                differing = [at for at in sorted(ours.keys() | theirs.keys()) if ours.get(at) != theirs.get(at)]
-                ranges += [Range(partition, page, subpage) for subpage in differing]
+        for partition, cells in reply.cells.items():
+            asked = request.partitions.get(partition)
+            if asked is None:
+                raise ProtocolViolation("a diff answer has cells of a partition that was not asked about")
+            ranges += _differing_cells(request.salt, forest, partition, asked.depth, cells)
         ranges.sort(key=lambda part: not _holds_keyring(part))
-        return cls(tuple(ranges), tuple(reply.gone))
+        return cls(request.salt, tuple(ranges), tuple(reply.gone))
 
     def deletions(self, forest: Forest) -> list[Write]:
-        """Deletes of every entry in the partitions that the primary does not have."""
+        """Deletions of every entry in the partitions that the primary does not have."""
         return [
             Write(f"{REPLICATED}/{partition}/{path}", None)
             for partition in self.gone
             for path, _ in forest.keys(REPLICATED, partition)
         ]
 
-    def requests(self, forest: Forest, bytes_max: int) -> Iterator[list[Extent]]:
-        """The ranges as extents with this cluster's entries, in as few requests of about ``bytes_max`` as it takes, at
-        least one. Entries are read when a request is built."""
+    def requests(self, forest: Forest, bytes_max: int) -> Iterator[tuple[list[str], list[Extent]]]:
+        """Partition names and the ranges as extents with ids of this cluster's entries, in as few requests of about
+        ``bytes_max`` as it takes, at least one. Entries are read when a request is built."""
+        names: dict[str, int] = {}
         extents: list[Extent] = []
         size_bytes = 0
         for part in self.ranges:
-            entries = entries_in(forest, part)
-            cost = _ENTRY_BYTES + sum([_ENTRY_BYTES + len(path) for path, _ in entries])
+            ids = b"".join([entry_id(self.salt, path, digest) for path, digest in entries_in(forest, part)])
+            cost = _EXTENT_BYTES + len(ids) + (0 if part.partition in names else len(part.partition))
             if extents and size_bytes + cost > bytes_max:
-                yield extents
-                extents, size_bytes = [], 0
-            extents.append(Extent(part.partition, part.page, part.subpage, entries))
+                yield list(names), extents
+                names, extents, size_bytes = {}, [], 0
+            number = names.setdefault(part.partition, len(names))
+            extents.append(Extent(number, part.depth, part.prefix, ids))
             size_bytes += cost
-        yield extents
+        yield list(names), extents
+
+
+def _differing_cells(salt: bytes, forest: Forest, partition: str, depth: int, cells: Cells) -> list[Range]:
+    split = cells.depth - depth
+    count = len(cells.groups) << split if cells.fingerprints and split > 0 else 0
+    if split < 0 or len(cells.fingerprints) != count * FINGERPRINT_BYTES or any(at >> depth for at in cells.groups):
+        raise ProtocolViolation("a diff answer has other cells than were asked for")
+    if not count:
+        return [Range(partition, depth, group) for group in cells.groups]
+    ranges = []
+    for at, group in enumerate(cells.groups):
+        for cell in range(1 << split):
+            part = Range(partition, cells.depth, group << split | cell)
+            if fingerprint(salt, forest, part) != _part(cells.fingerprints, (at << split) + cell):
+                ranges.append(part)
+    return ranges
 
 
 def _holds_keyring(part: Range) -> bool:
-    page, subpage = divmod(bucket_of(_KEYRING_PATH), SUBPAGES)
-    return part.partition == _KEYRING_PARTITION and part.page in {None, page} and part.subpage in {None, subpage}
+    start, stop = part.buckets
+    return part.partition == _KEYRING_PARTITION and start <= bucket_of(_KEYRING_PATH) < stop
 
 
-def entries_in(forest: Forest, part: Range | Extent) -> list[tuple[str, bytes]]:
+def entries_in(forest: Forest, part: Range) -> list[tuple[str, bytes]]:
     """Path and digest of every entry of one range, the replicated keyring first."""
-    if part.page is None:
+    start, stop = part.buckets
+    if part.depth == 0:
         entries = list(forest.keys(REPLICATED, part.partition))
-    elif part.subpage is None:
-        entries = [
-            entry
-            for subpage in sorted(forest.subpage_digests(REPLICATED, part.partition, part.page))
-            for entry in forest.entries(REPLICATED, part.partition, part.page, subpage)
-        ]
     else:
-        entries = list(forest.entries(REPLICATED, part.partition, part.page, part.subpage))
+        entries = []
+        for page in range(start // SUBPAGES, min(PAGES, (stop + SUBPAGES - 1) // SUBPAGES)):
+            for subpage in sorted(forest.subpage_digests(REPLICATED, part.partition, page)):
+                if start <= page * SUBPAGES + subpage < stop:
+                    entries += forest.entries(REPLICATED, part.partition, page, subpage)
     if part.partition == _KEYRING_PARTITION:
         entries.sort(key=lambda entry: entry[0] != _KEYRING_PATH)
     return entries
 
 
-def differing_entries(forest: Forest, extent: Extent) -> tuple[list[str], list[str]]:
-    """The primary's view of an extent: paths the secondary lacks or has with another digest, and paths it has that are
-    not here."""
-    theirs = dict(extent.entries)
-    ours = entries_in(forest, extent)
-    wanted = [path for path, digest in ours if theirs.get(path) != digest]
-    here = {path for path, _ in ours}
-    return wanted, [path for path in theirs if path not in here]
+def range_of(request: FetchRequest, extent: Extent) -> Range:
+    """The range that an extent of a fetch request names. Raises ProtocolViolation."""
+    known = extent.partition < len(request.partitions)
+    if not known or extent.prefix >> extent.depth or len(extent.ids) % FINGERPRINT_BYTES:
+        raise ProtocolViolation("an extent of a fetch request is malformed")
+    return Range(request.partitions[extent.partition], extent.depth, extent.prefix)
+
+
+def differing_entries(forest: Forest, salt: bytes, part: Range, ids: bytes) -> tuple[list[str], bytes]:
+    """The primary's view of an extent: paths the secondary lacks or has otherwise, and ids that nothing here has."""
+    theirs = {_part(ids, number) for number in range(len(ids) // FINGERPRINT_BYTES)}
+    wanted: list[str] = []
+    for path, digest in entries_in(forest, part):
+        known = entry_id(salt, path, digest)
+        if known in theirs:
+            theirs.discard(known)
+        else:
+            wanted.append(path)
+    return wanted, b"".join(sorted(theirs))
+
+
+def dropped_keys(forest: Forest, request: FetchRequest, frame: Entries) -> Iterator[str]:
+    """The secondary's view of the ids that the primary does not have: the keys of those entries that it still has just
+    so. What was put and committed meanwhile has another id by now. Raises ProtocolViolation."""
+    for number, ids in frame.dropped:
+        if number >= len(request.extents):
+            raise ProtocolViolation("the answer drops entries of an extent that was not asked for")
+        part = range_of(request, request.extents[number])
+        gone = {_part(ids, at) for at in range(len(ids) // FINGERPRINT_BYTES)}
+        for path, digest in entries_in(forest, part):
+            if entry_id(request.salt, path, digest) in gone:
+                yield f"{REPLICATED}/{part.partition}/{path}"

@@ -7,6 +7,7 @@ Past :meth:`Intake.accept` this holds:
 2. It brings every entry of class ``r`` and none of another class, and every key is well formed.
 3. A batch holds whole records in order, and the position of its last record. A record that changes the replicated
    keyring ends its batch: entries encrypted under a new key come after the key is loaded.
+4. The commit record of a large batch brings every entry of its parts; parts alone bring nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from consul_backend.limits import Limits, base64_bytes
 from consul_backend.position import Position
 from consul_backend.wal import CorruptRecord, Record, Write
 from sidecar.replication.hello import Source
-from sidecar.replication.protocol import ProtocolViolation, RecordFrame, Skip
+from sidecar.replication.parts import REPLICATED, Parts
+from sidecar.replication.protocol import LogFrame, PartFrame, ProtocolViolation, RecordFrame, Skip
 
-REPLICATED = "r"
+__all__ = ["KEYRING_KEY", "REPLICATED", "Batch", "Budget", "Intake", "Step", "checked_writes", "split_writes"]
+
 KEYRING_KEY = "r/core/keyring"
 
 _GUARD_OPS = 3
@@ -90,6 +93,7 @@ class Intake:
         self._budget = budget
         self._steps: deque[Step] = deque()
         self._pending_bytes = 0
+        self._parts = Parts()
 
     @classmethod
     def at(cls, source: Source, index: int, chain_hash: bytes, budget: Budget) -> Intake:
@@ -114,8 +118,11 @@ class Intake:
             return False
         return self._pending_bytes < self._budget.bytes_max // 2
 
-    def accept(self, frame: RecordFrame | Skip) -> None:
+    def accept(self, frame: LogFrame) -> None:
         """Check one frame against the last. Raises ProtocolViolation, and then holds what it held."""
+        if isinstance(frame, PartFrame):
+            self._parts.accept(frame)
+            return
         step = self._skip(frame) if isinstance(frame, Skip) else self._record(frame)
         self._steps.append(step)
         self._pending_bytes += self._cost(step.writes)
@@ -141,7 +148,9 @@ class Intake:
             if (head.cls == REPLICATED) != (body is not None):
                 what = "lacks entries of class r" if body is None else f"brings entries of class {head.cls}"
                 raise ProtocolViolation(f"record {header.index} {what}")
-        writes = checked_writes(record.writes())
+        if header.kind == "part":
+            raise ProtocolViolation(f"record {header.index} is a part and came by itself")
+        writes = checked_writes(self._parts.take(record) if header.kind == "commit" else record.writes())
         self._tenure = header.epoch
         keyring = any(write.key == KEYRING_KEY for write in writes)
         return Step(writes, self._moved_to(header.index, record.chain_hash), ends_batch=keyring)

@@ -16,6 +16,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from consul_backend.clock import Clock
+from consul_backend.errors import NotLoaded
+from consul_backend.failpoint import failpoint
+from consul_backend.reindex import ReindexOptions
 from plugin_api.errors import InvalidRequest, Unavailable
 from plugin_api.request import Response
 from sidecar.replication import roles
@@ -27,6 +30,7 @@ from sidecar.replication.primary import PrimaryService
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
 from sidecar.replication.secondary import SecondaryService
 from sidecar.replication.shipper import Peer
+from sidecar.replication.upkeep import IndexUpkeep
 from sidecar.replication.wiring import (
     AuthLike,
     Callbacks,
@@ -58,6 +62,9 @@ PLAIN_HTTP = (
     "The primary's API address is not https: the activation token was sent to it unprotected, and anybody on the way "
     "could have used it."
 )
+REINDEXING = "The reindex runs in the background; see sys/replication/status for its progress."
+REINDEX_CANCELLED = "The running reindex was cancelled. What it repaired stays repaired; start it again for the rest."
+RECOVERING = "This cluster is trying to leave an adverse state; see sys/replication/status."
 SERVING_WAIT_S = 5.0
 
 _R = TypeVar("_R", bound=Role)
@@ -93,6 +100,7 @@ class PerformanceReplication:
         self._flipped = False
         self._primary: PrimaryService | None = None
         self._secondary: SecondaryService | None = None
+        self._upkeep = IndexUpkeep(store, sealed, clock)
 
     @property
     def role(self) -> Role:
@@ -111,15 +119,18 @@ class PerformanceReplication:
     async def load(self) -> None:
         """Read the role; once, before anything else. Raises BackendError."""
         self._role = roles.decode_role(await self._sealed.get(roles.ROLE_KEY))
+        await self._upkeep.load()
 
     async def run(self) -> None:
         """Act as the role says until cancelled, through every change of it. What ends the tenure comes out as an
         exception group: the errors of this cluster's own store, and bugs."""
         self._running = True
         try:
-            while True:
-                self._turned.clear()
-                await self._act()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._upkeep.run(), name="index upkeep")
+                while True:
+                    self._turned.clear()
+                    await self._act()
         finally:
             self._running = False
 
@@ -220,6 +231,22 @@ class PerformanceReplication:
             self._listener.cut(old)
         return payload, claims
 
+    async def merkle_check(self) -> Response:
+        """Compare the index with everything stored; read-only (contract 1.14)."""
+        return Response(data=await self._upkeep.check())
+
+    async def reindex(self, diff: bool, force: bool, skip_flush: bool) -> Response:
+        """Start to repair index and data keys in the background (contract 1.13)."""
+        self._upkeep.start(ReindexOptions(diff=diff, force=force, skip_flush=skip_flush))
+        return Response(warnings=[REINDEXING])
+
+    async def recover(self) -> Response:
+        """Try to leave an adverse state: a running reindex is cancelled, a secondary begins anew (contract 1.13)."""
+        cancelled = self._upkeep.cancel()
+        if isinstance(self._role, SecondaryRole):
+            await self._turn()
+        return Response(warnings=[REINDEX_CANCELLED if cancelled else RECOVERING])
+
     async def revoke_secondary(self, mode: str, id: str) -> None:  # noqa: A002 - the API's own name
         """Commit that it is unknown, then cut it off (contract 1.7)."""
         roles.require_performance(mode)
@@ -265,6 +292,7 @@ class PerformanceReplication:
                 now_s=self._clock.time_ms() / 1000,
                 timeout_s=self._options.activation_timeout_s,
             )
+            failpoint("activation:after-bootstrap")
             await self._callbacks.flip(result)
             self._flipped = True
         warnings = [ENABLING_SECONDARY] if result.protected else [ENABLING_SECONDARY, PLAIN_HTTP]
@@ -286,7 +314,9 @@ class PerformanceReplication:
         async with self._changing:
             after = change(self._role)
             if after is not self._role:
+                failpoint("role:before-commit")
                 await self._sealed.put(roles.ROLE_KEY, roles.encode_role(after))
+                failpoint("role:after-commit")
                 self._role = after
             return after
 
@@ -380,8 +410,9 @@ class PerformanceReplication:
                     if id_ in peers and peers[id_].heard_at_s is not None
                 ],
                 head_index=self._store.head.index,
-                merkle_root=self._store.forest.root(REPLICATED).hex(),
+                merkle_root=self._root_hex(),
                 running=self._primary is not None and self._primary.serving.is_set(),
+                index=self._upkeep.facts(),
             )
         )
 
@@ -413,8 +444,9 @@ class PerformanceReplication:
             connection_state="idle",
             last_remote_wal=position.index if position else 0,
             last_wal=self._store.head.index,
-            merkle_root=self._store.forest.root(REPLICATED).hex(),
+            merkle_root=self._root_hex(),
             started_ms=self._clock.time_ms(),
+            index=self._upkeep.facts(),
         )
         if service is None:
             return statuses.secondary_status(facts)
@@ -442,6 +474,12 @@ class PerformanceReplication:
                 primary=beats if upstream.heard_at_s is not None else None,
             )
         )
+
+    def _root_hex(self) -> str:
+        try:
+            return self._store.forest.root(REPLICATED).hex()
+        except NotLoaded:
+            return ""
 
     def _heard_ms(self, heard_at_s: float | None) -> int:
         if heard_at_s is None:

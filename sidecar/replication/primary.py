@@ -22,10 +22,12 @@ from aiohttp import web
 
 from consul_backend.clock import Clock
 from consul_backend.errors import BackendError
+from consul_backend.failpoint import failpoint
 from consul_backend.position import Position
 from plugin_api.errors import InvalidRequest, PermissionDenied, Unavailable
 from sidecar.replication import protocol
 from sidecar.replication.activation import BOOTSTRAP_PATH, VERSIONS, BootstrapReply, BootstrapRequest
+from sidecar.replication.answers import answer_diff, answer_fetch
 from sidecar.replication.channel import ChannelClosed, WebSocketChannel
 from sidecar.replication.hello import Source
 from sidecar.replication.protocol import HelloReply, ProtocolViolation
@@ -39,7 +41,6 @@ from sidecar.replication.roles import (
     server_name,
 )
 from sidecar.replication.shipper import Advertised, Shipper, ShipperOptions
-from sidecar.replication.sync import answer_diff, answer_fetch
 from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions
 from sidecar.transport import certificates
 from sidecar.transport.forwarding import (
@@ -125,6 +126,7 @@ class PrimaryService:
 
     async def run(self) -> None:
         """Serve until cancelled; then the purpose is withdrawn and every stream cut."""
+        await self._store.rooted()
         role = self._role
         for secondary_id in role.secondaries:
             self.shipper.expect(secondary_id)
@@ -213,6 +215,7 @@ class PrimaryService:
             api_addr=self._node.api_addr,
             cluster_addrs=tuple(self._node.cluster_addresses()),
         )
+        failpoint("activation:before-reply")
         logger.info("replication: secondary %s received its keys", asked.secondary_id)
         return _binary(encode(reply))
 
@@ -275,7 +278,10 @@ class PrimaryService:
     async def _diff(self, request: web.BaseRequest) -> web.StreamResponse:
         known = self._pinned(request)
         asked = protocol.decode_diff_request(await request.read())
-        reply = await answer_diff(self._store, self.source, asked, hold_as=known.id)
+        try:
+            reply = await answer_diff(self._store, self.source, asked, hold_as=known.id)
+        except BackendError as error:
+            return web.Response(status=503, text=str(error))
         return _binary(protocol.encode(reply))
 
     async def _fetch(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -20,12 +20,15 @@ import msgspec
 
 from consul_backend.position import Position
 
-PROTOCOL_VERSIONS = (1,)
+PROTOCOL_VERSIONS = (2,)
 """Versions of this protocol that this program speaks. A change of any frame is a new version."""
 
 FRAME_BYTES_MAX = 2 * 1024 * 1024
 """One frame. A store transaction is 512 KiB by default and a record is smaller than that; four times as much leaves
 room for a store with raised limits."""
+
+FETCH_FRAME_BYTES_MAX = 48 * 1024 * 1024
+"""One frame of an answer to a fetch, which is an HTTP body: the largest value there can be, in one piece."""
 
 DIFF_BYTES_MAX = 64 * 1024 * 1024
 """A diff request, a diff answer or a fetch request, each of which is one HTTP body."""
@@ -34,6 +37,8 @@ HASH_BYTES = 32
 DIGEST_BYTES = 20
 CHECKSUM_BYTES = 4
 LENGTH_BYTES = 4
+FINGERPRINT_BYTES = 8
+SALT_BYTES = 16
 
 NONE_POSITION = Position(set_id="", generation="", epoch=0, index=0, chain_hash=bytes(HASH_BYTES))
 """Where a secondary stands while its data is a mix, or nothing: it must diff before it may stream or serve reads."""
@@ -52,7 +57,10 @@ Hash = Annotated[bytes, msgspec.Meta(min_length=HASH_BYTES, max_length=HASH_BYTE
 Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-Bucket = Annotated[int, msgspec.Meta(ge=0, le=255)]
+Depth = Annotated[int, msgspec.Meta(ge=0, le=16)]
+Prefix = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+Salt = Annotated[bytes, msgspec.Meta(min_length=SALT_BYTES, max_length=SALT_BYTES)]
+Fingerprints = Annotated[bytes, msgspec.Meta(max_length=FINGERPRINT_BYTES << 16)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Address = Annotated[str, msgspec.Meta(max_length=1024)]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
@@ -149,25 +157,43 @@ class Bye(Frame, frozen=True, tag=8):
     reason: Text
 
 
+class PartFrame(Frame, frozen=True, tag=9):
+    """One part of a large batch, header whole, bodies of class ``r`` only. It comes right before the frame of the
+    commit record that names it; where it stands in the log, a skip came."""
+
+    raw: bytes
+
+
 class PartitionDigests(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One partition of class ``r`` as the secondary has it."""
+    """One partition of class ``r`` as the secondary has it: one fingerprint of each of 2^``depth`` groups, in order;
+    none at depth 0, where the root says it all."""
 
     root: Digest
-    pages: dict[Bucket, Digest]
+    depth: Depth
+    groups: Fingerprints
 
 
 class DiffRequest(Frame, frozen=True, tag=16):
-    """First round trip: what the secondary has."""
+    """First round trip: what the secondary has. ``salt`` is random and keys every fingerprint and id of this diff."""
 
+    salt: Salt
     root: Digest
     partitions: dict[Name, PartitionDigests]
+
+
+class Cells(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a partition differs: ``groups`` of the request, and the primary's fingerprints of their cells, which are
+    those ranges of ``depth`` bits that lie in them, in order. No fingerprints: compare the groups entry by entry."""
+
+    depth: Depth
+    groups: Annotated[list[Prefix], msgspec.Meta(max_length=65_536)]
+    fingerprints: bytes
 
 
 class DiffReply(Frame, frozen=True, tag=17):
     """``base`` is the primary's newest record when the comparison began. ``equal``: roots were equal at exactly that
     record, nothing else to do. Else ``whole``: partitions that the secondary lacks; ``gone``: partitions the primary
-    does not have; ``pages``: pages to compare entry by entry, because only one side has them or there is no room for
-    more digests; ``subpages``: digests of the primary's subpages in every other page that differs."""
+    does not have; ``cells``: where each other partition differs."""
 
     cluster_id: Name
     set_id: Name
@@ -179,18 +205,17 @@ class DiffReply(Frame, frozen=True, tag=17):
     equal: bool
     whole: list[Name]
     gone: list[Name]
-    pages: dict[Name, list[Bucket]]
-    subpages: dict[Name, dict[Bucket, dict[Bucket, Digest]]]
+    cells: dict[Name, Cells]
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A part of one partition and every entry (path, digest) the secondary has in it: one subpage; a page when
-    ``subpage`` is None; the partition when ``page`` is None too."""
+    """The buckets of one partition (a place in the request's list) that begin with the ``depth`` bits ``prefix``, and
+    the ids of all entries that the secondary has there."""
 
-    partition: Name
-    page: Bucket | None
-    subpage: Bucket | None
-    entries: list[tuple[str, Digest]]
+    partition: Index
+    depth: Depth
+    prefix: Prefix
+    ids: bytes
 
 
 class FetchRequest(Frame, frozen=True, tag=18):
@@ -199,15 +224,18 @@ class FetchRequest(Frame, frozen=True, tag=18):
     base_index: Index
     base_hash: Hash
     final: bool
+    salt: Salt
+    partitions: list[Name]
     extents: list[Extent]
 
 
 class Entries(Frame, frozen=True, tag=19):
-    """Entries by logical key, with their whole ciphertext, and keys that the primary does not have. ``done`` extents
-    of the request are complete with this frame."""
+    """Entries by logical key, with their whole ciphertext; and by extent (its place in the request) those of its ids
+    that the primary does not have: an entry there that still has such an id is to be deleted, unless this answer put it
+    before. ``done`` extents of the request are complete with this frame."""
 
     puts: list[tuple[str, bytes]]
-    deletes: list[str]
+    dropped: list[tuple[Index, bytes]]
     done: Index
 
 
@@ -220,9 +248,10 @@ class Guard(Frame, frozen=True, tag=20):
     root: Digest
 
 
-FromPrimary = RecordFrame | Skip | CompleteUpTo | Heartbeat | Bye
+LogFrame = RecordFrame | Skip | PartFrame
+FromPrimary = RecordFrame | Skip | PartFrame | CompleteUpTo | Heartbeat | Bye
 FromSecondary = Ack | Heartbeat | Bye
-FromFetch = Entries | RecordFrame | Skip | Guard | Bye
+FromFetch = Entries | RecordFrame | Skip | PartFrame | Guard | Bye
 
 _T = TypeVar("_T")
 _ENCODER = msgspec.msgpack.Encoder()
@@ -267,7 +296,7 @@ def decode_from_secondary(raw: bytes) -> FromSecondary:
 
 def decode_from_fetch(raw: bytes) -> FromFetch:
     """One frame of an answer to a fetch."""
-    return _decode(_FROM_FETCH, raw)
+    return _decode(_FROM_FETCH, raw, FETCH_FRAME_BYTES_MAX)
 
 
 def decode_hello(raw: bytes) -> Hello:

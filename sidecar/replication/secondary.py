@@ -98,6 +98,7 @@ class SecondaryService:
     async def run(self) -> None:
         """Follow the primary until cancelled. Raises what ends the tenure: errors of this cluster's own store."""
         self._callbacks.set_gate(NOT_SYNCED if is_none(self.applier.position) else None)
+        await self._store.rooted()
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._keep_addresses(), name="keep addresses")

@@ -19,12 +19,14 @@ from typing import NoReturn
 
 from consul_backend.clock import Clock
 from consul_backend.errors import BackendError
+from consul_backend.failpoint import failpoint
 from consul_backend.limits import Limits
 from consul_backend.wal import Record
 from consul_backend.wal_reader import RecordGone
 from sidecar.replication.channel import Channel, ChannelClosed
 from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello, contradicts_log
 from sidecar.replication.intake import REPLICATED
+from sidecar.replication.parts import concerns_replicated, parts_of
 from sidecar.replication.progress import Progress
 from sidecar.replication.protocol import (
     Ack,
@@ -301,11 +303,19 @@ class _Stream:
             return False
         limit = min(self._options.chunk_records, target - progress.sent)
         records = await self._store.records(progress.sent + 1, limit)
+        by_index = {record.index: record for record in records}
         for frame, last in frames_of(records):
             if not progress.has_room():
                 return False  # the rest is read again: to hold it would cost memory for as long as the peer is slow
             raw = encode(frame)
-            progress.sending(last, len(raw))
+            parts_bytes = 0
+            if isinstance(frame, RecordFrame):
+                async for part in parts_of(self._store, by_index[last]):
+                    part_raw = encode(part)
+                    parts_bytes += len(part_raw)
+                    await self._channel.send(part_raw)
+            failpoint("ship:before-send")
+            progress.sending(last, parts_bytes + len(raw))
             await self._channel.send(raw)
         await asyncio.sleep(0)  # neither reading nor sending need ever wait; other tasks get their turn all the same
         return bool(records)
@@ -350,11 +360,11 @@ class _Stream:
 
 def frames_of(records: Sequence[Record]) -> list[tuple[RecordFrame | Skip, int]]:
     """Records as frames, each with the last index it covers: entries of class ``r`` only, and one skip for each run of
-    records that have none."""
+    records that make none true. What goes before a frame is :func:`~sidecar.replication.parts.parts_of` its record."""
     frames: list[tuple[RecordFrame | Skip, int]] = []
     first_skipped = 0
     for record in records:
-        if any(head.cls == REPLICATED for head in record.header.groups):
+        if concerns_replicated(record):
             frames.append((RecordFrame(record.only({REPLICATED}).encode()), record.index))
             first_skipped = 0
         elif first_skipped:

@@ -39,6 +39,19 @@ class SecondaryFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexFacts:
+    """The merkle index: what the last check found, and a reindex that runs. ``checked_s`` None: never."""
+
+    corrupted: bool = False
+    checked_s: int | None = None
+    reindexed_s: int = 0
+    reindexing: bool = False
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PrimaryFacts:
     """A primary at one moment."""
 
@@ -51,6 +64,7 @@ class PrimaryFacts:
     head_index: int
     merkle_root: str
     running: bool = True
+    index: IndexFacts = IndexFacts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +109,16 @@ class SecondaryStatusFacts:
     last_sync: SyncFacts | None = None
     sync_progress: SyncProgress | None = None
     not_held: Sequence[str] = field(default_factory=tuple)
+    index: IndexFacts = IndexFacts()
 
 
 def primary_status(facts: PrimaryFacts, zone: tzinfo | None = None) -> dict[str, Any]:
     """The fields of a performance primary; ``zone`` is for tests, None the machine's own."""
     return {
         "cluster_id": facts.set_id,
-        "corrupted_merkle_tree": False,
         "epoch": {"id": facts.epoch_id, "number": facts.epoch_number},
         "known_secondaries": list(facts.known_secondaries),
-        "last_corruption_check_epoch": NEVER_CHECKED,
         "last_performance_wal": facts.head_index,
-        "last_reindex_epoch": "0",
         "last_wal": facts.head_index,
         "merkle_root": facts.merkle_root,
         "mode": "primary",
@@ -114,6 +126,7 @@ def primary_status(facts: PrimaryFacts, zone: tzinfo | None = None) -> dict[str,
         "secondaries": [_secondary_entry(one, facts.head_index, zone) for one in facts.secondaries],
         "ssct_generation_counter": 0,
         "state": "running" if facts.running else "idle",
+        **index_fields(facts.index),
     }
 
 
@@ -123,12 +136,9 @@ def secondary_status(facts: SecondaryStatusFacts, zone: tzinfo | None = None) ->
         "alarm": facts.alarm,
         "cluster_id": facts.set_id,
         "connection_state": facts.connection_state,
-        "corrupted_merkle_tree": False,
         "epoch": {"id": facts.epoch_id, "number": facts.epoch_number},
         "known_primary_cluster_addrs": list(facts.known_addresses),
         "lag_s": None if facts.lag_s is None else round(facts.lag_s, 3),
-        "last_corruption_check_epoch": NEVER_CHECKED,
-        "last_reindex_epoch": "0",
         "last_remote_wal": facts.last_remote_wal,
         "last_start": rfc3339(facts.started_ms, zone),
         "last_sync": _last_sync(facts.last_sync),
@@ -141,12 +151,27 @@ def secondary_status(facts: SecondaryStatusFacts, zone: tzinfo | None = None) ->
         "ssct_generation_counter": 0,
         "state": facts.state,
         "state_reason": facts.reason,
+        **index_fields(facts.index),
     }
     if facts.state == "merkle-sync" and facts.sync_progress is not None:
         data["merkle_sync_progress"] = {
             "sync_total_keys": facts.sync_progress.total,
             "sync_progress": facts.sync_progress.done,
         }
+    return data
+
+
+def index_fields(facts: IndexFacts) -> dict[str, Any]:
+    """What the status of a mode says about the merkle index; the ``reindex_*`` fields only while one runs."""
+    data: dict[str, Any] = {
+        "corrupted_merkle_tree": facts.corrupted,
+        "last_corruption_check_epoch": NEVER_CHECKED if facts.checked_s is None else str(facts.checked_s),
+        "last_reindex_epoch": str(facts.reindexed_s),
+    }
+    if facts.reindexing:
+        data |= {"reindex_in_progress": True, "reindex_stage": facts.stage}
+        if facts.stage == "building":
+            data |= {"reindex_building_progress": facts.done, "reindex_building_total": facts.total}
     return data
 
 

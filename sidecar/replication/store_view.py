@@ -42,11 +42,24 @@ class Forest(Protocol):
     def keys(self, cls: str, partition: str) -> Iterator[tuple[str, bytes]]:
         """Path and digest of each entry of a partition."""
 
+    def count(self, cls: str, partition: str) -> int:
+        """How many entries a partition holds."""
+
     def digest_of(self, key: str) -> bytes | None:
         """The digest of one logical key."""
 
 
-class PrimaryStore(Protocol):
+class IndexedStore(Protocol):
+    """A store whose index may still be on its way into memory, shortly after its recovery."""
+
+    async def rooted(self) -> None:
+        """Wait until every root of the forest is known; it stays so."""
+
+    async def load_index(self, cls: str | None = None) -> None:
+        """Have all entries of a class (None: of all) in the forest. Raises BackendError."""
+
+
+class PrimaryStore(IndexedStore, Protocol):
     """The store that is shipped."""
 
     @property
@@ -77,7 +90,7 @@ class PrimaryStore(Protocol):
         """Forget what :meth:`hold` promised to ``name``."""
 
 
-class SecondaryStore(Protocol):
+class SecondaryStore(IndexedStore, Protocol):
     """The store that follows."""
 
     @property

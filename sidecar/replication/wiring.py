@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from consul_backend.index_check import Inspected
 from consul_backend.limits import Limits
 from sidecar.replication.activation import ActivationResult
 from sidecar.replication.store_view import PrimaryStore, SecondaryStore
@@ -18,6 +19,9 @@ class ClusterStore(PrimaryStore, SecondaryStore, Protocol):
     @property
     def generation(self) -> str:
         """The store generation's id."""
+
+    def inspected(self) -> Inspected:
+        """What a check of the index looks at."""
 
 
 class SealedEntries(Protocol):

@@ -40,7 +40,7 @@ class Identity:
 class Call:
     """A decoded request. ``path`` is the full path below ``/v1/``, with a trailing slash for a list. ``identity`` is
     set once the token was checked, also when the request is refused later. ``wrap_ttl_s`` is what the client asked
-    for, 0 for no wrapping."""
+    for, 0 for no wrapping. ``audited``: whether the request was entered in the audit log; None while nobody tried."""
 
     operation: Operation
     path: str
@@ -53,6 +53,8 @@ class Call:
     wrap_jwt: bool = False
     forwarded_auth: ForwardedAuth | None = None
     identity: Identity | None = None
+    body_bytes: int = 0
+    audited: bool | None = None
 
     @property
     def known(self) -> Identity:
@@ -73,9 +75,9 @@ class Wrap:
 
 @dataclass(slots=True)
 class Answer:
-    """What a backend answers. ``raw`` replaces the envelope by a body of its own. ``stored`` is an unwrapped envelope,
-    which is repeated with a new request id. ``wrap`` says that the answer must be wrapped, ``wrap_info`` that it is.
-    ``data`` None without auth, warnings or lease becomes 204."""
+    """What a backend answers. ``raw`` replaces the envelope by a body of its own, ``plain`` by one that is no JSON
+    object at all. ``stored`` is an unwrapped envelope, which is repeated with a new request id. ``wrap`` says that the
+    answer must be wrapped, ``wrap_info`` that it is. ``data`` None without auth, warnings or lease becomes 204."""
 
     data: dict[str, Any] | None = field(default=None, repr=False)
     auth: dict[str, Any] | None = field(default=None, repr=False)
@@ -88,6 +90,8 @@ class Answer:
     wrap: Wrap | None = None
     wrap_info: WrapInfo | None = None
     mount_type: str = ""
+    plain: bytes | None = field(default=None, repr=False)
+    content_type: str = ""
 
     @property
     def is_empty(self) -> bool:

@@ -164,6 +164,7 @@ class MountView:
         self._now = now
         self.defaults = defaults
         self._mounted: dict[str, EngineBackend | BrokenMount] = {}
+        self._by_path: dict[str, MountEntry] = {}
         self._router: Router[Backend] = Router(self._built_in)
 
     def install(self, path: str, backend: Backend) -> None:
@@ -176,6 +177,11 @@ class MountView:
         """The routing table of the moment."""
         return self._router
 
+    def serving(self, path: str) -> tuple[str, MountEntry | None]:
+        """The mount that serves ``path`` (``""`` for none) and its entry, if it has one."""
+        match = self._router.match(path)
+        return ("", None) if match is None else (match.mount, self._by_path.get(match.mount))
+
     def plugin_types(self) -> dict[str, list[str]]:
         """Types that can be mounted, for the plugin catalog."""
         return {"auth": self._plugins.types(AUTH_PLUGINS), "secret": self._plugins.types(SECRETS_PLUGINS)}
@@ -184,14 +190,16 @@ class MountView:
         """Bring engines and routes in line with the tables. Makes no store access, so it cannot fail half-way."""
         mounted: dict[str, EngineBackend | BrokenMount] = {}
         routes: dict[str, Backend] = {}
+        by_path: dict[str, MountEntry] = {}
         for name in (SECRETS, AUTH):
             for entry in self.table.entries(name):
+                by_path[entry.full_path] = entry
                 if entry.type in BUILT_IN:
                     continue
                 old = self._mounted.get(entry.uuid)
                 backend = old if old is not None and old.entry == entry else self._make(entry)
                 mounted[entry.uuid] = routes[entry.full_path] = backend
-        self._mounted = mounted
+        self._mounted, self._by_path = mounted, by_path
         self._router = Router({**routes, **self._built_in})
 
     async def invalidate(self, keys: Iterable[str]) -> None:

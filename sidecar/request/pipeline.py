@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from plugin_api.errors import NotFound, PermissionDenied, PluginError, ReadOnlyStorage
 from plugin_api.request import Caller, Operation
@@ -26,13 +27,25 @@ Routes = Callable[[], Router[Backend]]
 _WRITES = frozenset({Operation.CREATE, Operation.UPDATE})
 
 
+class Audit(Protocol):
+    """Who must know of a request before it is carried out."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anybody must."""
+
+    async def request(self, call: Call) -> None:
+        """Returns once it is known. Raises PluginError: the request must not be carried out."""
+
+
 class Pipeline:
     """Runs calls on the active node. ``routes`` gives the routing table of the moment."""
 
-    def __init__(self, routes: Routes, tokens: TokenStore, policies: PolicyStore) -> None:
+    def __init__(self, routes: Routes, tokens: TokenStore, policies: PolicyStore, audit: Audit) -> None:
         self._routes = routes
         self._tokens = tokens
         self._policies = policies
+        self._audit = audit
 
     async def run(self, call: Call) -> Answer:
         """Answer ``call``. Raises PluginError; ReadOnlyStorage only for a call with an identity."""
@@ -45,11 +58,15 @@ class Pipeline:
             self.authorize(call, sudo=match is not None and match.target.needs_sudo(match.rest))
             if match is None:
                 raise UnknownMount(call.path)
+            if self._audit.enabled:
+                await self._audit.request(call)
             if call.wants_help:
                 return Answer(raw={"help": match.target.help(match.rest), "see_also": None, "openapi": {}})
             return _or_missing(call, await match.target.handle(call, match.rest))
 
     async def _open(self, call: Call, match: Match[Backend]) -> Answer:
+        if self._audit.enabled:
+            await self._audit.request(call)
         try:
             return _or_missing(call, await match.target.handle(call, match.rest))
         except ReadOnlyStorage:

@@ -1,6 +1,6 @@
 """``auth/token/``: create, look up, renew and revoke tokens (contract 4.11).
 
-Tokens are local to a cluster: nothing here is ever forwarded to a primary.
+Tokens are local to a cluster: nothing here is ever forwarded to a primary but what changes a role.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from plugin_api.errors import InvalidRequest, PermissionDenied, UnsupportedOpera
 from plugin_api.request import Operation
 from sidecar.core.policies import normalize_policies
 from sidecar.core.token_entry import ROOT_POLICY, SYSTEM_MAX_TTL_S, CreateToken, Renewed, TokenEntry
+from sidecar.core.token_roles import TokenRole, TokenRoles
 from sidecar.core.tokens import TokenStore
 from sidecar.request.auth_fields import auth_of, lookup_of
 from sidecar.request.call import Answer, Call
 from sidecar.request.errors import JoinedError
 from sidecar.request.fields import Fields
+from sidecar.request.token_roles import TokenRolePaths
 
 Handler = Callable[[Call], Awaitable[Answer | None]]
 
+TIDY_STARTED = (
+    "Tidy operation successfully started. Any information from the operation will be printed to Vault's server logs."
+)
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9-]")
 _UPDATE = frozenset({Operation.CREATE, Operation.UPDATE})
 _READ_OR_UPDATE = _UPDATE | {Operation.READ}
@@ -33,12 +38,14 @@ class TokenPaths:
     def __init__(
         self,
         tokens: TokenStore,
+        roles: TokenRoles,
         now: Callable[[], float],
         *,
         default_ttl_s: int = SYSTEM_MAX_TTL_S,
         max_ttl_s: int = SYSTEM_MAX_TTL_S,
     ) -> None:
         self._tokens = tokens
+        self._roles = TokenRolePaths(roles)
         self._now = now
         self._default_ttl_s = default_ttl_s
         self._max_ttl_s = max_ttl_s
@@ -56,6 +63,7 @@ class TokenPaths:
             "revoke-orphan": (_UPDATE, self._revoke_orphan),
             "revoke-accessor": (_UPDATE, self._revoke_accessor),
             "accessors": (frozenset({Operation.LIST}), self._accessors),
+            "tidy": (_UPDATE, self._tidy),
         }
 
     def is_open(self, rest: str, operation: Operation) -> bool:
@@ -65,16 +73,19 @@ class TokenPaths:
         return rest.startswith(("revoke-orphan", "accessors"))
 
     async def exists(self, call: Call, rest: str) -> bool | None:
-        return None
+        folder, _, name = rest.partition("/")
+        return await self._roles.exists(name) if folder == "roles" else None
 
     async def handle(self, call: Call, rest: str) -> Answer | None:
+        folder, _, name = rest.partition("/")
+        if folder == "roles":
+            return await self._roles.handle(call, name)
         if call.known.entry is None:
             raise InvalidRequest("tokens belong to one cluster: this request cannot be forwarded")
         found = self._paths.get(rest.rstrip("/") if call.operation is Operation.LIST else rest)
         if found is None:
-            folder, _, name = rest.partition("/")
             if folder == "create" and name and call.operation in _UPDATE:
-                raise InvalidRequest(f"unknown role {name}")
+                return await self._issue(call, orphan=False, role=await self._roles.required(name))
             raise UnsupportedPath
         operations, handler = found
         if call.operation not in operations:
@@ -92,7 +103,7 @@ class TokenPaths:
     async def _create_orphan(self, call: Call) -> Answer:
         return await self._issue(call, orphan=True)
 
-    async def _issue(self, call: Call, *, orphan: bool) -> Answer:
+    async def _issue(self, call: Call, *, orphan: bool, role: TokenRole | None = None) -> Answer:
         parent = _own(call)
         if parent.num_uses or parent.spent:
             raise InvalidRequest("restricted use token cannot generate child tokens")
@@ -101,12 +112,14 @@ class TokenPaths:
         no_parent = fields.boolean("no_parent")
         if no_parent and not orphan and not sudo:
             raise InvalidRequest("root or sudo privileges required to create orphan token")
-        spec = self._spec(fields, parent, sudo=sudo, orphan=orphan or no_parent, path=call.path)
+        spec = self._spec(fields, parent, role, sudo=sudo, orphan=orphan or no_parent, path=call.path)
         issued = await self._tokens.create(spec)
         warnings = [*issued.warnings, *fields.unrecognized()]
         return Answer(auth=auth_of(issued.entry, issued.token, self._now()), warnings=warnings)
 
-    def _spec(self, fields: Fields, parent: TokenEntry, *, sudo: bool, orphan: bool, path: str) -> CreateToken:
+    def _spec(
+        self, fields: Fields, parent: TokenEntry, role: TokenRole | None, *, sudo: bool, orphan: bool, path: str
+    ) -> CreateToken:
         token = fields.string("id")
         period_s = fields.duration_s("period")
         if token and not sudo:
@@ -116,15 +129,18 @@ class TokenPaths:
         if period_s and not sudo:
             raise InvalidRequest("root or sudo privileges required to create periodic token")
         if fields.string("entity_alias"):
-            raise InvalidRequest("'entity_alias' is only allowed in combination with token role")
+            if role is None:
+                raise InvalidRequest("'entity_alias' is only allowed in combination with token role")
+            raise InvalidRequest("'entity_alias' is not available: there is no identity engine")
         num_uses = fields.integer("num_uses")
         if num_uses < 0:
             raise InvalidRequest("number of uses cannot be negative")
         # ``lease`` is the name that ``ttl`` had once.
         ttl_s = fields.duration_s("ttl") or fields.duration_s("lease")
         display_name = _NOT_A_NAME.sub("-", f"token-{fields.string('display_name')}").strip("-")
-        return CreateToken(
-            policies=_child_policies(fields, parent, sudo=sudo),
+        wanted_type = fields.string("type")
+        spec = CreateToken(
+            policies=_policies(fields, parent, role, sudo=sudo),
             path=path,
             display_name=display_name,
             meta=fields.string_mapping("meta") or None,
@@ -136,10 +152,11 @@ class TokenPaths:
             num_uses=num_uses,
             renewable=fields.boolean("renewable", default=True),
             parent=None if orphan else parent,
-            type=fields.string("type") or "service",
+            type=wanted_type or "service",
             id=token or None,
             entity_id="" if orphan else parent.entity_id,
         )
+        return spec if role is None else role.shape(spec, wanted_type)
 
     # -- looking up
 
@@ -166,6 +183,11 @@ class TokenPaths:
     async def _accessors(self, call: Call) -> Answer:
         accessors = await self._tokens.list_accessors()
         return Answer({"keys": accessors}) if accessors else Answer(status=404)
+
+    async def _tidy(self, call: Call) -> Answer:
+        if not self._tokens.ask_for_tidy():
+            return Answer(status=202, warnings=["Tidy operation already in progress."])
+        return Answer(status=202, warnings=[TIDY_STARTED])
 
     # -- renewing
 
@@ -221,10 +243,22 @@ def _required(fields: Fields, name: str) -> str:
     return value
 
 
-def _child_policies(fields: Fields, parent: TokenEntry, *, sudo: bool) -> Sequence[str]:
-    """A child has no policy its parent lacks, unless the parent may use sudo here; and root only from root."""
-    wanted = fields.strings("policies")
-    no_default = fields.boolean("no_default_policy")
+def _policies(fields: Fields, parent: TokenEntry, role: TokenRole | None, *, sudo: bool) -> Sequence[str]:
+    """The role's rule where it has one, else the rule for children; root only from root, whatever the role says."""
+    no_default = fields.boolean("no_default_policy") or (role is not None and role.no_default_policy)
+    if role is not None and role.restricts_policies:
+        policies: Sequence[str] = role.policies(fields.strings("policies"), parent.policies, no_default=no_default)
+    else:
+        policies = _child_policies(fields.strings("policies"), parent, sudo=sudo, no_default=no_default)
+    if ROOT_POLICY in policies and ROOT_POLICY not in parent.policies:
+        raise InvalidRequest("root tokens may not be created without parent token being root")
+    if "response-wrapping" in policies:
+        raise InvalidRequest("cannot create a token with the response-wrapping policy")
+    return policies
+
+
+def _child_policies(wanted: Sequence[str], parent: TokenEntry, *, sudo: bool, no_default: bool) -> list[str]:
+    """A child has no policy its parent lacks, unless the parent may use sudo here."""
     with_default = not no_default and (sudo or "default" in parent.policies)
     if not wanted:
         inherited = [name for name in parent.policies if not (no_default and name == "default")]
@@ -232,8 +266,4 @@ def _child_policies(fields: Fields, parent: TokenEntry, *, sudo: bool) -> Sequen
     policies = normalize_policies(wanted, default=with_default)
     if not sudo and not set(policies) <= set(parent.policies) and ROOT_POLICY not in parent.policies:
         raise InvalidRequest("child policies must be subset of parent")
-    if ROOT_POLICY in policies and ROOT_POLICY not in parent.policies:
-        raise InvalidRequest("root tokens may not be created without parent token being root")
-    if "response-wrapping" in policies:
-        raise InvalidRequest("cannot create a token with the response-wrapping policy")
     return policies

@@ -35,7 +35,7 @@ class HttpRequest:
     ``path`` is decoded, without ``/v1/`` and without a leading slash (a trailing one is kept). ``query`` holds every
     value of every name in order. ``raw_target`` is the undecoded path and query as the client sent them, for
     redirects. ``remote_address`` is the client's, also through hops. ``trail`` and ``forwarded_auth`` are set by the
-    cluster port only, never from a header.
+    cluster port only, never from a header. ``metrics_open``: the listener it came by shows metrics without a token.
     """
 
     method: str
@@ -47,6 +47,7 @@ class HttpRequest:
     raw_target: str = ""
     trail: tuple[Hop, ...] = ()
     forwarded_auth: ForwardedAuth | None = None
+    metrics_open: bool = False
 
     def with_headers(self, headers: CIMultiDict[str]) -> HttpRequest:
         """The same request with other headers."""

@@ -125,6 +125,8 @@ class Echo(msgspec.Struct, frozen=True):
     api_addr: str
     cluster_addr: str
     generation: str = ""
+    hostname: str = ""
+    version: str = ""
 
 
 class EchoReply(msgspec.Struct, frozen=True):

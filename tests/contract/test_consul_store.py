@@ -120,9 +120,20 @@ async def test_a_session_hangs_on_the_beat_alone(consul_server: ConsulServer, co
     (shown,) = consul_server.call("GET", f"session/info/{session}").json
     assert shown["NodeChecks"] == []
     assert [check["ID"].split(":")[0] for check in shown["ServiceChecks"]] == [BEAT_SERVICE]
-    assert (shown["Behavior"], shown["TTL"], shown["LockDelay"]) == ("release", "", 250_000_000)
+    assert (shown["Behavior"], shown["TTL"], shown["LockDelay"]) == ("release", "15000ms", 250_000_000)
     await store.stop_beat()
     assert consul_server.call("GET", f"catalog/service/{BEAT_SERVICE}").json == []
+
+
+async def test_a_consul_that_allows_only_longer_sessions_is_obeyed() -> None:
+    with ConsulServer(settings={"session_ttl_min": "1m30s"}) as server:
+        store = ConsulStore(ConsulConfig(address=server.address, token=server.token, path="outrider/"))
+        await store.open()
+        session = await store.create_session("long", beat_ttl_s=5, lock_delay_s=0)
+        assert server.call("GET", f"session/info/{session}").json[0]["TTL"] == "1m30s"
+        assert await store.renew_session(session) is True
+        await store.stop_beat()
+        await store.close()
 
 
 async def test_a_beat_the_agent_forgot_is_registered_again(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from consul_backend.clock import SystemClock
 from consul_backend.embedded import EmbeddedStore
 from consul_backend.errors import (
     AlreadyRunning,
@@ -24,6 +27,7 @@ from consul_backend.errors import (
 )
 from consul_backend.limits import body_bytes
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, SENTINEL_KEY, PhysicalStore
+from consul_backend.testing import SimulatedConsul
 from consul_backend.txn import (
     Cas,
     CheckIndex,
@@ -51,9 +55,9 @@ class Bench:
     another: Callable[[], Awaitable[PhysicalStore]]
 
 
-@pytest.fixture(params=["inmem", "embedded", "consul"])
+@pytest.fixture(params=["inmem", "embedded", "simulated", "consul"])
 def consul_factory(request: pytest.FixtureRequest) -> Any:
-    """The factory of Consul stores, or else the kind of embedded store to test; no Consul is started for those."""
+    """The factory of Consul stores, or else the name of the kind to test; no Consul is started for those."""
     return request.getfixturevalue("consul_store_factory") if request.param == "consul" else request.param
 
 
@@ -61,6 +65,10 @@ def consul_factory(request: pytest.FixtureRequest) -> Any:
 async def bench(consul_factory: Any, tmp_path: Path) -> AsyncIterator[Bench]:
     if not isinstance(consul_factory, str):
         yield Bench(await consul_factory(), consul_factory)
+        return
+    if consul_factory == "simulated":
+        async with simulated_bench() as found:
+            yield found
         return
     store = EmbeddedStore(None if consul_factory == "inmem" else str(tmp_path / "store"))
     await store.open()
@@ -75,6 +83,21 @@ async def bench(consul_factory: Any, tmp_path: Path) -> AsyncIterator[Bench]:
     yield Bench(store, another)
     for handle in reversed(opened):
         await handle.close()
+
+
+@asynccontextmanager
+async def simulated_bench() -> AsyncIterator[Bench]:
+    """The simulated Consul of ``tests/sim``, here by the wall clock: it must not drift from the real one."""
+    consul = SimulatedConsul(SystemClock())
+    nodes = itertools.count(1)
+
+    async def client() -> PhysicalStore:
+        handle = consul.client(f"node-{next(nodes)}")
+        await handle.open()
+        return handle
+
+    yield Bench(await client(), client)
+    consul.close()
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from consul_backend.position import Position
 from consul_backend.replicated import ReplicatedStore, StoreOptions, genesis
 from consul_backend.wal import Write
 from sidecar.replication import protocol as wire
+from sidecar.replication.answers import answer_diff, answer_fetch
 from sidecar.replication.applier import Applier, ApplierOptions, End, Outcome
 from sidecar.replication.channel import Channel, ChannelClosed, WebSocketChannel
 from sidecar.replication.committer import stored_position
@@ -31,7 +32,7 @@ from sidecar.replication.hello import Identity, Source
 from sidecar.replication.protocol import FRAME_BYTES_MAX, encode, is_none
 from sidecar.replication.shipper import Advertised, Shipper, ShipperOptions
 from sidecar.replication.states import Event
-from sidecar.replication.sync import Syncer, SyncResult, answer_diff, answer_fetch
+from sidecar.replication.sync import Syncer, SyncResult
 
 CLOCK = SystemClock()
 GENERATION = "generation"

@@ -89,13 +89,15 @@ def _reply(status: int, raw: bytes, headers: dict[str, str]) -> Reply:
 
 @dataclass
 class Node:
-    """One ``outrider server`` process. ``storage`` is the storage stanza's text; ``settings`` more top-level lines."""
+    """One ``outrider server`` process. ``storage`` is the storage stanza's text; ``settings`` more top-level lines,
+    ``listener_settings`` more lines of the listener."""
 
     name: str
     directory: Path
     storage: str
     cluster_name: str = ""
     settings: str = ""
+    listener_settings: str = ""
     api_port: int = field(default_factory=free_port)
     cluster_port: int = field(default_factory=free_port)
     advertised_cluster_port: int = 0
@@ -126,7 +128,7 @@ class Node:
         self.config_path.write_text(
             f"{self.storage}\n"
             f'listener "tcp" {{\n  address = "127.0.0.1:{self.api_port}"\n'
-            f'  cluster_address = "127.0.0.1:{self.cluster_port}"\n  tls_disable = true\n}}\n'
+            f'  cluster_address = "127.0.0.1:{self.cluster_port}"\n  tls_disable = true\n{self.listener_settings}}}\n'
             f'api_addr = "{self.address}"\ncluster_addr = "{self.cluster_address}"\n{named}{self.settings}\n',
             encoding="utf-8",
         )

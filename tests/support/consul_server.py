@@ -58,6 +58,7 @@ class ConsulServer:
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._container: Any = None
+        self._ports: tuple[int, int, int] | None = None
         self.address = ""
         self.token = ""
         self.management_token = ""
@@ -100,10 +101,15 @@ class ConsulServer:
             self._process.wait()
             self._process = None
 
-    def restart(self) -> None:
-        """Start again after :meth:`kill`, on the same ports and data."""
+    def restart(self, *, wait: bool = True) -> None:
+        """Start again after :meth:`kill`, on the same ports and data; with ``wait`` until it takes writes."""
         self._spawn()
-        self._await_writable()
+        if wait:
+            self._await_writable()
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def freeze(self) -> None:
         """SIGSTOP: connections stay open and nothing answers."""
@@ -119,18 +125,21 @@ class ConsulServer:
         self, method: str, path: str, body: Any = None, *, token: str | None = None, timeout_s: float = 10.0
     ) -> RawAnswer:
         """One request to ``/v1/<path>`` with the management token, or ``token``; bytes go as they are, else as JSON."""
-        request = urllib.request.Request(f"http://{self.address}/v1/{path}", method=method)
         secret = self.management_token if token is None else token
-        if secret:
-            request.add_header("X-Consul-Token", secret)
-        if body is not None:
-            request.data = body if isinstance(body, bytes) else json.dumps(body).encode()
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            with self._open(method, path, body, secret, timeout_s) as answer:
                 return _raw(answer.status, answer.read(), answer.headers)
         except urllib.error.HTTPError as error:
             with error:
                 return _raw(error.code, error.read(), error.headers)
+
+    def _open(self, method: str, path: str, body: Any, token: str, timeout_s: float) -> Any:
+        request = urllib.request.Request(f"http://{self.address}/v1/{path}", method=method)
+        if token:
+            request.add_header("X-Consul-Token", token)
+        if body is not None:
+            request.data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return urllib.request.urlopen(request, timeout=timeout_s)
 
     def raw_get(self, key: str) -> bytes | None:
         """The value under a full key, read past Outrider; None if there is none."""
@@ -144,6 +153,15 @@ class ConsulServer:
     def raw_delete(self, prefix: str) -> None:
         """Delete every key below a full prefix past Outrider."""
         self._expect(self.call("DELETE", f"kv/{prefix}?recurse"))
+
+    def snapshot(self) -> bytes:
+        """The whole state, as an operator's backup holds it."""
+        with self._open("GET", "snapshot", None, self.management_token, 30.0) as answer:
+            return bytes(answer.read())
+
+    def restore(self, snapshot: bytes) -> None:
+        """Put a :meth:`snapshot` back underneath whoever uses the server."""
+        self._expect(self.call("PUT", "snapshot", snapshot, timeout_s=30.0))
 
     def create_policy(self, rules: str) -> str:
         """A new policy's id."""
@@ -183,7 +201,7 @@ class ConsulServer:
                 return
 
     def _write_settings(self, binary: str) -> None:
-        http, server, serf = _free_ports(3)
+        http, server, serf = self._ports or _free_ports(3)
         self.address = f"127.0.0.1:{http}"
         ports = {"http": http, "server": server, "serf_lan": serf, "serf_wan": -1, "dns": -1, "grpc": -1}
         settings = {
@@ -285,6 +303,81 @@ class ConsulServer:
         if self._folder is None:
             raise ConsulFailed("the server is not started")
         return self._folder
+
+
+class ConsulCluster:
+    """Consul servers as processes on loopback, that elect a leader among them. ``servers`` share tokens; each is the
+    agent of whoever uses its address."""
+
+    def __init__(self, count: int = 3) -> None:
+        ports = _free_ports(3 * count)
+        self.servers = []
+        for n in range(count):
+            settings = {
+                "bootstrap_expect": count,
+                "retry_join": [f"127.0.0.1:{serf}" for serf in ports[2::3]],
+                "retry_interval": "1s",
+                "autopilot": {"cleanup_dead_servers": False, "server_stabilization_time": "1s"},
+            }
+            server = ConsulServer(settings=settings)
+            server._ports = (ports[3 * n], ports[3 * n + 1], ports[3 * n + 2])
+            self.servers.append(server)
+
+    def __enter__(self) -> ConsulCluster:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start all and wait for a leader and tokens. Raises ConsulFailed."""
+        try:
+            for server in self.servers:
+                server._folder = Path(tempfile.mkdtemp(prefix="outrider-consul-"))
+                server._write_settings(str(obtain_consul()))
+                server._spawn()
+            first = self.servers[0]
+            first.management_token = first._bootstrap_acl()
+            first._await_writable()
+            first.token = first.create_token(first.create_policy(POLICY_FILE.read_text()))
+            for server in self.servers:
+                server.management_token, server.token = first.management_token, first.token
+                server._await_writable()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End every server. Idempotent."""
+        for server in self.servers:
+            server.stop()
+
+    def heal(self) -> None:
+        """Start what was killed and wait until every server takes part again. Raises ConsulFailed."""
+        for server in self.servers:
+            if not server.running:
+                server.restart(wait=False)
+        for server in self.servers:
+            server._await_writable()
+            server._await("a whole cluster", lambda server=server: self._whole(server))
+
+    def _whole(self, server: ConsulServer) -> bool:
+        health = server.call("GET", "operator/autopilot/health")
+        return health.status == 200 and health.json["FailureTolerance"] == (len(self.servers) - 1) // 2
+
+    def leader(self) -> ConsulServer:
+        """The server that leads now, waiting for one. Raises ConsulFailed."""
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            for server in filter(lambda server: server.running, self.servers):
+                with contextlib.suppress(OSError):
+                    address = server.call("GET", "status/leader", timeout_s=2.0).json
+                    for other in filter(lambda other: other.running, self.servers):
+                        if other._ports is not None and address == f"127.0.0.1:{other._ports[1]}":
+                            return other
+            time.sleep(0.05)
+        raise ConsulFailed("the servers elected no leader")
 
 
 def _raw(status: int, body: bytes, headers: Any) -> RawAnswer:

@@ -100,6 +100,12 @@ class MemoryStore:
         self._grown.set()
         self._grown = asyncio.Event()
 
+    async def rooted(self) -> None:
+        pass
+
+    async def load_index(self, cls: str | None = None) -> None:
+        pass
+
     async def wait_head(self, after: int) -> Head:
         while self.head.index <= after:
             await self._grown.wait()

@@ -16,9 +16,10 @@ from plugin_api.errors import InvalidRequest
 from plugin_api.request import Response
 from plugin_api.testing import SettableClock
 from sidecar.api.front import Front
-from sidecar.api.node_view import InitOptions, InitOutcome, LeaderStatus, NodeHealth, SealStatus
+from sidecar.api.node_view import InitOptions, InitOutcome, LeaderStatus, Member, NodeHealth, SealStatus
 from sidecar.api.server import ApiServer, ServerLimits
 from sidecar.api.service import Service, ServiceOptions
+from sidecar.core.audit.options import LocalRules
 from sidecar.core.barrier import load_barrier
 from sidecar.core.init import Genesis, build_genesis
 from sidecar.core.seal import UnsealAttempt, combine
@@ -89,6 +90,7 @@ class FakeNode:
     version: str = "0.1.0"
     storage_type: str = "inmem"
     attempt: UnsealAttempt | None = None
+    nodes: list[Member] = field(default_factory=list)
 
     async def health(self) -> NodeHealth:
         return self.state
@@ -99,6 +101,9 @@ class FakeNode:
 
     async def leader(self) -> LeaderStatus:
         return self.leading
+
+    async def members(self) -> list[Member]:
+        return self.nodes or [Member("h", API_ADDR, "https://h:1", True, self.version)]
 
     async def init(self, options: InitOptions) -> InitOutcome:
         if self.state.initialized:
@@ -174,6 +179,18 @@ class FakeReplication:
     async def revoke_secondary(self, mode: str, id: str) -> None:  # noqa: A002 - the API's own name
         self.calls.append(("revoke_secondary", mode, id))
 
+    async def merkle_check(self) -> Response:
+        self.calls.append(("merkle_check",))
+        return Response(data={"merkle_corruption_report": {"corrupted_root": False}})
+
+    async def reindex(self, diff: bool, force: bool, skip_flush: bool) -> Response:
+        self.calls.append(("reindex", diff, force, skip_flush))
+        return Response(warnings=["background"])
+
+    async def recover(self) -> Response:
+        self.calls.append(("recover",))
+        return Response(warnings=["recovering"])
+
     async def secondary_enable(
         self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str
     ) -> Response:
@@ -247,6 +264,8 @@ async def running(
     genesis: Genesis | None = None,
     limits: ServerLimits | None = None,
     api_addr: str = API_ADDR,
+    audit: LocalRules | None = None,
+    prometheus: bool = True,
 ) -> AsyncIterator[Harness]:
     """A started service behind an HTTP server on a free port."""
     clock = SettableClock()
@@ -263,7 +282,7 @@ async def running(
         store,
         barrier,
         genesis.cluster,
-        ServiceOptions(api_addr=api_addr),
+        ServiceOptions(api_addr=api_addr, audit=audit or LocalRules(timeout_s=0.3), prometheus=prometheus),
         node=node,
         replication=replication,
         now=clock,
@@ -271,7 +290,7 @@ async def running(
     )
     node.service = service
     await service.start()
-    server = ApiServer(Front(node, now=clock).handle, limits=limits)
+    server = ApiServer(Front(node, now=clock, prometheus=prometheus).handle, limits=limits)
     host, port = await server.listen("127.0.0.1", 0)
     try:
         async with aiohttp.ClientSession() as session:
@@ -289,6 +308,7 @@ async def running(
             )
     finally:
         await server.close()
+        await service.aclose()
 
 
 JOINED = "1 error occurred:\n\t* {}\n\n"

@@ -8,10 +8,12 @@ import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+from consul_backend.chunks import read_value
 from consul_backend.clock import SystemClock
 from consul_backend.embedded import EmbeddedStore
 from consul_backend.errors import Conflict, OutcomeUnknown
 from consul_backend.keys import decode_path
+from consul_backend.large_batch import committed_writes
 from consul_backend.limits import Limits
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, Item, PhysicalStore, TxnResult
@@ -182,13 +184,15 @@ class Cluster:
                     continue
                 item = await self.inner.get(prefix + name)
                 assert item is not None
-                found[decode_path((prefix + name).removeprefix(f"g/{GENERATION}/d/"))] = item.value
+                value = await read_value(self.inner, GENERATION, item.value, consistent=True)
+                assert value is not None, "chunks are missing"
+                found[decode_path((prefix + name).removeprefix(f"g/{GENERATION}/d/"))] = value
 
         await walk(f"g/{GENERATION}/d/")
         return found
 
     async def check(self, store: ReplicatedStore, *, whole_log: bool = True) -> None:
-        """Data = fold of the log; index = recomputed from data."""
+        """Data = fold of the log; index = recomputed from data. No large batch may be in progress."""
         data = await self.data()
         forest = Forest()
         forest.apply((name, entry_digest(name, value)) for name, value in data.items())
@@ -202,8 +206,8 @@ class Cluster:
         assert records[-1].chain_hash == store.head.chain_hash
         if whole_log:
             folded: dict[str, bytes] = {}
-            for record in records:
-                for write in record.writes():
+            for _, writes in committed_writes(records):
+                for write in writes:
                     if write.value is None:
                         folded.pop(write.key, None)
                     else:

@@ -601,7 +601,7 @@ async def test_a_slow_secondary_is_bounded_and_does_not_slow_the_primary():
         FakeClock(),
     )
     ours, theirs = channel_pair()
-    hello = wire.Hello((1,), "slow", "s", "set", 1, "epoch-id", position_at(primary, 1), 0, 0, 0)
+    hello = wire.Hello(wire.PROTOCOL_VERSIONS, "slow", "s", "set", 1, "epoch-id", position_at(primary, 1), 0, 0, 0)
     serving = asyncio.create_task(shipper.serve(ours, hello))
     wire.decode_hello_reply(await theirs.recv())
     for number in range(500):
@@ -646,7 +646,7 @@ async def test_a_lying_secondary_is_cut(ack):
     primary, _ = in_step_pair()
     shipper = Shipper(primary, SOURCE, ShipperOptions(), FakeClock())
     ours, theirs = channel_pair()
-    hello = wire.Hello((1,), "liar", "s", "set", 1, "epoch-id", position_at(primary, 1), 0, 0, 0)
+    hello = wire.Hello(wire.PROTOCOL_VERSIONS, "liar", "s", "set", 1, "epoch-id", position_at(primary, 1), 0, 0, 0)
     serving = asyncio.create_task(shipper.serve(ours, hello))
     await theirs.send(encode(ack))
     assert "acknowledged" in await serving
@@ -656,7 +656,7 @@ async def test_a_lying_secondary_is_cut(ack):
 async def test_a_second_stream_of_one_secondary_ends_the_first():
     primary, _ = in_step_pair()
     shipper = Shipper(primary, SOURCE, ShipperOptions(), FakeClock())
-    hello = wire.Hello((1,), "same", "s", "set", 1, "epoch-id", position_at(primary, 1), 0, 0, 0)
+    hello = wire.Hello(wire.PROTOCOL_VERSIONS, "same", "s", "set", 1, "epoch-id", position_at(primary, 1), 0, 0, 0)
 
     async def connect() -> tuple[asyncio.Task[str], MemoryChannel]:
         ours, theirs = channel_pair()

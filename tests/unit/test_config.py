@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from sidecar import config
 from sidecar.config import (
+    AuditSettings,
     ConfigError,
     ConsulStorage,
     DevOptions,
     ElectionSettings,
     EmbeddedStorage,
+    ForwardedForSettings,
     InmemStorage,
     ReplicationSettings,
     ServerConfig,
@@ -90,11 +92,13 @@ def test_a_vault_file_loads_with_warnings_only():
     assert (registration.disable, registration.service, registration.tags) == (False, "vault", ("a", "b"))
     assert (registration.check_timeout_s, registration.connection) == (7.0, None)
     assert loaded.replication == ReplicationSettings(0.5, 5.0)
+    assert listener.forwarded_for == ForwardedForSettings(("10.0.0.0/8",))
+    assert (listener.unauthenticated_metrics_access, loaded.prometheus_retention_s) == (True, 86400.0)
     assert loaded.election == ElectionSettings(2.0, 0.5, 0.25, 10.0)
     assert (loaded.store.wal_keep_records, loaded.store.wal_keep_bytes) == (1000, 64 * 2**20)
     assert sorted(warning.partition('"')[2].partition('"')[0] for warning in loaded.warnings) == [
-        "disable_mlock", "logshipper_buffer_length", "resolver_discover_servers", "session_ttl", "telemetry",
-        "telemetry", "ui", "x_forwarded_for_authorized_addrs",
+        "disable_mlock", "logshipper_buffer_length", "resolver_discover_servers", "session_ttl",
+        "ui",
     ]  # fmt: skip
     assert all(warning.startswith("v.hcl:") for warning in loaded.warnings)
     assert "s3cret" not in repr(loaded)
@@ -297,6 +301,18 @@ pieces = st.sampled_from(
 def test_any_file_loads_or_raises_config_error(text):
     with contextlib.suppress(ConfigError):
         assert isinstance(load_text(text), ServerConfig)
+
+
+def test_what_audit_devices_may_do_is_configured_here_alone():
+    assert load_text(MINIMAL).audit == AuditSettings()
+    loaded = load_text(
+        MINIMAL
+        + 'allow_audit_log_prefixing = true\nsidecar { audit_directories = ["/var/log/outrider"] audit_timeout = "5s" }'
+    )
+    assert loaded.audit == AuditSettings(True, ("/var/log/outrider",), 5.0)
+    assert load_text(MINIMAL + "allow_audit_log_prefixing = true").audit == AuditSettings(True)
+    with pytest.raises(ConfigError, match="absolute"):
+        load_text(MINIMAL + 'sidecar { audit_directories = ["logs"] }')
 
 
 def test_every_exported_name_exists():

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from consul_backend.batching import NeedsParts
 from consul_backend.errors import (
     FenceLost,
     NotApplied,
@@ -291,10 +292,10 @@ async def test_the_queue_is_bounded_by_count_and_bytes():
 async def test_a_batch_over_the_limit_is_refused_before_it_is_sent():
     async with memory_cluster(Limits(ops_max=8)) as cluster, cluster.running(OPTIONS) as store:
         sent = len(cluster.physical.txns)
-        with pytest.raises(TooLarge, match="6 keys, one transaction of this store takes 5"):
-            await store.commit([Write(key(str(n)), b"") for n in range(6)])
-        with pytest.raises(TooLarge, match="the store takes 524288"):
-            await store.commit([Write(key("a"), b"v" * 300_000)])
+        with pytest.raises(NeedsParts, match="6 keys, one transaction of this store takes 5"):
+            await store._group_commit.commit([Write(key(str(n)), b"") for n in range(6)], None)
+        with pytest.raises(NeedsParts, match="the store takes 524288"):
+            await store._group_commit.commit([Write(key("a"), b"v" * 300_000)], None)
         assert all(not isinstance(ops[-1], Cas) for ops in cluster.physical.txns[sent:])
 
 

@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from consul_backend.limits import (
     body_bytes,
     excess,
     fits,
+    learnt,
     op_bytes,
     require_body,
     require_fit,
@@ -151,3 +153,21 @@ def test_limits_that_leave_no_room_are_refused(values: dict[str, int]) -> None:
 def test_an_unfenced_operation_cannot_be_built(make: Callable[[str], Op], session: str) -> None:
     with pytest.raises(ValueError, match="UUID"):
         make(session)
+
+
+@pytest.mark.parametrize(
+    ("text", "ops", "size", "expected"),
+    [
+        ("Transaction contains too many operations (128 > 64)", 128, 9_000, {"ops_max": 64}),
+        ("Request body(600000 bytes) too large, max size: 524288 bytes", 10, 600_000, {"body_bytes_max": 524288}),
+        ('Value for key "k" is too large (600000 > 300000 bytes)', 10, 900_000, {"value_bytes_max": 300_000}),
+        ("", 100, 9_000, {"ops_max": 64}),
+        ("nginx", 10, 400_000, {"body_bytes_max": 200_000}),
+        ("", 10, 20_000, {"body_bytes_max": 16 * 1024}),
+        ("Transaction contains too many operations (5 > 1)", 5, 500, {"ops_max": 4}),
+        ("max size: 9999999999", 5, 400_000, {"body_bytes_max": 399_999}),
+    ],
+)
+def test_a_refusal_teaches_what_holds(text, ops, size, expected):
+    before = Limits(ops_max=128, body_bytes_max=1 << 20)
+    assert learnt(before, ops, size, text) == replace(before, **expected)

@@ -44,6 +44,16 @@ async def test_replication_endpoints_ask_replication() -> None:
             ("revoke_secondary", "performance", "a"),
             ("secondary_enable", "performance", "t", "https://p"),
         ]
+        del replication.calls[:]
+        checked = await node.call("POST", "sys/replication/merkle-check")
+        assert checked.data == {"merkle_corruption_report": {"corrupted_root": False}}
+        started = await node.call("POST", "sys/replication/reindex", {"diff": True, "skip_flush": "true"})
+        assert started.body["warnings"] == ["background"]
+        await node.call("PUT", "sys/replication/recover")
+        assert replication.calls == [("merkle_check",), ("reindex", True, False, True), ("recover",)]
+        weak = await node.token('path "sys/replication/*" { capabilities = ["update"] }')
+        assert (await node.call("POST", "sys/replication/reindex", {}, token=weak)).status == 403
+        assert (await node.call("POST", "sys/replication/merkle-check", {}, token=weak)).status == 200
         denied = await node.call("POST", "sys/replication/performance/primary/enable", {}, token=None)
         assert denied.status == 403
 

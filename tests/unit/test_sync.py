@@ -12,6 +12,7 @@ from consul_backend.position import Position
 from consul_backend.wal import Write
 from sidecar.replication import diff as diffing
 from sidecar.replication import protocol as wire
+from sidecar.replication.answers import answer_diff, answer_fetch
 from sidecar.replication.channel import ChannelClosed
 from sidecar.replication.committer import stored_position
 from sidecar.replication.diff import Range, SyncPlan, compare, diff_request
@@ -19,9 +20,10 @@ from sidecar.replication.hello import Identity, Source
 from sidecar.replication.intake import KEYRING_KEY
 from sidecar.replication.protocol import NONE_POSITION, encode, is_none
 from sidecar.replication.states import Event
-from sidecar.replication.sync import Syncer, SyncRefused, answer_diff, answer_fetch
+from sidecar.replication.sync import Syncer, SyncRefused
 from tests.support.replication import Crash, FakeClock, MemoryStore
 
+SALT = bytes(range(16))
 SOURCE = Source("primary-cluster", "set", "generation", 1, "epoch-id")
 
 
@@ -79,7 +81,7 @@ class Pair:
 
 
 def request_of(store: MemoryStore) -> wire.DiffRequest:
-    return next(item for item in diff_request(store.forest) if item is not None)
+    return next(item for item in diff_request(store.forest, SALT) if item is not None)
 
 
 def fill(store: MemoryStore, count: int, *, partition: str = "p", value: bytes = b"old") -> None:
@@ -339,7 +341,7 @@ async def test_unreachable_refused_and_forked():
 
 
 async def test_large_requests_are_cut_and_only_the_last_is_final(monkeypatch):
-    monkeypatch.setattr("sidecar.replication.sync.FETCH_REQUEST_BYTES", 2000)
+    monkeypatch.setattr("sidecar.replication.sync.FETCH_REQUEST_BYTES", 300)
     pair = Pair()
     fill(pair.primary, 400, value=b"new")
     fill(pair.secondary, 400)
@@ -352,8 +354,8 @@ async def test_large_requests_are_cut_and_only_the_last_is_final(monkeypatch):
     pair.assert_in_step(pair.primary.head.index)
 
 
-async def test_digests_beyond_the_bound_become_whole_pages(monkeypatch):
-    monkeypatch.setattr(diffing.Differences, "__init__", _few_digests(diffing.Differences.__init__))
+async def test_fingerprints_beyond_the_bound_become_whole_groups(monkeypatch):
+    monkeypatch.setattr(diffing.Differences, "__init__", _few_fingerprints(diffing.Differences.__init__))
     pair = Pair()
     fill(pair.primary, 2000, value=b"new")
     fill(pair.secondary, 2000)
@@ -362,16 +364,16 @@ async def test_digests_beyond_the_bound_become_whole_pages(monkeypatch):
     pair.assert_in_step(pair.primary.head.index)
 
 
-def _few_digests(original):
+def _few_fingerprints(original):
     def initialise(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        self.digests_left = 100
+        self.fingerprints_left = 100
 
     return initialise
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_plan_names_exactly_the_subpages_that_differ(seed):
+def test_the_plan_names_exactly_the_cells_that_differ(seed):
     dice = random.Random(seed)
     ours, theirs = MemoryStore(), MemoryStore()
     for store in (ours, theirs):
@@ -383,16 +385,15 @@ def test_the_plan_names_exactly_the_subpages_that_differ(seed):
     found = diffing.Differences()
     for _ in compare(ours.forest, request, found):
         pass
-    reply = wire.DiffReply(
-        "c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, found.gone, found.pages, found.subpages
-    )
-    plan = SyncPlan.of(reply, theirs.forest)
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, found.gone, found.cells)
+    plan = SyncPlan.of(request, reply, theirs.forest)
     named = {key for part in plan.ranges for key in _keys_in(ours, part) | _keys_in(theirs, part)}
     named |= {write.key for write in plan.deletions(theirs.forest)}
     keys = ours.data.keys() | theirs.data.keys()
     differing = {key for key in keys if ours.data.get(key) != theirs.data.get(key)}
     assert differing <= named
-    assert len(named) <= 3 * len(differing) + 8 * bool(differing)
+    for part in plan.ranges:
+        assert (_keys_in(ours, part) | _keys_in(theirs, part)) & differing, "a range that does not differ is asked for"
 
 
 def _keys_in(store: MemoryStore, part: Range) -> set[str]:
@@ -406,8 +407,8 @@ def test_the_keyring_comes_first_of_all_ranges_and_of_its_own():
     found = diffing.Differences()
     for _ in compare(ours.forest, request, found):
         pass
-    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, [], found.pages, found.subpages)
-    plan = SyncPlan.of(reply, MemoryStore().forest)
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, [], found.cells)
+    plan = SyncPlan.of(request, reply, MemoryStore().forest)
     assert plan.ranges[0] == Range("core")
     assert diffing.entries_in(ours.forest, plan.ranges[0])[0][0] == "keyring"
     theirs = MemoryStore()
@@ -417,8 +418,8 @@ def test_the_keyring_comes_first_of_all_ranges_and_of_its_own():
     found = diffing.Differences()
     for _ in compare(ours.forest, request, found):
         pass
-    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, [], found.pages, found.subpages)
-    plan = SyncPlan.of(reply, theirs.forest)
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, [], found.cells)
+    plan = SyncPlan.of(request, reply, theirs.forest)
     assert ("keyring", entry_digest(KEYRING_KEY, b"1")) in diffing.entries_in(ours.forest, plan.ranges[0])
 
 

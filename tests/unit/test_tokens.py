@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,13 +13,14 @@ from hypothesis import strategies as st
 from consul_backend.errors import OutcomeUnknown, Unavailable
 from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, PermissionDenied
+from sidecar.core.batch_tokens import BatchTokens
 from sidecar.core.keys import CUBBYHOLES, TOKEN_IDS, TOKEN_SALT
 from sidecar.core.locks import KeyedLocks
 from sidecar.core.store_view import SealedStore
 from sidecar.core.token_entry import SYSTEM_MAX_TTL_S, TokenEntry, format_duration, renewed_expiry
-from sidecar.core.token_ids import base62
+from sidecar.core.token_ids import AccessorEntry, base62
 from sidecar.core.tokens import CreateToken, TokenStore, cubbyhole
-from tests.support.logical_store import FakeTime, MemoryLogicalStore, make_sealed
+from tests.support.logical_store import FakeTime, MemoryLogicalStore, make_barrier, make_sealed
 
 
 async def make(**options) -> tuple[MemoryLogicalStore, SealedStore, FakeTime, TokenStore]:
@@ -550,17 +553,57 @@ async def test_batch_tokens_are_not_stored():
 
 async def test_batch_tokens_on_the_other_clusters_of_a_set():
     _, _, now, primary = await make()
-    shared = await primary.create(CreateToken(policies=["a"], type="batch"))
-    # Another cluster: the same replicated ring, a local ring and a store of its own.
-    barrier = make_sealed()[1].barrier
-    barrier.install("l", barrier.new_ring("l", 0))
-    other = TokenStore(SealedStore(MemoryLogicalStore(), barrier), now, writable=lambda: False)
+    parent = await primary.create(CreateToken(policies=["a"]))
+    orphan = await primary.create(CreateToken(policies=["a"], type="batch"))
+    child = await primary.create(CreateToken(policies=["a"], type="batch", parent=parent.entry))
+    # Another cluster: the same root key, a store and a token salt of its own.
+    other = TokenStore(SealedStore(MemoryLogicalStore(), make_sealed()[1].barrier), now)
     await other.load()
-    assert (await other.lookup(shared.token)).policies == ("a",)
+    assert (await other.lookup(orphan.token)).policies == ("a",)
+    assert await other.lookup(child.token) is None, "its parent is not known there"
     own = await other.create(CreateToken(policies=["b"], type="batch"))
-    assert (await other.lookup(own.token)).policies == ("b",)
-    assert await primary.lookup(own.token) is None
-    assert barrier.encryptions("r") == 0, "a secondary only opens with the primary's ring"
+    assert (await primary.lookup(own.token)).policies == ("b",)
+    # A cluster that is not of this set.
+    foreign = TokenStore(SealedStore(MemoryLogicalStore(), make_barrier(2)), now)
+    await foreign.load()
+    assert await foreign.lookup(orphan.token) is None
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_a_batch_token(raw: bytes):
+    tokens = BatchTokens(bytes(32))
+    assert tokens.read("hvb." + base64.urlsafe_b64encode(raw).decode()) is None
+    assert tokens.read("hvb." + raw.decode("latin-1")) is None
+
+
+# -- tidy
+
+
+async def test_tidy_removes_what_leads_nowhere_and_nothing_else():
+    store, sealed, _, tokens = await make()
+    parent = await tokens.create(CreateToken(policies=["a"], ttl_s=600))
+    child = await tokens.create(CreateToken(policies=["a"], ttl_s=600, parent=parent.entry))
+    await cubbyhole(sealed, child.entry).put("kept", b"1")
+    whole = left(store)
+    ghost = "ab" * 20
+    await sealed.commit(
+        [
+            Write(f"l/token/accessor/{'cd' * 20}", msgspec.msgpack.encode(AccessorEntry("x", ghost))),
+            Write(f"l/token/parent/{parent.entry.id_hash}/{ghost}", b""),
+            *(Write(f"{CUBBYHOLES}{ghost}/{number}", b"") for number in range(20)),
+        ]
+    )
+    await sealed.commit([Write(f"{CUBBYHOLES}{ghost}/deep/{number}", b"") for number in range(50)])
+    running = asyncio.create_task(tokens.run())
+    assert tokens.ask_for_tidy()
+    assert not tokens.ask_for_tidy(), "one at a time"
+    async with asyncio.timeout(5):
+        await tokens.tidied()
+    assert tokens.ask_for_tidy()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert left(store) == whole
+    assert await tokens.lookup(child.token) == child.entry
 
 
 # -- the loop

@@ -1,0 +1,186 @@
+"""Becoming active with few and with many keys, the checkpoint being equally far behind.
+
+A store is filled, its index flushed, then a fixed number of random writes follows that only the log has. What a new
+active node then needs until it commits its first record is measured, and what follows while it serves already: the
+first read of a random key, its first write, all roots known, the whole index in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.report import result, table
+from consul_backend.clock import SystemClock
+from consul_backend.config import ConsulConfig
+from consul_backend.embedded import EmbeddedStore
+from consul_backend.physical import EPOCH_KEY, LOCK_KEY, PhysicalStore
+from consul_backend.read_lease import ReadLease
+from consul_backend.replicated import ReplicatedStore, StoreOptions, genesis
+from consul_backend.store import ConsulStore
+from consul_backend.tenure import Tenure
+from consul_backend.txn import Cas, Lock, Unlock
+from consul_backend.wal import Write
+from tests.support.consul_server import ConsulServer
+
+GENERATION = "bench"
+PARTITION = "0b8f2c1e-77aa-4d1c-9d0e-2f6f3a5f9a10"
+BATCH = 61
+FILLERS = 8
+OPTIONS = StoreOptions(flush_interval_s=3600, collect_interval_s=1.0, wal_keep_records=512, index_warm_share=1.0)
+
+
+def key_of(number: int) -> str:
+    """A key as a key-value engine would make it."""
+    return f"r/{PARTITION}/team-{number % 1000:04d}/app-{number * 2654435761 % 2**32:08x}/cfg{number % 97:02d}"
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds of each repeat."""
+
+    active: list[float] = field(default_factory=list)
+    first_read: list[float] = field(default_factory=list)
+    first_write: list[float] = field(default_factory=list)
+    rooted: list[float] = field(default_factory=list)
+    loaded: list[float] = field(default_factory=list)
+
+
+class Bench:
+    """One physical store and the tenures on it."""
+
+    def __init__(self, physical: PhysicalStore) -> None:
+        self.physical = physical
+        self._session = ""
+
+    async def recover(self) -> ReplicatedStore:
+        """End the tenure that is, take the lock, recover."""
+        physical, clock = self.physical, SystemClock()
+        if self._session:
+            await physical.txn([Unlock(LOCK_KEY, b"", self._session)])
+            await physical.destroy_session(self._session)
+        session = self._session = await physical.create_session("bench", beat_ttl_s=3600, lock_delay_s=0)
+        found = await physical.get(EPOCH_KEY)
+        number = int(found.value) + 1 if found else 1
+        done = await physical.txn(
+            [Lock(LOCK_KEY, b"", session), Cas(EPOCH_KEY, b"%d" % number, found.modify_index if found else 0)]
+        )
+        tenure = Tenure(number, "bench", session, done.modify_index)
+
+        async def renew() -> bool:
+            return await physical.renew_session(session)
+
+        lease = ReadLease(clock, 3600.0, renew)
+        return await ReplicatedStore.recover(physical, GENERATION, tenure, OPTIONS, clock=clock, lease=lease)
+
+    async def fill(self, keys: int, distance: int) -> None:
+        """``keys`` keys with a flushed index, then ``distance`` writes that only the log has."""
+        await genesis(
+            self.physical,
+            GENERATION,
+            [Write("c/core/seal", b"seal")],
+            node_id="bench",
+            time_ms=SystemClock().time_ms(),
+            random_bytes=os.urandom,
+        )
+        store = await self.recover()
+        running = asyncio.create_task(store.run())
+        numbers = iter(range(0, keys, BATCH))
+
+        async def filler() -> None:
+            for start in numbers:
+                batch = range(start, min(start + BATCH, keys))
+                await store.commit([Write(key_of(number), b"value %d" % number) for number in batch])
+
+        await asyncio.gather(*(filler() for _ in range(FILLERS)))
+        await self._stop(running)
+        await store.flush()
+        store = await self.recover()
+        running = asyncio.create_task(store.run())
+        rng = random.Random(3)
+        for number in range(distance):
+            await store.commit([Write(key_of(rng.randrange(keys)), b"later %d" % number)])
+        await self._stop(running)
+
+    async def _stop(self, running: asyncio.Task[None]) -> None:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    async def measure(self, keys: int, times: Times) -> None:
+        """One recovery. Nothing is flushed, so the distance stays."""
+        rng = random.Random()
+        started = time.perf_counter()
+        store = await self.recover()
+        times.active.append(time.perf_counter() - started)
+        times.first_read.append(await self._timed(lambda: store.get(key_of(rng.randrange(keys)))))
+        running = asyncio.create_task(store.run())
+        write = Write(key_of(rng.randrange(keys)), os.urandom(8))
+        times.first_write.append(await self._timed(lambda: store.commit([write])))
+        times.rooted.append(await self._timed(store.rooted))
+        times.loaded.append(await self._timed(store.load_index))
+        await self._stop(running)
+
+    async def _timed(self, call: Callable[[], Awaitable[object]]) -> float:
+        started = time.perf_counter()
+        await call()
+        return time.perf_counter() - started
+
+
+async def one_size(physical: PhysicalStore, keys: int, distance: int, repeats: int) -> Times:
+    """All repeats with one number of keys."""
+    await physical.open()
+    try:
+        bench, times = Bench(physical), Times()
+        await bench.fill(keys, distance)
+        for _ in range(repeats):
+            gc.collect()  # the index of the repeat before is not what this one has to pay for
+            await bench.measure(keys, times)
+        return times
+    finally:
+        await physical.close()
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    rows, figures = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for keys in arguments.keys:
+            if arguments.store == "consul":
+                with ConsulServer() as server:
+                    config = ConsulConfig(address=server.address, token=server.token, path=f"outrider/bench-{keys}/")
+                    times = await one_size(ConsulStore(config), keys, arguments.distance, arguments.repeats)
+            else:
+                where = f"{folder}/{keys}"
+                os.mkdir(where)
+                times = await one_size(EmbeddedStore(where), keys, arguments.distance, arguments.repeats)
+            found = {name: statistics.median(getattr(times, name)) * 1e3 for name in Times.__slots__}
+            rows.append([f"{keys:,}", *(f"{value:,.1f}" for value in found.values())])
+            figures.append({"keys": keys, **{f"{name}_ms": round(value, 2) for name, value in found.items()}})
+    print(f"store: {arguments.store}; {arguments.distance:,} records since the checkpoint; milliseconds, medians")
+    table(("keys", "until active", "then first read", "first write", "roots known", "all loaded"), rows)
+    result("recovery", {"store": arguments.store, "distance": arguments.distance, "sizes": figures})
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", choices=("embedded", "consul"), default="embedded")
+    parser.add_argument("--keys", type=int, nargs="+", default=[1_000, 1_000_000])
+    parser.add_argument("--distance", type=int, default=1_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

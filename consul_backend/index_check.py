@@ -1,0 +1,276 @@
+"""Comparing the index with what is stored, while the store serves: data keys, and the index's own extents. Read-only.
+
+Every data key is read and its digest compared with the index's. A difference counts only after it was looked at again
+past every commit in flight, with a consistent read. Entries that the index has and the scan did not meet are read one
+by one: the store says *absent* with proof or raises. Memory is bounded by one counter a bucket and the findings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from consul_backend.errors import Corrupt
+from consul_backend.keys import decode_path, decode_segment, encode_partition, encode_path
+from consul_backend.lazy_index import LazyIndex, Name
+from consul_backend.merkle import BUCKETS, SUBPAGES, Forest, bucket_of, count_entries, entry_digest, unpack_entries
+from consul_backend.merkle_pages import (
+    ExtentTable,
+    decode_extent,
+    extent_key,
+    merkle_prefix,
+    parse_extent_name,
+    range_of,
+)
+from consul_backend.physical import Item, PhysicalStore
+from consul_backend.tenure import Tenure
+from consul_backend.wal import Head, Record, Write
+
+READ_AT_ONCE = 64
+FINDINGS_MAX = 100_000
+
+
+class Kind(Enum):
+    """What is wrong with one key."""
+
+    FOREIGN = "its value is none that this cluster wrote"
+    EXTRA = "the index does not have it"
+    LOST = "it is not stored"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One key whose stored state is not what the index says; ``digest`` is the index's."""
+
+    kind: Kind
+    key: str
+    where: str
+    digest: bytes | None
+
+
+@dataclass(slots=True)
+class Inspected:
+    """The parts of one tenure's store that a check looks at and a reindex changes.
+
+    ``value_of(stored)`` is the value that a data key's bytes stand for, None when it cannot be had (most stand for
+    themselves). ``settled(key)``
+    waits for commits in flight that touch the key; ``elsewhere(key)`` says that the key's value is on its way to the
+    data key and readers have it from memory meanwhile. ``stored(index)`` waits until the index is, up to that record.
+    """
+
+    physical: PhysicalStore
+    generation: str
+    tenure: Tenure
+    forest: Forest
+    table: ExtentTable
+    lazy: LazyIndex
+    head: Callable[[], Head]
+    oldest: Callable[[], int]
+    stored: Callable[[int], Awaitable[None]]
+    records: Callable[[int, int], Awaitable[list[Record]]]
+    commit: Callable[[Sequence[Write]], Awaitable[Head]]
+    value_of: Callable[[bytes], Awaitable[bytes | None]]
+    settled: Callable[[str], Awaitable[bool]]
+    elsewhere: Callable[[str], bool]
+
+    def where(self, key: str) -> str:
+        """The physical data key."""
+        cls, partition, path = key.split("/", 2)
+        return f"g/{self.generation}/d/{encode_partition(cls, partition)}/{encode_path(path)}"
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """``pages`` are the subpages that do not hold, by page, by (class, partition); ``problems`` are for people and name
+    no path."""
+
+    pages: dict[Name, dict[int, set[int]]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    damaged: set[tuple[str, str, int]] = field(default_factory=set)
+    bad_extents: list[tuple[str, str, int]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    keys: int = 0
+
+    @property
+    def corrupted(self) -> bool:
+        """Whether anything does not hold."""
+        return bool(self.pages or self.problems)
+
+    def add(self, cls: str, partition: str, bucket: int) -> None:
+        """A bucket does not hold."""
+        pages = self.pages.setdefault((cls, partition), {})
+        pages.setdefault(bucket // SUBPAGES, set()).add(bucket % SUBPAGES)
+
+
+@dataclass(slots=True)
+class Progress:
+    """``done`` of about ``total`` keys. Whoever looks at it sees it move."""
+
+    stage: str = "scanning"
+    done: int = 0
+    total: int = 0
+
+
+Collect = Callable[[Name, int, str, bytes], None]
+"""Hears class and partition, page, path and digest of every data key in a damaged page."""
+
+
+async def check(
+    parts: Inspected, progress: Progress, *, extents: bool = True, collect: Collect | None = None
+) -> CheckReport:
+    """Compare data keys and, if asked for, stored extents with the index. Raises what reading raises."""
+    report = CheckReport()
+    await parts.lazy.load_undamaged()
+    for (cls, partition, page), problem in parts.lazy.damaged.items():
+        report.damaged.add((cls, partition, page))
+        report.pages.setdefault((cls, partition), {}).setdefault(page, set()).update(range(SUBPAGES))
+        report.problems.append(f"class {cls}, partition {partition}, page {page}: {problem}")
+    names = {(cls, name) for cls in "rlc" for name in parts.forest.names(cls)}
+    progress.total = sum([parts.forest.count(*name) for name in names])
+    progress.stage = "building"
+    stored = await _partitions(parts)
+    for name in sorted(names | stored):
+        await _check_partition(parts, name, report, progress, collect)
+    if extents:
+        for name in parts.table.names:
+            await _check_extents(parts, name, report)
+    return report
+
+
+async def _partitions(parts: Inspected) -> set[Name]:
+    root = f"g/{parts.generation}/d/"
+    found: set[Name] = set()
+    for cls in await parts.physical.list(root, consistent=True):
+        for folder in await parts.physical.list(root + cls, consistent=True):
+            found.add((cls.removesuffix("/"), decode_segment(folder.removesuffix("/"))))
+    return found
+
+
+async def scan(physical: PhysicalStore, generation: str, name: Name) -> AsyncIterator[list[tuple[str, Item]]]:
+    """Path and item of every data key of a partition, in pieces; keys that vanish meanwhile are left out. Raises
+    Corrupt for names that this store does not write."""
+    root = f"g/{generation}/d/{encode_partition(*name)}/"
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        entries = await physical.list(folder, consistent=True)
+        folders += [folder + entry for entry in entries if entry.endswith("/")]
+        keys = [folder + entry for entry in entries if not entry.endswith("/")]
+        for start in range(0, len(keys), READ_AT_ONCE):
+            items = await physical.get_many(keys[start : start + READ_AT_ONCE], consistent=True)
+            yield [(decode_path(item.key.removeprefix(root)), item) for item in items if item is not None]
+
+
+async def _check_partition(
+    parts: Inspected, name: Name, report: CheckReport, progress: Progress, collect: Collect | None
+) -> None:
+    met = array("I", bytes(4 * BUCKETS))
+    prefix = f"{name[0]}/{name[1]}/"
+    async for piece in scan(parts.physical, parts.generation, name):
+        for path, item in piece:
+            bucket = bucket_of(path)
+            if (*name, bucket // SUBPAGES) in report.damaged:
+                value = await parts.value_of(item.value)
+                if collect is not None and value is not None:
+                    collect(name, bucket // SUBPAGES, path, entry_digest(prefix + path, value))
+                continue
+            met[bucket] += 1
+            if parts.forest.digest_of(prefix + path) != entry_digest(prefix + path, item.value):
+                await _look_again(parts, prefix + path, item.key, report)
+        report.keys += len(piece)
+        progress.done = report.keys
+        await asyncio.sleep(0)
+    # Counters only say where to look: a commit during the scan makes them differ and changes nothing else.
+    for bucket, blob in list(_loaded_blobs(parts, name, report)):
+        if count_entries(blob) != met[bucket]:
+            for path, _ in unpack_entries(blob):
+                await _look_again(parts, prefix + path, parts.where(prefix + path), report)
+
+
+def _loaded_blobs(parts: Inspected, name: Name, report: CheckReport) -> list[tuple[int, bytes]]:
+    found: list[tuple[int, bytes]] = []
+    for page in range(BUCKETS // SUBPAGES):
+        if (*name, page) not in report.damaged:
+            found += parts.forest.blobs(*name, page * SUBPAGES, (page + 1) * SUBPAGES)
+    return found
+
+
+async def _look_again(parts: Inspected, key: str, where: str, report: CheckReport) -> None:
+    finding = await examine(parts, key, where)
+    if finding is None or any(finding.key == known.key for known in report.findings[-8:]):
+        return
+    cls, partition, path = key.split("/", 2)
+    report.add(cls, partition, bucket_of(path))
+    if len(report.findings) < FINDINGS_MAX:
+        report.findings.append(finding)
+
+
+async def examine(parts: Inspected, key: str, where: str) -> Finding | None:
+    """What is wrong with one key, judged past commits in flight; None when all is well."""
+    while True:
+        before = parts.forest.digest_of(key)
+        item = await parts.physical.get(where, consistent=True)
+        values = [item.value, await parts.value_of(item.value)] if item is not None else []
+        digest = parts.forest.digest_of(key)
+        if await parts.settled(key) or digest != before or parts.forest.digest_of(key) != digest:
+            continue
+        if parts.elsewhere(key):
+            return None
+        if item is None:
+            return Finding(Kind.LOST, key, where, digest) if digest is not None else None
+        if digest is None:
+            return Finding(Kind.EXTRA, key, where, None)
+        same = any(value is not None and entry_digest(key, value) == digest for value in values)
+        return None if same else Finding(Kind.FOREIGN, key, where, digest)
+
+
+async def _check_extents(parts: Inspected, name: Name, report: CheckReport) -> None:
+    """Every stored extent must be the one that the table knows; dirty leaves are about to be written anyway."""
+    prefix = f"{merkle_prefix(parts.generation)}{encode_partition(*name)}/"
+    names = await parts.physical.list(prefix, consistent=True)
+    met: set[tuple[int, int]] = set()
+    for start in range(0, len(names), READ_AT_ONCE // 4):
+        piece = names[start : start + READ_AT_ONCE // 4]
+        items = await parts.physical.get_many([prefix + one for one in piece], consistent=True)
+        for one, item in zip(piece, items, strict=True):
+            try:
+                depth, first = parse_extent_name(one)
+            except Corrupt as error:
+                report.problems.append(f"class {name[0]}, partition {name[1]}: {error}")
+                continue
+            met.add((depth, first))
+            if not parts.lazy.lacks(*name, first // SUBPAGES):
+                await _check_extent(parts, name, prefix + one, depth, first, item, report)
+        await asyncio.sleep(0)
+    for depth, first in parts.table.clean_leaves(*name):
+        if (depth, first) not in met and not parts.lazy.lacks(*name, first // SUBPAGES):
+            where = extent_key(parts.generation, *name, depth, first)
+            item = await parts.physical.get(where, consistent=True)
+            await _check_extent(parts, name, where, depth, first, item, report)
+
+
+async def _check_extent(
+    parts: Inspected, name: Name, where: str, depth: int, first: int, item: Item | None, report: CheckReport
+) -> None:
+    problem = ""
+    for _ in range(3):
+        known = parts.table.stored_checksum(*name, depth, first)
+        if known is None:
+            return
+        try:
+            if item is None:
+                raise Corrupt(f"index extent {where} is gone")
+            if decode_extent(where, item.value).checksum == known:
+                return
+            problem = f"index extent {where} is not the newest"
+        except Corrupt as error:
+            problem = str(error)
+        item = await parts.physical.get(where, consistent=True)  # perhaps it was flushed between list and look
+    report.problems.append(problem)
+    report.bad_extents.append((*name, first))
+    low, high = range_of(depth, first)
+    for bucket in range(low, high):
+        report.add(*name, bucket)

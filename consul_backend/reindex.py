@@ -1,0 +1,221 @@
+"""Making data keys and index agree again while the store serves.
+
+The index, backed by the log, says what the data must be; never the other way round. So of what a check found:
+
+=========  ============================================================================================================
+foreign    the value is put aside (*quarantine*) and the right one restored from the log. Not in the log: stays as it is
+           and reads of the key go on failing, until ``force`` puts it aside and deletes the entry by an ordinary commit
+extra      put aside: the index proves that the key does not exist
+lost       absence is proved; restored from the log. Not in the log: stays until ``force`` deletes the entry by a commit
+page       of the index, damaged in the store: taken from the data keys if these have exactly the digest that is known
+           of the page; else only with ``force``
+extent     of the index, damaged in the store and right in memory: written anew
+=========  ============================================================================================================
+
+Every change is one fenced transaction that names the ModifyIndex it saw, so a commit that comes first wins. Cancelling
+between two of them leaves nothing half done; a second run finds the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import msgspec
+
+from consul_backend.errors import Conflict, OutcomeUnknown, TooLarge
+from consul_backend.failpoint import failpoint
+from consul_backend.fenced import fenced_txn
+from consul_backend.index_check import CheckReport, Finding, Inspected, Kind, Progress, check, examine
+from consul_backend.keys import encode_partition
+from consul_backend.lazy_index import Name
+from consul_backend.merkle import entry_digest
+from consul_backend.physical import Item
+from consul_backend.txn import CheckIndex, CheckNotExists, Delete, Op, Set
+from consul_backend.wal import Write
+
+log = logging.getLogger("core.reindex")
+
+_RECORDS_AT_ONCE = 64
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ReindexOptions:
+    """``diff``: read back every stored extent too. ``force``: give up what cannot be restored. ``skip_flush``: do not
+    wait until the index is stored."""
+
+    diff: bool = False
+    force: bool = False
+    skip_flush: bool = False
+
+
+@dataclass(slots=True)
+class ReindexReport:
+    """What was done: keys looked at, restored from the log, put aside, deleted by force; pages of the index repaired,
+    extents written anew; and what is left."""
+
+    keys: int = 0
+    restored: int = 0
+    quarantined: int = 0
+    dropped: int = 0
+    pages: int = 0
+    extents: int = 0
+    unresolved: int = 0
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is left that does not hold."""
+        return not self.unresolved
+
+
+class Quarantined(msgspec.Struct, frozen=True, array_like=True):
+    """What was put aside: the logical key, the ModifyIndex and the bytes found there."""
+
+    key: str
+    modify_index: int
+    value: bytes
+
+
+def quarantine_prefix(generation: str) -> str:
+    """What every quarantined value's key begins with."""
+    return f"g/{generation}/quarantine/"
+
+
+def quarantine_key(generation: str, key: str, item: Item) -> str:
+    """Where one foreign value is put aside: once per key and ModifyIndex."""
+    cls, partition, path = key.split("/", 2)
+    name = blake2b(f"{item.modify_index}/{path}".encode(), digest_size=16).hexdigest()
+    return f"{quarantine_prefix(generation)}{encode_partition(cls, partition)}/{name}"
+
+
+@dataclass(slots=True)
+class _Pages:
+    """Digests of the data keys of damaged pages."""
+
+    entries: dict[tuple[str, str, int], list[tuple[str, bytes]]] = field(default_factory=dict)
+
+    def collect(self, name: Name, page: int, path: str, digest: bytes) -> None:
+        self.entries.setdefault((*name, page), []).append((path, digest))
+
+
+async def reindex(parts: Inspected, options: ReindexOptions, progress: Progress) -> ReindexReport:
+    """Check everything, then repair what can be repaired. Raises FenceLost and what reading raises."""
+    pages = _Pages()
+    checked = await check(parts, progress, extents=options.diff, collect=pages.collect)
+    report = ReindexReport(keys=checked.keys)
+    progress.stage = "replaying"
+    wanted = {finding.key: finding.digest for finding in checked.findings if finding.digest is not None}
+    values = await _from_log(parts, wanted) if wanted else {}
+    progress.stage = "committing"
+    for finding in checked.findings:
+        failpoint("reindex:before-repair")
+        await _repair(parts, finding, values.get(finding.key), options, report)
+    _repair_pages(parts, checked, pages, options, report)
+    for cls, partition, start in checked.bad_extents:
+        parts.table.mark(cls, partition, start, parts.head().index)
+        report.extents += 1
+    if not options.skip_flush and (report.pages or report.extents):
+        await parts.stored(parts.head().index)
+    if checked.findings or checked.problems:
+        log.warning("reindex: %s", report)
+    return report
+
+
+async def _from_log(parts: Inspected, wanted: dict[str, bytes]) -> dict[str, bytes]:
+    """The values that the index means, as far as the log reaches back."""
+    found: dict[str, bytes] = {}
+    index = parts.oldest()
+    while index <= parts.head().index:
+        records = await parts.records(index, _RECORDS_AT_ONCE)
+        if not records:
+            break
+        for record in records:
+            for write in record.writes():
+                digest = wanted.get(write.key)
+                if digest is not None and write.value is not None and entry_digest(write.key, write.value) == digest:
+                    found[write.key] = write.value
+        index = records[-1].index + 1
+        await asyncio.sleep(0)
+    return found
+
+
+async def _repair(
+    parts: Inspected, finding: Finding, value: bytes | None, options: ReindexOptions, report: ReindexReport
+) -> None:
+    for _ in range(_ATTEMPTS):
+        now = await examine(parts, finding.key, finding.where)
+        if now is None:
+            return
+        if now.digest != finding.digest:
+            value = None  # written since, and wrong again: the log was read before
+        item = await parts.physical.get(finding.where, consistent=True)
+        ops = _repair_ops(parts, now, item, value)
+        if ops is None:
+            break
+        try:
+            await fenced_txn(parts.physical, parts.tenure, ops)
+        except (Conflict, OutcomeUnknown):
+            continue  # looked at anew
+        except TooLarge:
+            break
+        report.quarantined += item is not None
+        report.restored += now.kind is not Kind.EXTRA
+        return
+    await _give_up(parts, finding, options, report)
+
+
+def _repair_ops(parts: Inspected, finding: Finding, item: Item | None, value: bytes | None) -> list[Op] | None:
+    """The transaction that puts right what is known; None when the right value is not."""
+    if finding.kind is not Kind.EXTRA and value is None:
+        return None
+    ops: list[Op] = []
+    if item is None:
+        ops.append(CheckNotExists(finding.where))
+    else:
+        ops += _put_aside(parts, finding.key, item)
+    if value is not None:
+        ops.append(Set(finding.where, value))
+    elif item is not None:
+        ops.append(Delete(finding.where))
+    return ops
+
+
+def _put_aside(parts: Inspected, key: str, item: Item) -> list[Op]:
+    aside = msgspec.msgpack.encode(Quarantined(key, item.modify_index, item.value))
+    return [CheckIndex(item.key, item.modify_index), Set(quarantine_key(parts.generation, key, item), aside)]
+
+
+async def _give_up(parts: Inspected, finding: Finding, options: ReindexOptions, report: ReindexReport) -> None:
+    """The right value cannot be had. With ``force`` the foreign one is put aside and the entry deleted, for secondaries
+    too; a secondary gets a replicated one back from its primary."""
+    if not options.force or finding.kind is Kind.EXTRA:
+        report.unresolved += 1
+        return
+    item = await parts.physical.get(finding.where, consistent=True)
+    if item is not None:
+        try:
+            await fenced_txn(parts.physical, parts.tenure, _put_aside(parts, finding.key, item))
+            report.quarantined += 1
+        except (Conflict, OutcomeUnknown, TooLarge):
+            report.unresolved += 1
+            return
+    if parts.forest.digest_of(finding.key) == finding.digest:
+        await parts.commit([Write(finding.key, None)])
+        report.dropped += 1
+
+
+def _repair_pages(
+    parts: Inspected, checked: CheckReport, pages: _Pages, options: ReindexOptions, report: ReindexReport
+) -> None:
+    for cls, partition, page in sorted(checked.damaged):
+        if (cls, partition, page) not in parts.lazy.damaged:
+            continue
+        entries = pages.entries.get((cls, partition, page), [])
+        if options.force or parts.lazy.proves((cls, partition), page, entries):
+            parts.lazy.repair((cls, partition), page, entries, parts.head().index)
+            report.pages += 1
+        else:
+            report.unresolved += 1

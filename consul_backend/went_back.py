@@ -1,0 +1,39 @@
+"""Noticing that the store was put back (a snapshot restored, keys changed) where no commit's chain check does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import NoReturn
+
+from consul_backend.errors import PermissionDenied, StoreWentBack, Unavailable
+from consul_backend.group_commit import GroupCommit, Tip
+from consul_backend.physical import LOCK_KEY, PhysicalStore
+from consul_backend.tenure import Tenure
+
+
+def require_seen(tip: Tip, seen_index: int) -> None:
+    """A recovered log reaches up to a record that is known to have been committed. Raises StoreWentBack."""
+    if tip.record.index < seen_index:
+        raise StoreWentBack(
+            f"the log ends at record {tip.record.index}, but record {seen_index} was there before: the store was"
+            " restored or changed underneath"
+        )
+
+
+async def watch_tip(physical: PhysicalStore, tenure: Tenure, commits: GroupCommit, interval_s: float) -> NoReturn:
+    """While nothing is committed, look at the newest record now and then. Raises StoreWentBack."""
+    while True:
+        seen = commits.tip
+        await asyncio.sleep(interval_s)
+        if commits.tip is not seen:
+            continue
+        with contextlib.suppress(Unavailable, PermissionDenied):  # the watch of the lock deals with those
+            lock, item = await physical.get_many([LOCK_KEY, seen.key], consistent=True)
+            if lock is None or lock.session != tenure.session or commits.tip is not seen:
+                continue  # this tenure is over, or went on meanwhile and what it left behind may be collected
+            if item is None or item.modify_index != seen.modify_index:
+                raise StoreWentBack(
+                    f"record {seen.record.index}, the newest, is gone or is not the one this node wrote although it"
+                    " holds the lock: the store was restored or changed underneath"
+                )

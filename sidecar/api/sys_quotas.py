@@ -1,0 +1,104 @@
+"""``sys/quotas/rate-limit``: how often one client may ask (contract 7.3, 5.4)."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from plugin_api.errors import InvalidRequest, NotFound
+from plugin_api.request import Operation
+from sidecar.api.sys_core import Params, Route, SysCore
+from sidecar.core.quotas import Quotas, RateLimitQuota
+from sidecar.request.call import Answer, Call
+from sidecar.request.fields import Fields
+
+_NAME = re.compile(r"\w(?:[\w.-]*\w)?", re.ASCII)
+
+
+class SysQuotas:
+    """Handlers of one tenure."""
+
+    def __init__(self, core: SysCore, quotas: Quotas) -> None:
+        self._core = core
+        self._quotas = quotas
+
+    def routes(self) -> list[Route]:
+        """Rows of the table."""
+        read, update, delete, listing = Operation.READ, Operation.UPDATE, Operation.DELETE, Operation.LIST
+        return [
+            Route("quotas/rate-limit", {listing: self._list}, help="Rate limits by name."),
+            Route("quotas/rate-limit/{name}", {read: self._read, update: self._write, delete: self._delete}),
+        ]
+
+    async def _list(self, call: Call, params: Params) -> Answer:
+        names = self._quotas.names()
+        return Answer({"keys": names}) if names else Answer(status=404)
+
+    async def _read(self, call: Call, params: Params) -> Answer:
+        quota = self._quotas.get(params["name"])
+        if quota is None:
+            raise NotFound
+        return Answer(
+            {
+                "block_interval": quota.block_interval_s,
+                "inheritable": quota.inheritable,
+                "interval": quota.interval_s,
+                "name": quota.name,
+                "path": quota.path,
+                "rate": quota.rate,
+                "role": "",
+                "type": "rate-limit",
+            }
+        )
+
+    async def _write(self, call: Call, params: Params) -> Answer | None:
+        name, fields = params["name"], Fields(call.data)
+        if not _NAME.fullmatch(name):
+            raise InvalidRequest("invalid quota name: letters, digits, '.', '-' and '_' are allowed")
+        fields.known("name")
+        if fields.string("role"):
+            raise InvalidRequest("'role' is not available: a quota is decided before the request's body is read")
+        if fields.string("type", "rate-limit") != "rate-limit":
+            raise InvalidRequest("'type' must be rate-limit")
+        old = self._quotas.get(name)
+        if old is None and not fields.given("rate"):
+            raise InvalidRequest("rate must be a positive number")
+        quota = old or RateLimitQuota(name, 1.0)
+        changes: dict[str, object] = {}
+        if fields.given("rate"):
+            changes["rate"] = _rate(fields.string("rate"))
+        if fields.given("path"):
+            changes["path"] = self._path(fields.string("path"))
+        for parameter, attribute in (("interval", "interval_s"), ("block_interval", "block_interval_s")):
+            if fields.given(parameter):
+                changes[attribute] = fields.duration_s(parameter)
+        if fields.given("inheritable"):
+            changes["inheritable"] = fields.boolean("inheritable")
+        await self._quotas.put(msgspec.structs.replace(quota, **changes))
+        warnings = fields.unrecognized()
+        return Answer(warnings=warnings) if warnings else None
+
+    def _path(self, text: str) -> str:
+        """A mount gets its slash; what is below no mount could never be asked for."""
+        path = text.strip("/")
+        if not path:
+            return ""
+        router = self._core.mounts.router
+        if router.get(path + "/") is not None:
+            return path + "/"
+        if router.match(path.rstrip("*")) is None:
+            raise InvalidRequest(f'invalid path "{path}": no mount serves it')
+        if "*" in path[:-1]:
+            raise InvalidRequest("a path may have '*' at its end only")
+        return path
+
+    async def _delete(self, call: Call, params: Params) -> None:
+        await self._quotas.delete(params["name"])
+
+
+def _rate(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidRequest("rate must be a positive number") from None

@@ -1,0 +1,211 @@
+"""Counters, gauges and samples of this process, in the two forms operators scrape.
+
+One registry for the process, as there is one tree of loggers: :data:`METRICS`. Names are those of the API's telemetry
+(``core.active``); what is measured in time is a sample in milliseconds. Nothing here may ever hold a secret or a value
+that a client chose freely: names and labels are written in the code.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+INTERVAL_S = 10.0
+_QUANTILES = (0.5, 0.9, 0.99)
+_RECENT_MAX = 1024
+_NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
+
+Labels = tuple[tuple[str, str], ...]
+Gauges = Callable[[], Mapping[str, float]]
+
+
+@dataclass(slots=True)
+class _Window:
+    """What happened to one series within one interval."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.total += value
+        self.squares += value * value
+        self.low = min(self.low, value)
+        self.high = max(self.high, value)
+
+    def shown(self) -> dict[str, Any]:
+        mean = self.total / self.count
+        variance = max(self.squares / self.count - mean * mean, 0.0) * self.count / max(self.count - 1, 1)
+        return {
+            "Count": self.count,
+            "Rate": self.total / INTERVAL_S,
+            "Sum": self.total,
+            "Min": self.low,
+            "Max": self.high,
+            "Mean": mean,
+            "Stddev": math.sqrt(variance),
+        }
+
+
+@dataclass(slots=True)
+class _Series:
+    """One name with its labels: totals since the start, this interval and the last whole one."""
+
+    count: int = 0
+    total: float = 0.0
+    started: int = 0
+    window: _Window = field(default_factory=_Window)
+    last: _Window | None = None
+    recent: deque[float] | None = None
+
+    def add(self, value: float, interval: int) -> None:
+        self.turn(interval)
+        self.count += 1
+        self.total += value
+        self.window.add(value)
+        if self.recent is not None:
+            self.recent.append(value)
+
+    def turn(self, interval: int) -> None:
+        """Begin a new interval where the old one is over."""
+        if interval != self.started:
+            self.last = self.window if interval == self.started + 1 and self.window.count else None
+            self.window, self.started = _Window(), interval
+
+
+class Metrics:
+    """A registry. ``monotonic`` and ``unix`` return seconds."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic, unix: Callable[[], float] = time.time) -> None:
+        self._monotonic = monotonic
+        self._unix = unix
+        self._counters: dict[tuple[str, Labels], _Series] = {}
+        self._samples: dict[tuple[str, Labels], _Series] = {}
+        self._sources: list[Gauges] = []
+        self._totals: list[Gauges] = []
+
+    def increment(self, name: str, value: float = 1, /, **labels: str) -> None:
+        """Count something."""
+        self._series(self._counters, name, labels).add(value, self._interval())
+
+    def sample(self, name: str, value: float, /, **labels: str) -> None:
+        """One measured value; milliseconds, where it is a time."""
+        series = self._series(self._samples, name, labels)
+        if series.recent is None:
+            series.recent = deque(maxlen=_RECENT_MAX)
+        series.add(value, self._interval())
+
+    @contextmanager
+    def timer(self, name: str, /, **labels: str) -> Iterator[None]:
+        """Sample how long the block took, also where it fails."""
+        started_s = self._monotonic()
+        try:
+            yield
+        finally:
+            self.sample(name, (self._monotonic() - started_s) * 1000, **labels)
+
+    @contextmanager
+    def source(self, gauges: Gauges, totals: Gauges = dict) -> Iterator[None]:
+        """Ask ``gauges`` for values at each scrape, for as long as the block runs; ``totals`` for numbers that somebody
+        else counts (the JSON form shows them among the gauges)."""
+        self._sources.append(gauges)
+        self._totals.append(totals)
+        try:
+            yield
+        finally:
+            self._sources.remove(gauges)
+            self._totals.remove(totals)
+
+    def as_json(self) -> dict[str, Any]:
+        """The last whole interval, or the running one where there is none yet."""
+        moment = datetime.fromtimestamp(self._unix() // INTERVAL_S * INTERVAL_S, UTC)
+        return {
+            "Timestamp": f"{moment:%Y-%m-%d %H:%M:%S} +0000 UTC",
+            "Gauges": [
+                {"Name": f"vault.{name}", "Value": value, "Labels": {}}
+                for name, value in sorted((_asked(self._sources) | _asked(self._totals)).items())
+            ],
+            "Points": [],
+            "Counters": self._windows(self._counters),
+            "Samples": self._windows(self._samples),
+        }
+
+    def as_prometheus(self) -> str:
+        """Text format 0.0.4: totals since the process started; quantiles of the newest samples."""
+        lines: list[str] = []
+        for kind, sources in (("gauge", self._sources), ("counter", self._totals)):
+            for name, value in sorted(_asked(sources).items()):
+                lines += [f"# TYPE {_flat(name)} {kind}", f"{_flat(name)} {_number(value)}"]
+        announced = ""
+        for (name, labels), series in sorted(self._counters.items()):
+            if name != announced:
+                lines.append(f"# TYPE {_flat(name)} counter")
+            announced = name
+            lines.append(f"{_flat(name)}{_labels(labels)} {_number(series.total)}")
+        for (name, labels), series in sorted(self._samples.items()):
+            if name != announced:
+                lines.append(f"# TYPE {_flat(name)} summary")
+            announced = name
+            values = sorted(series.recent or ())
+            for quantile in _QUANTILES:
+                at = values[min(int(quantile * len(values)), len(values) - 1)]
+                lines.append(f"{_flat(name)}{_labels((*labels, ('quantile', str(quantile))))} {_number(at)}")
+            lines.append(f"{_flat(name)}_sum{_labels(labels)} {_number(series.total)}")
+            lines.append(f"{_flat(name)}_count{_labels(labels)} {series.count}")
+        return "\n".join(lines) + "\n"
+
+    def _windows(self, table: Mapping[tuple[str, Labels], _Series]) -> list[dict[str, Any]]:
+        interval = self._interval()
+        shown = []
+        for (name, labels), series in sorted(table.items()):
+            series.turn(interval)
+            window = series.last or series.window
+            if window.count:
+                shown.append({"Name": f"vault.{name}", **window.shown(), "Labels": dict(labels)})
+        return shown
+
+    def _series(self, table: dict[tuple[str, Labels], _Series], name: str, labels: Mapping[str, str]) -> _Series:
+        key = (name, tuple(sorted(labels.items())))
+        series = table.get(key)
+        if series is None:
+            series = table[key] = _Series(started=self._interval())
+        return series
+
+    def _interval(self) -> int:
+        return int(self._monotonic() // INTERVAL_S)
+
+
+def _asked(sources: list[Gauges]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for source in sources:
+        found.update(source())
+    return found
+
+
+def _flat(name: str) -> str:
+    return "vault_" + _NOT_A_NAME.sub("_", name)
+
+
+def _labels(labels: Labels) -> str:
+    if not labels:
+        return ""
+    escaped = ((name, value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")) for name, value in labels)
+    return "{" + ",".join(f'{_NOT_A_NAME.sub("_", name)}="{value}"' for name, value in escaped) + "}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
+
+
+METRICS = Metrics()
+"""The process's own."""

@@ -1,0 +1,148 @@
+"""The primary's side of a merkle sync: the answers to its two round trips. See :mod:`sidecar.replication.sync`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from typing import TypeVar
+
+from consul_backend.errors import BackendError
+from consul_backend.wal_reader import RecordGone
+from sidecar.replication.diff import Differences, compare, differing_entries, range_of
+from sidecar.replication.hello import NO_MATCHING_WALS, Source
+from sidecar.replication.intake import KEYRING_KEY, REPLICATED
+from sidecar.replication.parts import parts_of
+from sidecar.replication.protocol import (
+    DIGEST_BYTES,
+    Bye,
+    DiffReply,
+    DiffRequest,
+    Entries,
+    FetchRequest,
+    Frame,
+    Guard,
+    LogFrame,
+    RecordFrame,
+    encode,
+    with_length,
+)
+from sidecar.replication.shipper import frames_of
+from sidecar.replication.store_view import PrimaryStore
+
+log = logging.getLogger("replication.sync")
+
+_ENTRIES_FRAME_BYTES = 256 * 1024
+_READS_AT_ONCE = 32
+_RECORDS_AT_ONCE = 16
+_STEPS_BETWEEN_TURNS = 4
+
+_T = TypeVar("_T")
+
+
+async def answer_diff(store: PrimaryStore, source: Source, request: DiffRequest, *, hold_as: str) -> DiffReply:
+    """The answer to the first round trip. From here on the WAL after the base is held for ``hold_as``."""
+    await store.load_index(REPLICATED)
+    head, root = store.head, store.forest.root(REPLICATED)  # no await between: both are of one instant
+    store.hold(hold_as, head.index)
+    found = Differences()
+    equal = request.root == root
+    if not equal:
+        await last_of(compare(store.forest, request, found))
+    return DiffReply(
+        cluster_id=source.cluster_id,
+        set_id=source.set_id,
+        generation=source.generation,
+        epoch=source.epoch,
+        epoch_id=source.epoch_id,
+        base_index=head.index,
+        base_hash=head.chain_hash,
+        equal=equal,
+        whole=found.whole,
+        gone=found.gone,
+        cells=found.cells,
+    )
+
+
+async def answer_fetch(store: PrimaryStore, request: FetchRequest) -> AsyncIterator[bytes]:
+    """The streamed body of the second round trip, in chunks of whole frames. When the store fails, the last frame says
+    so; the secondary comes again."""
+    try:
+        await store.load_index(REPLICATED)
+        async for frame in _fetched_entries(store, request):
+            yield with_length(encode(frame))
+        guard = Guard(request.base_index, request.base_hash, bytes(DIGEST_BYTES))
+        if request.final:
+            head, root = store.head, store.forest.root(REPLICATED)  # of one instant, as above
+            guard = Guard(head.index, head.chain_hash, root)
+            async for record in _records_since(store, request, head.index):
+                yield with_length(encode(record))
+        last: Frame = guard
+    except RecordGone:
+        last = Bye("need-diff", f"{NO_MATCHING_WALS}: the records since {request.base_index} were collected meanwhile")
+    except BackendError as error:
+        log.warning("a merkle sync was cut short: %s", error)
+        last = Bye("closing", str(error)[:512])
+    yield with_length(encode(last))
+
+
+async def _fetched_entries(store: PrimaryStore, request: FetchRequest) -> AsyncIterator[Entries]:
+    """The keyring first, and again before any frame that may hold entries under a newer one."""
+    keyring: bytes | None = None
+    async for frame in _differing_entries(store, request):
+        digest = store.forest.digest_of(KEYRING_KEY)
+        if digest != keyring and (value := await store.get(KEYRING_KEY)) is not None:
+            keyring = digest
+            yield Entries([(KEYRING_KEY, value)], [], 0)
+        yield frame
+
+
+async def _differing_entries(store: PrimaryStore, request: FetchRequest) -> AsyncIterator[Entries]:
+    puts: list[tuple[str, bytes]] = []
+    dropped: list[tuple[int, bytes]] = []
+    size_bytes = 0
+    for done, extent in enumerate(request.extents):
+        part = range_of(request, extent)
+        prefix = f"{REPLICATED}/{part.partition}/"
+        wanted, extra = differing_entries(store.forest, request.salt, part, extent.ids)
+        for start in range(0, len(wanted), _READS_AT_ONCE):
+            keys = [prefix + path for path in wanted[start : start + _READS_AT_ONCE]]
+            for key, value in zip(keys, await asyncio.gather(*map(store.get, keys)), strict=True):
+                if value is None:  # deleted since the digest was read: its record follows
+                    continue
+                if puts and size_bytes + len(value) > _ENTRIES_FRAME_BYTES:
+                    yield Entries(puts, dropped, done)
+                    puts, dropped, size_bytes = [], [], 0
+                puts.append((key, value))
+                size_bytes += len(value) + len(key)
+        if extra:  # after the puts: the id of an old version must not delete what replaces it
+            dropped.append((done, extra))
+            size_bytes += len(extra)
+        if size_bytes > _ENTRIES_FRAME_BYTES:
+            yield Entries(puts, dropped, done + 1)
+            puts, dropped, size_bytes = [], [], 0
+        await asyncio.sleep(0)
+    yield Entries(puts, dropped, len(request.extents))
+
+
+async def _records_since(store: PrimaryStore, request: FetchRequest, last: int) -> AsyncIterator[LogFrame]:
+    at = request.base_index
+    while at < last:
+        records = await store.records(at + 1, min(_RECORDS_AT_ONCE, last - at))
+        by_index = {record.index: record for record in records}
+        for frame, covered in frames_of(records):
+            if isinstance(frame, RecordFrame):
+                async for part in parts_of(store, by_index[covered]):
+                    yield part
+            yield frame
+            at = covered
+
+
+async def last_of(steps: Iterator[_T]) -> _T | None:
+    """Run a generator to its end, letting other tasks run now and then; its last item."""
+    last: _T | None = None
+    for count, item in enumerate(steps):
+        last = item
+        if count % _STEPS_BETWEEN_TURNS == 0:
+            await asyncio.sleep(0)
+    return last

@@ -1,0 +1,104 @@
+"""``python -m tests.sim SEED [--shrink]`` replays a seed with its log; ``--soak [--from SEED]`` runs seeds until it is
+stopped, ``--seeds N`` that many; ``--bugs`` shows how soon each planted bug is caught. Exit code 1 if a seed failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+
+from tests.sim.bugs import BUGS, planted
+from tests.sim.plan import make_plan
+from tests.sim.runs import Totals, failure_text, quiet, replay, run_seed, shrink
+
+REPORT_EVERY_S = 10.0
+BUG_SEEDS_MAX = 200
+LINES_SHOWN = 200
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
+    parser.add_argument("seed", nargs="?", type=int, help="replay this seed, with its log")
+    parser.add_argument("--shrink", action="store_true", help="first leave out faults that the failure does not need")
+    parser.add_argument("--lines", type=int, default=LINES_SHOWN, help="of the log, how many to show")
+    parser.add_argument("--soak", action="store_true", help="run until stopped")
+    parser.add_argument("--seeds", type=int, default=0, help="run this many")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed")
+    parser.add_argument("--bug", choices=sorted(BUGS), help="with this bug planted")
+    parser.add_argument("--bugs", action="store_true", help="show how soon each planted bug is caught")
+    options = parser.parse_args(arguments)
+    if options.bugs:
+        return show_bugs()
+    if options.bug is not None:
+        with planted(options.bug):
+            return run(options)
+    return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Replay or many seeds."""
+    if options.seed is not None:
+        return show(options.seed, shrinking=options.shrink, lines=options.lines)
+    if not options.soak and not options.seeds:
+        options.seeds = 100
+    seeds = itertools.count(options.first)
+    return run_many(seeds if options.soak else itertools.islice(seeds, options.seeds))
+
+
+def show(seed: int, *, shrinking: bool, lines: int) -> int:
+    """Replay one seed."""
+    plan = make_plan(seed)
+    if shrinking:
+        plan = shrink(plan)
+    print(plan.describe())
+    outcome = replay(plan)
+    print("\n".join(outcome.log[-lines:]))
+    print(f"trace {outcome.trace}, {outcome.simulated_s:.1f} simulated seconds")
+    for violation in outcome.violations:
+        print(f"VIOLATION {violation}")
+    return 1 if outcome.violations else 0
+
+
+def run_many(seeds: itertools.islice[int] | itertools.count[int]) -> int:
+    """Seeds in order; stops at the first failing one."""
+    totals, started_s = Totals(), time.perf_counter()
+    reported_s = started_s
+    try:
+        for seed in seeds:
+            outcome = run_seed(seed)
+            totals.add(outcome)
+            if outcome.violations:
+                print(failure_text(outcome))
+                return 1
+            if time.perf_counter() - reported_s > REPORT_EVERY_S:
+                reported_s = time.perf_counter()
+                print(totals.text(reported_s - started_s), flush=True)
+    except KeyboardInterrupt:
+        print()
+    print(totals.text(time.perf_counter() - started_s))
+    return 0
+
+
+def show_bugs() -> int:
+    """For each planted bug: the first seed that catches it, by what, and how long that took."""
+    missed = 0
+    for name in BUGS:
+        started_s = time.perf_counter()
+        for seed in range(BUG_SEEDS_MAX):
+            with planted(name), quiet():
+                outcome = run_seed(seed)
+            if outcome.violations:
+                text = f"seed {seed}, {str(outcome.violations[0])[:100]}"
+                break
+        else:
+            missed += 1
+            text = f"NOT CAUGHT in {BUG_SEEDS_MAX} seeds"
+        print(f"{name:45} {time.perf_counter() - started_s:6.1f} s  {text}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,219 @@
+"""One node: the real election and the real replicated store, put together as ``sidecar/roles.py`` does it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from consul_backend.election import Election, ElectionOptions, Held, LeaderInfo
+from consul_backend.errors import (
+    BackendError,
+    Conflict,
+    Corrupt,
+    FenceLost,
+    ForeignWrite,
+    NotApplied,
+    OutcomeUnknown,
+    Overloaded,
+    PermissionDenied,
+    SentinelMissing,
+    StoreWentBack,
+    TooLarge,
+    Unavailable,
+)
+from consul_backend.replicated import ReplicatedStore, StoreOptions, Write
+from consul_backend.testing import SimulatedStore
+from tests.sim.loop import NodeClock, Process
+from tests.sim.witness import Violation
+
+HALTING = (SentinelMissing, StoreWentBack, Corrupt, PermissionDenied)
+ENDING = (FenceLost, OutcomeUnknown, Unavailable, NotApplied, Conflict)
+
+DRAIN_S = 1.0
+
+
+class World(Protocol):
+    """What a node tells the world."""
+
+    def report(self, violation: Violation) -> None: ...
+
+    def log(self, text: str) -> None: ...
+
+    def recovered(self, node: Node, store: ReplicatedStore) -> None: ...
+
+
+class Reply:
+    """What a client is told: ``outcome`` is ok, fail, unknown, standby or error."""
+
+    __slots__ = ("index", "names", "outcome", "value")
+
+    def __init__(self, outcome: str, *, index: int = 0, value: bytes | None = None, names: Sequence[str] = ()) -> None:
+        self.outcome = outcome
+        self.index = index
+        self.value = value
+        self.names = names
+
+
+class Node:
+    """One process of a node. ``name`` is the node's, ``process.name`` this process's own."""
+
+    def __init__(
+        self,
+        world: World,
+        name: str,
+        process: Process,
+        physical: SimulatedStore,
+        clock: NodeClock,
+        *,
+        generation: str,
+        election: ElectionOptions,
+        store: StoreOptions,
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        self.name = name
+        self.process = process
+        self.physical = physical
+        self.clock = clock
+        self.store: ReplicatedStore | None = None
+        self.tenures = 0
+        self.halted = False
+        self._world = world
+        self._generation = generation
+        self._election_options = election
+        self._store_options = store
+        self._random_bytes = random_bytes
+        self._asked = asyncio.Event()
+        self._running = 0
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin, in this node's process."""
+        return self.process.spawn(self._run())
+
+    def step_down(self) -> None:
+        """An operator asks for it."""
+        self._asked.set()
+
+    async def _run(self) -> None:
+        try:
+            while not await self._opened():
+                await asyncio.sleep(0.2)
+            election = Election(
+                self.physical,
+                node_id=self.name,
+                advertise=lambda: LeaderInfo(self.name, "", ""),
+                clock=self.clock,
+                options=self._election_options,
+            )
+            while True:
+                held = await election.campaign()
+                self.tenures += 1
+                self._world.log(f"{self.process.name} leads, epoch {held.tenure.epoch}")
+                await self._lead(election, held)
+        except HALTING as error:
+            self.halted = True
+            self._world.report(Violation("halt", f"{self.process.name} halted: {type(error).__name__}: {error}"))
+        except Exception as error:  # whatever it is, production code let it out
+            self.halted = True
+            self._world.report(Violation("crash", f"{self.process.name} crashed: {error!r}"))
+
+    async def _opened(self) -> bool:
+        try:
+            await self.physical.open()
+        except Unavailable:
+            await self.physical.close()
+            return False
+        return True
+
+    async def _lead(self, election: Election, held: Held) -> None:
+        self._asked.clear()
+        lost: BaseExceptionGroup | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                keeping = tasks.create_task(election.keep(held), name="keep")
+                store = await ReplicatedStore.recover(
+                    self.physical,
+                    self._generation,
+                    held.tenure,
+                    self._store_options,
+                    clock=self.clock,
+                    lease=held.lease,
+                    random_bytes=self._random_bytes,
+                )
+                self._world.recovered(self, store)
+                running = tasks.create_task(store.run(), name="store")
+                self.store = store
+                await self._asked.wait()
+                self.store = None
+                await self._drain()
+                running.cancel()
+                keeping.cancel()
+        except* ENDING as group:
+            lost = group
+        except* HALTING as group:
+            lost = group
+        finally:
+            self.store = None
+            if lost is None:
+                await election.release(held)
+            else:
+                await election.lost(held)
+        self._world.log(f"{self.process.name} no longer leads: {_first(lost)!r}")
+        error = _first(lost)
+        if isinstance(error, HALTING):
+            raise error
+
+    async def _drain(self) -> None:
+        deadline = self.clock.monotonic() + DRAIN_S
+        while self._running and self.clock.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+    # -- what clients ask
+
+    async def write(self, writes: Sequence[Write]) -> Reply:
+        """One batch."""
+        store = self.store
+        if store is None:
+            return Reply("standby")
+        self._running += 1
+        try:
+            head = await store.commit(writes)
+        except (Overloaded, NotApplied, TooLarge, PermissionDenied):
+            return Reply("fail")
+        except OutcomeUnknown:
+            return Reply("unknown")
+        except BackendError as error:
+            self._world.report(Violation("contract", f"commit raised {error!r}"))
+            return Reply("unknown")
+        finally:
+            self._running -= 1
+        return Reply("ok", index=head.index)
+
+    async def read(self, key: str) -> Reply:
+        """One key."""
+        store = self.store
+        if store is None:
+            return Reply("standby")
+        try:
+            return Reply("ok", value=await store.get(key))
+        except ForeignWrite as error:
+            self._world.report(Violation("foreign", f"{self.process.name}: {error}"))
+        except (FenceLost, Unavailable):
+            pass
+        return Reply("error")
+
+    async def list(self, prefix: str) -> Reply:
+        """One folder."""
+        store = self.store
+        if store is None:
+            return Reply("standby")
+        try:
+            return Reply("ok", names=await store.list(prefix))
+        except (FenceLost, Unavailable):
+            return Reply("error")
+
+
+def _first(error: BaseException | None) -> BaseException | None:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

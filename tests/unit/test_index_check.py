@@ -1,0 +1,205 @@
+"""The check names what does not hold and changes nothing; a reindex restores what the log proves and adopts nothing."""
+
+import asyncio
+import random
+
+import msgspec
+import pytest
+
+from consul_backend.errors import ForeignWrite, IndexDamaged
+from consul_backend.failpoint import FailpointHit, arm, disarm
+from consul_backend.index_check import Kind, Progress, check
+from consul_backend.merkle import SUBPAGES, bucket_of
+from consul_backend.reindex import Quarantined, ReindexOptions, quarantine_prefix, reindex
+from consul_backend.replicated import StoreOptions, physical_key
+from consul_backend.txn import Delete, Set
+from consul_backend.wal import Write
+from tests.support.store import GENERATION, PARTITION, key, memory_cluster
+from tests.unit.test_lazy_index import LAZY, damage, extent_keys, fill, page_of
+
+KEEP = StoreOptions(segment_records=8, flush_interval_s=0.01, collect_interval_s=3600)
+FORGET = StoreOptions(segment_records=8, wal_keep_records=4, flush_interval_s=3600, collect_interval_s=3600)
+
+
+@pytest.fixture
+async def cluster():
+    async with memory_cluster() as made:
+        yield made
+    disarm()
+
+
+def where(name):
+    return physical_key(GENERATION, name)
+
+
+async def entries(store, count=200):
+    data = {}
+    for start in range(0, count, 50):
+        names = [key(f"f{n % 5}/k{n}", "rl"[n % 3 == 0]) for n in range(start, start + 50)]
+        await store.commit([Write(name, name.encode()) for name in names])
+        data |= {name: name.encode() for name in names}
+    return data
+
+
+async def checked(store, **options):
+    return await check(store.inspected(), Progress(), **options)
+
+
+async def repaired(store, **options):
+    return await reindex(store.inspected(), ReindexOptions(**options), Progress())
+
+
+async def stored(cluster, prefix):
+    found = {}
+    for name in await cluster.inner.list(prefix):
+        if name.endswith("/"):
+            found |= await stored(cluster, prefix + name)
+        else:
+            found[prefix + name] = (await cluster.inner.get(prefix + name)).value
+    return found
+
+
+async def test_a_sound_store_is_found_sound_while_it_is_written_to(cluster):
+    async with cluster.running(KEEP) as store:
+        data = await entries(store)
+        stop = asyncio.Event()
+
+        async def write():
+            rng = random.Random(1)
+            while not stop.is_set():
+                name = rng.choice(sorted(data))
+                await store.commit([Write(name, rng.choice([None, rng.randbytes(5)]))])
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(write())
+            for _ in range(5):
+                report = await checked(store)
+                assert not report.corrupted, report
+            stop.set()
+        assert (await checked(store)).keys == sum(store.forest.count(cls, PARTITION) for cls in "rl") + 1
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("cls", ["r", "l"])
+async def test_each_kind_of_foreign_write_is_named_and_healed_from_the_log(cluster, kind, cls):
+    async with cluster.running(KEEP) as store:
+        data = await entries(store)
+        victim = sorted(name for name in data if name.startswith(cls))[3]
+        if kind is Kind.EXTRA:
+            victim = key("planted", cls)
+        op = Delete(where(victim)) if kind is Kind.LOST else Set(where(victim), b"foreign")
+        await cluster.inner.txn([op])
+        before = await stored(cluster, f"g/{GENERATION}/d/")
+        report = await checked(store)
+        assert [(found.kind, found.key) for found in report.findings] == [(kind, victim)]
+        page, subpage = divmod(bucket_of(victim.split("/", 2)[2]), SUBPAGES)
+        assert report.pages == {(cls, PARTITION): {page: {subpage}}}
+        assert await stored(cluster, f"g/{GENERATION}/d/") == before, "a check changes nothing"
+
+        root, head = store.forest.root(cls), store.head.index
+        done = await repaired(store)
+        assert (done.restored, done.quarantined) == (kind is not Kind.EXTRA, kind is not Kind.LOST)
+        assert done.clean
+        assert (store.forest.root(cls), store.head.index) == (root, head), "nothing was adopted, nothing was committed"
+        assert not (await checked(store)).corrupted
+        await cluster.check(store)
+        aside = [msgspec.msgpack.decode(raw, type=Quarantined) for raw in (await quarantined(cluster)).values()]
+        assert [(one.key, one.value) for one in aside] == ([] if kind is Kind.LOST else [(victim, b"foreign")])
+
+
+async def quarantined(cluster):
+    return await stored(cluster, quarantine_prefix(GENERATION))
+
+
+@pytest.mark.parametrize("kind", [Kind.FOREIGN, Kind.LOST])
+async def test_beyond_the_log_only_force_gives_up(cluster, kind):
+    async with cluster.running(FORGET) as store:
+        data = await entries(store, 50)
+    async with cluster.running(FORGET) as store:
+        for number in range(40):
+            await store.commit([Write(key("busy"), b"%d" % number)])
+    store = await cluster.recover(FORGET)
+    await store.flush()
+    assert await store.collect()
+    victim = sorted(data)[5]
+    await cluster.inner.txn([Delete(where(victim)) if kind is Kind.LOST else Set(where(victim), b"foreign")])
+    async with cluster.running(FORGET) as store:
+        done = await repaired(store)
+        assert (done.unresolved, done.restored, done.dropped) == (1, 0, 0)
+        with pytest.raises(ForeignWrite):
+            await store.get(victim)
+        done = await repaired(store, force=True)
+        assert (done.unresolved, done.dropped, done.quarantined) == (0, 1, kind is Kind.FOREIGN)
+        assert await store.get(victim) is None
+        assert not (await checked(store)).corrupted
+        await cluster.check(store, whole_log=False)
+
+
+async def test_a_damaged_extent_is_named_and_written_anew(cluster):
+    async with cluster.running(KEEP) as store:
+        await entries(store)
+        await store._flusher.stored(store.head.index)
+        (extent, *_) = await extent_keys(cluster)
+        raw = (await cluster.inner.get(extent)).value
+        await cluster.inner.txn([Set(extent, raw[:50] + bytes((raw[50] ^ 1,)) + raw[51:])])
+        report = await checked(store)
+        assert report.corrupted
+        assert report.bad_extents == [("r", PARTITION, 0)]
+        done = await repaired(store, diff=True)
+        assert (done.extents, done.unresolved) == (1, 0)
+        assert not (await checked(store)).corrupted
+    await cluster.check(await cluster.recover(KEEP))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_a_page_that_cannot_be_loaded_is_taken_from_the_data_if_they_prove_it(cluster, changed, monkeypatch):
+    monkeypatch.setattr("tests.support.store.OPTIONS", LAZY)
+    data = await fill(cluster, 90)
+    victim = (await extent_keys(cluster))[3]
+    await damage(cluster, [Delete(victim)])
+    lost = [name for name in data if name.startswith("r/")]
+    async with cluster.running(LAZY) as store:
+        with pytest.raises(IndexDamaged):
+            await store.load_index()
+        report = await checked(store)
+        assert report.damaged
+        pages = {page for _, _, page in report.damaged}
+        lost = [name for name in lost if page_of(name) in pages]
+        assert set(report.pages["r", PARTITION]) == pages
+        if changed:
+            await cluster.inner.txn([Set(where(lost[0]), b"foreign")])
+        done = await repaired(store, skip_flush=True)
+        if changed:
+            assert done.unresolved
+            with pytest.raises(IndexDamaged):
+                await store.get(lost[0])
+            return
+        assert (done.pages, done.unresolved) == (len(pages), 0)
+        assert [await store.get(name) for name in lost] == [data[name] for name in lost]
+        await store._flusher.flush_all()
+    await cluster.check(await cluster.recover(LAZY_READ_WHOLE))
+
+
+LAZY_READ_WHOLE = StoreOptions(segment_records=64, flush_interval_s=3600, collect_interval_s=3600)
+
+
+async def test_a_reindex_cut_short_is_finished_by_the_next(cluster):
+    async with cluster.running(KEEP) as store:
+        data = await entries(store)
+        victims = sorted(data)[:6]
+        await cluster.inner.txn([Set(where(name), b"foreign") for name in victims])
+        arm("reindex:before-repair=raise:4")
+        with pytest.raises(FailpointHit):
+            await repaired(store)
+        assert len((await checked(store)).findings) == 3
+        assert (await repaired(store)).restored == 3
+        assert len(await quarantined(cluster)) == 6
+        await cluster.check(store)
+
+
+async def test_progress_moves(cluster):
+    async with cluster.running(KEEP) as store:
+        await entries(store)
+        progress = Progress()
+        await reindex(store.inspected(), ReindexOptions(), progress)
+        assert (progress.stage, progress.done, progress.total) == ("committing", 201, 201)

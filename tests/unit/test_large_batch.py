@@ -1,0 +1,227 @@
+"""Large batches as values: parts cut from entries, entries put together from parts, and what the log says is true."""
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consul_backend.batching import Preparer
+from consul_backend.errors import TooLarge
+from consul_backend.large_batch import (
+    START,
+    VALUE_ALLOWANCE_BYTES,
+    Assembly,
+    BatchBounds,
+    Replay,
+    committed_writes,
+    crossing,
+    in_order,
+    next_part,
+    part_ref,
+)
+from consul_backend.limits import Limits
+from consul_backend.listing import corrected
+from consul_backend.wal import GENESIS_PREV, CorruptRecord, Large, Record, Write
+
+ID = b"i" * 16
+
+
+class Log:
+    """A chained log, record by record."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def add(self, kind, writes=(), *, groups=None, large=None) -> Record:
+        found: dict[tuple[str, str], list[tuple[str, bytes | None]]] = {}
+        for write in writes:
+            cls, partition, path = write.key.split("/", 2)
+            found.setdefault((cls, partition), []).append((path, write.value))
+        index = len(self.records) + 1
+        record = Record.build(
+            index=index,
+            prev_hash=self.records[-1].chain_hash if self.records else GENESIS_PREV,
+            epoch=1,
+            writer="node",
+            batch_id=index.to_bytes(16, "big"),
+            time_ms=index,
+            kind=kind,
+            positions={},
+            groups=groups if groups is not None else found,
+            large=large,
+        )
+        self.records.append(Record.decode(record.encode()))
+        return self.records[-1]
+
+
+def prepared(writes):
+    preparer = Preparer("g", Limits())
+    return in_order({write.key: preparer.prepare(write, any_size=True) for write in writes}.values())
+
+
+def parts(entries, size, log=None, batch_id=ID):
+    """The batch as records of a log."""
+    log = log or Log()
+    made, cursor = [], START
+    while cursor.entry < len(entries):
+        plan = next_part(entries, cursor, size)
+        assert plan.after > cursor, "every part brings something"
+        made.append(log.add("part", groups=plan.groups, large=Large(batch_id, plan.continued)))
+        cursor = plan.after
+    return made
+
+
+batches = st.dictionaries(
+    st.builds("{}/{}/{}".format, st.sampled_from("rl"), st.sampled_from("pq"), st.text("ab/é", min_size=1, max_size=6)),
+    st.one_of(st.none(), st.binary(max_size=40), st.integers(0, 3000).map(lambda n: bytes(n % 251 for n in range(n)))),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(batches, st.integers(200, 5000))
+def test_parts_put_together_are_the_batch(batch, size):
+    entries = prepared([Write(key, value) for key, value in batch.items()])
+    made = parts(entries, size)
+    assembly = Assembly()
+    for record in made:
+        assert sum(map(len, record.bodies)) + 64 * len(record.bodies) <= size + 64, "a part keeps its bound"
+        assembly.add(record)
+    assert {write.key: write.value for write in assembly.writes()} == batch
+    replicated = Assembly()
+    for record in made:
+        if "r" in part_ref(record).classes:
+            replicated.add(record.only({"r"}))
+    found = {write.key: write.value for write in replicated.writes()}
+    assert found == {key: value for key, value in batch.items() if key.startswith("r/")}
+
+
+def test_a_value_larger_than_every_part_goes_on_and_on():
+    value = random.Random(1).randbytes(10_000)
+    made = parts(prepared([Write("r/p/big", value), Write("r/p/a", b"1"), Write("r/q/z", None)]), 1000)
+    assert sum(record.header.large.continued for record in made) >= 9
+    replay = Replay()
+    for record in made:
+        assert replay.feed(record) == []
+    with pytest.raises(TooLarge, match="name alone"):
+        next_part(prepared([Write("r/p/" + "n" * 500, b"")]), START, 400)
+
+
+def test_parts_that_do_not_fit_together_are_refused():
+    made = parts(prepared([Write("r/p/big", b"v" * 3000)]), 1000)
+    with pytest.raises(CorruptRecord, match="did not begin"):
+        Assembly().add(made[1])
+    assembly = Assembly()
+    assembly.add(made[0])
+    with pytest.raises(CorruptRecord, match="repeats"):
+        assembly.add(made[0])
+    log = Log()
+    first = log.add("part", [Write("r/p/a", b"1")], large=Large(ID))
+    foreign = part_ref(first)
+    log.add("commit", large=Large(ID, parts=(type(foreign)(first.index, b"x" * 32, "r"),)))
+    with pytest.raises(CorruptRecord, match="not those it names"):
+        list(committed_writes(log.records))
+
+
+@pytest.mark.parametrize(
+    ("kind", "writes", "large"),
+    [
+        ("part", [], Large(ID)),
+        ("part", [Write("r/p/a", b"")], None),
+        ("part", [Write("r/p/a", b"")], Large(b"short")),
+        ("part", [Write("r/p/a", b"")], Large(ID, done=True)),
+        ("data", [Write("r/p/a", b"")], Large(ID)),
+        ("commit", [], Large(ID)),
+        ("commit", [Write("r/p/a", b"")], Large(ID)),
+        ("abort", [], Large(ID, continued=True)),
+        ("roll", [Write("r/p/a", b"")], Large(ID)),
+    ],
+)
+def test_a_record_says_what_its_kind_needs_and_no_more(kind, writes, large):
+    with pytest.raises(CorruptRecord, match="has a bad"):
+        Log().add(kind, writes, large=large)
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["small", "begin", "part", "commit", "abort", "roll", "done"]),
+        st.sampled_from([f"r/p/{name}" for name in "abcdef"]),
+        st.one_of(st.none(), st.binary(max_size=3)),
+    ),
+    max_size=60,
+)
+
+
+@given(steps)
+def test_replay_agrees_with_an_oracle_that_keeps_whole_batches(steps):
+    """The oracle is a dictionary and a list; one batch at a time, as the store writes them."""
+    log, true, pending, refs, rolling, ids = Log(), {}, None, [], None, itertools.count(1)
+    batch_id = b""
+    for what, key, value in steps:
+        if what == "small":
+            log.add("data", [Write(key, value)])
+            true[key] = value
+            if rolling is not None:
+                rolling.pop(key, None)
+        elif what == "begin" and pending is None and rolling is None:
+            pending, refs, batch_id = {}, [], next(ids).to_bytes(16, "big")
+        elif what == "part" and pending is not None and key not in pending:
+            pending[key] = value
+            refs.append(part_ref(log.add("part", [Write(key, value)], large=Large(batch_id))))
+        elif what == "commit" and pending:
+            log.add("commit", large=Large(batch_id, parts=tuple(refs)))
+            true |= pending
+            rolling, pending = dict(pending), None
+        elif what == "abort" and pending is not None:
+            log.add("abort", large=Large(batch_id))
+            pending = None
+        elif what in {"roll", "done"} and rolling is not None:
+            log.add("roll", large=Large(batch_id, done=what == "done"))
+            rolling = None if what == "done" else rolling
+    replay, folded = Replay(), {}
+    for record in log.records:
+        for write in replay.feed(record):
+            folded[write.key] = write.value
+    assert folded == true
+    assert [*replay.open] == ([batch_id] if pending else [])
+    assert (replay.unrolled.entries if replay.unrolled else None) == rolling
+
+
+def test_bounds_name_size_and_limit():
+    bounds = BatchBounds(2, 100)
+    bounds.require([Write("r/p/a", b"v" * (100 + VALUE_ALLOWANCE_BYTES)), Write("r/p/b", None)])
+    with pytest.raises(TooLarge, match="3 entries in one batch, the limit is 2"):
+        bounds.require([Write("r/p/a", b"")] * 3)
+    with pytest.raises(TooLarge, match="values of 101 bytes in one batch, the limit is 100"):
+        bounds.require([Write("r/p/a", b"v" * (101 + VALUE_ALLOWANCE_BYTES))])
+
+
+def test_spans_that_cross_segments():
+    assert crossing([(1, 7), (9, 17), (10, 30), (25, 31)], 8) == {2: 9, 3: 10}
+
+
+names = st.text("ab", min_size=1, max_size=2)
+paths = st.lists(names, min_size=1, max_size=3).map("/".join)
+
+
+@given(st.sets(paths), st.dictionaries(paths, st.booleans()))
+async def test_names_with_an_overlay_are_those_of_what_is_true(stored, changes):
+    def below(keys, prefix):
+        found = set()
+        for key in keys:
+            if key.startswith(prefix):
+                name, slash, _ = key[len(prefix) :].partition("/")
+                found.add(name + slash)
+        return found
+
+    async def read(prefix):
+        return sorted(below(stored, prefix))
+
+    true = (stored - {key for key, exists in changes.items() if not exists}) | {
+        key for key, exists in changes.items() if exists
+    }
+    for prefix in ("", "a/", "a/b/"):
+        here = {key: exists for key, exists in changes.items() if key.startswith(prefix)}
+        assert await corrected(read, prefix, await read(prefix), here) == below(true, prefix)
