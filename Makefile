@@ -1,11 +1,11 @@
 # make demo   the main job, narrated      make test   everything CI runs      make check   lint, types, layering only
-# make bench  the figures of docs/performance.md
+# make bench  the figures of docs/performance.md           make soak   simulated clusters until stopped
 VENV    ?= .venv
 PYTHON  ?= python3
 STORAGE ?= embedded
 BIN     := $(VENV)/bin
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench soak clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -32,6 +32,9 @@ bench: setup
 	$(BIN)/python bench/index.py
 	$(BIN)/python bench/recovery.py
 	$(BIN)/python bench/diff.py
+
+soak: setup
+	$(BIN)/python -m tests.sim --soak
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist

@@ -55,7 +55,6 @@ class Checkpoint(msgspec.Struct, frozen=True, array_like=True):
         """The first record that some stored extent may lack."""
         return min((leaf.first for leaf in self.dirty), default=self.head_index + 1)
 
-
     @property
     def scan_from(self) -> int:
         """The first record that recovery reads: also its own head, to know the log, and the parts of every batch that

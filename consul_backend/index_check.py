@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -30,6 +31,7 @@ from consul_backend.tenure import Tenure
 from consul_backend.wal import Head, Record, Write
 
 READ_AT_ONCE = 64
+LIST_AT_ONCE = 16
 FINDINGS_MAX = 100_000
 
 
@@ -153,15 +155,20 @@ async def scan(physical: PhysicalStore, generation: str, name: Name) -> AsyncIte
     """Path and item of every data key of a partition, in pieces; keys that vanish meanwhile are left out. Raises
     Corrupt for names that this store does not write."""
     root = f"g/{generation}/d/{encode_partition(*name)}/"
-    folders = [root]
-    while folders:
-        folder = folders.pop()
-        entries = await physical.list(folder, consistent=True)
-        folders += [folder + entry for entry in entries if entry.endswith("/")]
-        keys = [folder + entry for entry in entries if not entry.endswith("/")]
-        for start in range(0, len(keys), READ_AT_ONCE):
-            items = await physical.get_many(keys[start : start + READ_AT_ONCE], consistent=True)
-            yield [(decode_path(item.key.removeprefix(root)), item) for item in items if item is not None]
+    folders: list[str] = [root]
+    keys: deque[str] = deque()
+    while folders or keys:
+        if folders and len(keys) < READ_AT_ONCE:
+            # Folders may hold one key each: they are listed side by side, and what they hold is read together.
+            batch, folders = folders[-LIST_AT_ONCE:], folders[:-LIST_AT_ONCE]
+            listings = await asyncio.gather(*(physical.list(folder, consistent=True) for folder in batch))
+            for folder, entries in zip(batch, listings, strict=True):
+                folders += [folder + entry for entry in entries if entry.endswith("/")]
+                keys += [folder + entry for entry in entries if not entry.endswith("/")]
+            continue
+        piece = [keys.popleft() for _ in range(min(READ_AT_ONCE, len(keys)))]
+        items = await physical.get_many(piece, consistent=True)
+        yield [(decode_path(item.key.removeprefix(root)), item) for item in items if item is not None]
 
 
 async def _check_partition(

@@ -30,7 +30,7 @@ class Pair:
 
     def __init__(self, primary, secondary, clock) -> None:
         self.primary, self.secondary = primary, secondary
-        self.shipper = Shipper(primary, SOURCE, ShipperOptions(beat_s=0.05), clock)
+        self.shipper = Shipper(primary, SOURCE, ShipperOptions(beat_s=0.05, silent_beats_max=400), clock)
         self.applied: list[str] = []
         self.gates: list[object] = []
         self.clock = clock
@@ -44,7 +44,7 @@ class Pair:
             stored_position(self.secondary),
             self._on_applied,
             self.clock,
-            ApplierOptions(beat_s=0.05, limits=limits),
+            ApplierOptions(beat_s=0.05, silent_beats_max=400, limits=limits),
             identity=Identity("second", "store", "set", 1, "epoch"),
         )
 

@@ -481,7 +481,9 @@ async def test_a_secondary_that_stops_reading_costs_a_bounded_amount(world: Worl
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     async with world.dial() as channel:
         position = stored_position(world.secondary.store)
-        await channel.send(encode(wire.Hello((1,), "slow", "s", "set", 1, "epoch-id", position, 0, 0, 0)))
+        await channel.send(
+            encode(wire.Hello(wire.PROTOCOL_VERSIONS, "slow", "s", "set", 1, "epoch-id", position, 0, 0, 0))
+        )
         assert wire.decode_hello_reply(await channel.recv()).mode == "accept"
         took = []
         for number in range(300):
@@ -506,7 +508,18 @@ async def test_one_big_message_and_text_close_the_stream(world: World):
     await world.join()
     for attack in ("big", "text", "junk"):
         async with world.dial() as channel:
-            hello = wire.Hello((1,), attack, "s", "set", 1, "epoch-id", stored_position(world.secondary.store), 0, 0, 0)
+            hello = wire.Hello(
+                wire.PROTOCOL_VERSIONS,
+                attack,
+                "s",
+                "set",
+                1,
+                "epoch-id",
+                stored_position(world.secondary.store),
+                0,
+                0,
+                0,
+            )
             await channel.send(encode(hello))
             await channel.recv()
             socket = channel.socket

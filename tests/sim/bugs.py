@@ -24,7 +24,6 @@ from consul_backend.merkle_flush import Flusher
 from consul_backend.merkle_pages import ExtentTable
 from consul_backend.physical import PhysicalStore, TxnResult
 from consul_backend.read_lease import ReadLease
-from consul_backend.retention import Collector
 from consul_backend.roll_forward import LargeBatches
 from consul_backend.tenure import Tenure
 from consul_backend.testing import SimulatedStore
