@@ -45,7 +45,7 @@ log = logging.getLogger("core.election")
 @dataclass(frozen=True, slots=True)
 class ElectionOptions:
     """Times in seconds. ``lock_delay_s`` is also the read lease; a takeover after a crash needs about ``beat_ttl_s``
-    plus it."""
+    plus it. A leader that could not confirm its lock for ``unconfirmed_max_s`` steps down: by then another may lead."""
 
     beat_ttl_s: float = 3.0
     beat_interval_s: float = 1.0
@@ -53,6 +53,8 @@ class ElectionOptions:
     lock_delay_s: float = 0.5
     retry_s: float = 0.1
     watch_wait_s: float = 10.0
+    confirm_timeout_s: float = 3.0
+    unconfirmed_max_s: float = 10.0
     step_down_grace_s: float = 10.0
 
 
@@ -212,16 +214,20 @@ class Election:
             while True:
                 try:
                     await self._watch_own_lock(held)
-                except Unavailable as error:
+                except (Unavailable, TimeoutError) as error:
+                    if held.lease.unproved_s() >= self._options.unconfirmed_max_s:
+                        held.lease.lost()
+                        raise FenceLost("the store could not confirm the lock for too long: stepping down") from error
                     # The lease and the fence already stop reads and writes; leading again needs no new election if the
                     # session survives.
-                    log.warning("cannot confirm the lock: %s", error)
+                    log.warning("cannot confirm the lock: %s", str(error) or "no answer in time")
                     await asyncio.sleep(self._options.retry_s)
 
     async def _watch_own_lock(self, held: Held) -> None:
         while True:
             sent_at = self._clock.monotonic()
-            item = await self._physical.get(LOCK_KEY, consistent=True)
+            async with asyncio.timeout(self._options.confirm_timeout_s):
+                item = await self._physical.get(LOCK_KEY, consistent=True)
             if item is None or item.session != held.tenure.session:
                 held.lease.lost()
                 raise FenceLost("another session holds the lock, or none: this node is no longer active")

@@ -32,10 +32,9 @@ POINTS: tuple[str, ...] = (
     "recovery:after-redo",
     "recovery:before-tenure",
     "recovery:after-tenure",
-    "reindex:before-repair",
 )
-"""Every point of this package but those of large batches, so that a test can visit each; a test compares the list with
-the sources."""
+"""Every point of this package but those of large batches and of a reindex, so that a test can visit each; a test
+compares the list with the sources."""
 
 LARGE_POINTS: tuple[str, ...] = (
     "large:after-part",
@@ -50,7 +49,9 @@ LARGE_POINTS: tuple[str, ...] = (
 )
 """The same for large batches: ``tests/unit/test_large_crashes.py`` dies at each."""
 
-_known: list[str] = [*POINTS, *LARGE_POINTS]
+REINDEX_POINTS: tuple[str, ...] = ("reindex:before-repair",)
+
+_known: list[str] = [*POINTS, *LARGE_POINTS, *REINDEX_POINTS]
 
 _SPEC = re.compile(r"(?P<name>[a-z:-]+)=(?P<action>kill|raise|stop)(?::(?P<hit>[1-9][0-9]*))?\Z")
 

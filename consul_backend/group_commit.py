@@ -191,8 +191,7 @@ class GroupCommit:
     async def special_now(self, make: MakeSpecial) -> Head:
         """The same before :meth:`run`. Raises FenceLost, StoreWentBack, OutcomeUnknown, Unavailable, PermissionDenied,
         TooLarge."""
-        special = make()
-        sent = self._build_special(special, [])
+        sent = self._build_special(make(), [])
         try:
             self._advance(sent, await self._deliver(sent))
         except TooLarge:
@@ -423,16 +422,13 @@ class GroupCommit:
         for batch in (*batches, *self._queue):
             if isinstance(batch, _PendingSpecial):
                 batch.fail(TooLarge("the store takes less than this record was made for"))
-                continue
-            if isinstance(batch, _Pending) and batch.future.done():
-                continue
-            try:
-                require_fits_alone(batch, self.budget, self._tip.record.header.positions)
-            except NeedsParts as error:
-                if isinstance(batch, _Pending):
-                    batch.fail(error)
-                continue
-            kept.append(batch)
+            elif not isinstance(batch, _Pending) or not batch.future.done():
+                try:
+                    require_fits_alone(batch, self.budget, self._tip.record.header.positions)
+                    kept.append(batch)
+                except NeedsParts as error:
+                    if isinstance(batch, _Pending):
+                        batch.fail(error)
         self._queue = kept
         self._queue_bytes = sum([batch.size_bytes for batch in kept])
 

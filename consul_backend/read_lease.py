@@ -36,6 +36,10 @@ class ReadLease:
         """A round trip sent at ``sent_at`` proved the session alive (an acknowledged fenced transaction, a renewal)."""
         self._proved_at = max(self._proved_at, sent_at)
 
+    def unproved_s(self) -> float:
+        """Seconds since the newest proof was sent."""
+        return self._clock.monotonic() - self._proved_at
+
     def lost(self) -> None:
         """The session is known to be gone: nothing is served from here on."""
         self._lost = True

@@ -1,6 +1,6 @@
 """The daemon's failpoints (:mod:`consul_backend.failpoint`), so that a test can visit each.
 
-Each is a named step at which a process can be made to die; ``OUTRIDER_FAILPOINTS=name=kill`` arms one.
+``tests/integration/test_failpoints.py`` compares the list with the sources and kills a process at every one of them.
 """
 
 from __future__ import annotations
