@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.report import percentile, result, table
 from consul_backend.checkpoint import DIRTY_MAX, Checkpoint, CheckpointLeaf, encode_checkpoint
+from consul_backend.heads import encode_heads
 from consul_backend.limits import base64_bytes
 from consul_backend.merkle import Forest, bucket_of, entry_digest
 from consul_backend.merkle_flush import FLUSH_BODY_BYTES, FLUSH_EXTENTS
@@ -118,7 +119,10 @@ def flushes_of_one_write(forest: Forest, marks: ExtentTable, keys: int, rounds: 
         count, total = marks.total_after(plan)
         leaves = tuple(CheckpointLeaf("r", PARTITION, 12, 16 * number, 2) for number in range(DIRTY_MAX))
         checkpoint = Checkpoint(1, 1, round_number + 2, bytes(32), {}, leaves[:1], count, total, {})
-        sizes.append(plan.body_bytes + base64_bytes(len(encode_checkpoint("g1", checkpoint))))
+        heads, _ = encode_heads("g/g1/heads/r/partition", forest, "r", PARTITION, round_number + 2)
+        sizes.append(
+            plan.body_bytes + base64_bytes(len(heads)) + base64_bytes(len(encode_checkpoint("g1", checkpoint)))
+        )
         marks.flushed(plan)
     return sizes, times
 

@@ -26,6 +26,7 @@ from bench.report import result, table
 from consul_backend.clock import SystemClock
 from consul_backend.config import ConsulConfig
 from consul_backend.embedded import EmbeddedStore
+from consul_backend.index_check import Progress, check
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, PhysicalStore
 from consul_backend.read_lease import ReadLease
 from consul_backend.replicated import ReplicatedStore, StoreOptions, genesis
@@ -56,6 +57,7 @@ class Times:
     first_write: list[float] = field(default_factory=list)
     rooted: list[float] = field(default_factory=list)
     loaded: list[float] = field(default_factory=list)
+    checked: list[float] = field(default_factory=list)
 
 
 class Bench:
@@ -66,7 +68,11 @@ class Bench:
         self._session = ""
 
     async def recover(self) -> ReplicatedStore:
-        """End the tenure that is, take the lock, recover."""
+        """Take the lock and recover."""
+        return await self.active(await self.lead())
+
+    async def lead(self) -> tuple[Tenure, ReadLease]:
+        """End the tenure that is and take the lock."""
         physical, clock = self.physical, SystemClock()
         if self._session:
             await physical.txn([Unlock(LOCK_KEY, b"", self._session)])
@@ -82,8 +88,14 @@ class Bench:
         async def renew() -> bool:
             return await physical.renew_session(session)
 
-        lease = ReadLease(clock, 3600.0, renew)
-        return await ReplicatedStore.recover(physical, GENERATION, tenure, OPTIONS, clock=clock, lease=lease)
+        return tenure, ReadLease(clock, 3600.0, renew)
+
+    async def active(self, held: tuple[Tenure, ReadLease]) -> ReplicatedStore:
+        """From the lock to the first record of the tenure."""
+        tenure, lease = held
+        return await ReplicatedStore.recover(
+            self.physical, GENERATION, tenure, OPTIONS, clock=SystemClock(), lease=lease
+        )
 
     async def fill(self, keys: int, distance: int) -> None:
         """``keys`` keys with a flushed index, then ``distance`` writes that only the log has."""
@@ -121,8 +133,9 @@ class Bench:
     async def measure(self, keys: int, times: Times) -> None:
         """One recovery. Nothing is flushed, so the distance stays."""
         rng = random.Random()
+        held = await self.lead()
         started = time.perf_counter()
-        store = await self.recover()
+        store = await self.active(held)
         times.active.append(time.perf_counter() - started)
         times.first_read.append(await self._timed(lambda: store.get(key_of(rng.randrange(keys)))))
         running = asyncio.create_task(store.run())
@@ -147,6 +160,12 @@ async def one_size(physical: PhysicalStore, keys: int, distance: int, repeats: i
         for _ in range(repeats):
             gc.collect()  # the index of the repeat before is not what this one has to pay for
             await bench.measure(keys, times)
+        parts = (await bench.recover()).inspected()
+        started = time.perf_counter()
+        report = await check(parts, Progress())
+        times.checked.append(time.perf_counter() - started)
+        if report.corrupted or report.keys < keys:
+            raise SystemExit(f"the merkle check found {report.problems or report.pages or report.keys}")
         return times
     finally:
         await physical.close()
@@ -168,7 +187,7 @@ async def run(arguments: argparse.Namespace) -> None:
             rows.append([f"{keys:,}", *(f"{value:,.1f}" for value in found.values())])
             figures.append({"keys": keys, **{f"{name}_ms": round(value, 2) for name, value in found.items()}})
     print(f"store: {arguments.store}; {arguments.distance:,} records since the checkpoint; milliseconds, medians")
-    table(("keys", "until active", "then first read", "first write", "roots known", "all loaded"), rows)
+    table(("keys", "until active", "then first read", "first write", "roots known", "all loaded", "merkle-check"), rows)
     result("recovery", {"store": arguments.store, "distance": arguments.distance, "sizes": figures})
 
 
