@@ -11,10 +11,10 @@ import time
 
 from tests.sim.bugs import BUGS, planted
 from tests.sim.plan import make_plan
-from tests.sim.runs import Totals, failure_text, quiet, replay, run_seed, shrink
+from tests.sim.runs import Totals, catch, failure_text, replay, run_seed, shrink
 
 REPORT_EVERY_S = 10.0
-BUG_SEEDS_MAX = 200
+BUG_SEEDS_MAX = 60
 LINES_SHOWN = 200
 
 
@@ -87,15 +87,12 @@ def show_bugs() -> int:
     missed = 0
     for name in BUGS:
         started_s = time.perf_counter()
-        for seed in range(BUG_SEEDS_MAX):
-            with planted(name), quiet():
-                outcome = run_seed(seed)
-            if outcome.violations:
-                text = f"seed {seed}, {str(outcome.violations[0])[:100]}"
-                break
-        else:
+        outcome = catch(name, BUG_SEEDS_MAX)
+        if outcome is None:
             missed += 1
             text = f"NOT CAUGHT in {BUG_SEEDS_MAX} seeds"
+        else:
+            text = f"seed {outcome.seed}, {str(outcome.violations[0])[:100]}"
         print(f"{name:45} {time.perf_counter() - started_s:6.1f} s  {text}", flush=True)
     return 1 if missed else 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from consul_backend import lease as lease_table
 from consul_backend import merkle_flush, merkle_pages, recovery, retention
 from consul_backend.batching import Packing
 from consul_backend.checkpoint import Checkpoint
-from consul_backend.errors import OutcomeUnknown, Unavailable
+from consul_backend.errors import Conflict, OutcomeUnknown, Unavailable
 from consul_backend.group_commit import GroupCommit
 from consul_backend.lease import Action, Event, Phase
 from consul_backend.merkle import Forest, bucket_of
@@ -30,29 +31,60 @@ from consul_backend.testing import SimulatedStore
 from consul_backend.txn import Cas, CheckNotExists, Op, Set
 from consul_backend.value_cache import ValueCache
 from consul_backend.wal import Head
+from tests.sim.focus import (
+    ACQUIRE,
+    ANY,
+    COLLECTING,
+    CROWD,
+    DEPOSED,
+    LARGE,
+    LATE,
+    LATE_AND_COLLECTED,
+    LAZY,
+    LEASE,
+    LEASE_LATE,
+    LOST,
+    LOST_AND_DEPOSED,
+    PARTIAL_FLUSH,
+    READING,
+    RECOVERY,
+    SLOW_RECOVERY,
+    STALE,
+    UNRESOLVED,
+    Focus,
+)
 
 NOWHERE = CheckNotExists("nowhere")
 """Stands where a guard should be: the positions of the others stay."""
 
 Patch = Callable[[ExitStack], None]
 
-BUGS: dict[str, tuple[Patch, str]] = {}
-"""By name: how to plant it, and what it spoils."""
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """How to plant it, what it spoils, and the trouble in which that shows."""
+
+    plant: Patch
+    text: str
+    focus: Focus
+
+
+BUGS: dict[str, Bug] = {}
 
 
 @contextmanager
 def planted(name: str) -> Iterator[None]:
     """The code with one bug in it."""
     with ExitStack() as stack:
-        BUGS[name][0](stack)
+        BUGS[name].plant(stack)
         yield
 
 
-def bug(name: str) -> Callable[[Patch], Patch]:
+def bug(name: str, focus: Focus = ANY) -> Callable[[Patch], Patch]:
     """Register a bug; its docstring says what it spoils."""
 
     def register(plant: Patch) -> Patch:
-        BUGS[name] = (plant, (plant.__doc__ or "").strip())
+        BUGS[name] = Bug(plant, (plant.__doc__ or "").strip(), focus)
         return plant
 
     return register
@@ -71,7 +103,7 @@ def _change_commits(stack: ExitStack, change: Callable[[list[Op]], None]) -> Non
 # -- the three guards of a commit
 
 
-@bug("commit-without-fence")
+@bug("commit-without-fence", DEPOSED)
 def commit_without_fence(stack: ExitStack) -> None:
     """A commit does not check the session: a deposed node still writes."""
 
@@ -81,7 +113,7 @@ def commit_without_fence(stack: ExitStack) -> None:
     _change_commits(stack, change)
 
 
-@bug("commit-without-chain")
+@bug("commit-without-chain", LATE_AND_COLLECTED)
 def commit_without_chain(stack: ExitStack) -> None:
     """A commit does not check the record before it: a late duplicate of a collected record lands."""
 
@@ -91,7 +123,7 @@ def commit_without_chain(stack: ExitStack) -> None:
     _change_commits(stack, change)
 
 
-@bug("commit-overwrites-record")
+@bug("commit-overwrites-record", LATE)
 def commit_overwrites_record(stack: ExitStack) -> None:
     """A commit sets its record instead of creating it: a duplicate puts old data back."""
 
@@ -106,20 +138,22 @@ def commit_overwrites_record(stack: ExitStack) -> None:
 # -- lost answers
 
 
-@bug("lost-answer-is-failure")
+@bug("lost-answer-is-failure", LOST)
 def lost_answer_is_failure(stack: ExitStack) -> None:
     """A transaction whose answer was lost is reported as not applied."""
 
     async def deliver(self: GroupCommit, sent: Any) -> int:
         try:
             return (await self._physical.txn(sent.ops)).modify_index
+        except Conflict as refusal:
+            return await self._judge(sent, refusal)
         except OutcomeUnknown:
             raise Unavailable("no answer") from None
 
     stack.enter_context(patch.object(GroupCommit, "_deliver", deliver))
 
 
-@bug("lost-answer-is-success")
+@bug("lost-answer-is-success", UNRESOLVED)
 def lost_answer_is_success(stack: ExitStack) -> None:
     """A transaction whose answer was lost is reported as applied."""
     deliver = GroupCommit._deliver
@@ -136,13 +170,15 @@ def lost_answer_is_success(stack: ExitStack) -> None:
     stack.enter_context(patch.object(GroupCommit, "_deliver", changed))
 
 
-@bug("lost-answer-is-repeated-under-a-new-index")
+@bug("lost-answer-is-repeated-under-a-new-index", LOST)
 def lost_answer_is_repeated(stack: ExitStack) -> None:
     """Instead of resolving a lost answer, its batches are queued again and written as another record."""
 
     async def deliver(self: GroupCommit, sent: Any) -> int:
         try:
             return (await self._physical.txn(sent.ops)).modify_index
+        except Conflict as refusal:
+            return await self._judge(sent, refusal)
         except OutcomeUnknown:
             self._queue.extendleft(reversed(sent.packing.batches))
             sent.packing.batches = []
@@ -154,7 +190,7 @@ def lost_answer_is_repeated(stack: ExitStack) -> None:
     stack.enter_context(patch.object(GroupCommit, "_deliver", deliver))
 
 
-@bug("deposed-means-not-applied")
+@bug("deposed-means-not-applied", LOST_AND_DEPOSED)
 def deposed_means_not_applied(stack: ExitStack) -> None:
     """A resent commit that the fence refuses is reported as not applied, though its first sending may have been."""
     judge = GroupCommit._judge
@@ -181,7 +217,7 @@ def acknowledged_before_applied(stack: ExitStack) -> None:
     stack.enter_context(patch.object(GroupCommit, "_deliver", changed))
 
 
-@bug("flush-forgets-lost-answer")
+@bug("flush-forgets-lost-answer", LOST)
 def flush_forgets_lost_answer(stack: ExitStack) -> None:
     """A flush whose answer was lost counts as not applied; the next one is built on the old checkpoint."""
     flush = Flusher.flush
@@ -204,13 +240,13 @@ async def _unguarded(physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op])
     return await physical.txn(list(ops))
 
 
-@bug("flush-without-guards")
+@bug("flush-without-guards", DEPOSED)
 def flush_without_guards(stack: ExitStack) -> None:
     """A flush checks neither session nor epoch."""
     stack.enter_context(patch.object(merkle_flush, "fenced_txn", _unguarded))
 
 
-@bug("collection-without-guards")
+@bug("collection-without-guards", DEPOSED)
 def collection_without_guards(stack: ExitStack) -> None:
     """Collecting the log checks neither session nor epoch."""
     stack.enter_context(patch.object(retention, "fenced_idempotent", _unguarded))
@@ -219,13 +255,13 @@ def collection_without_guards(stack: ExitStack) -> None:
 # -- the read lease and the election
 
 
-@bug("reads-without-lease")
+@bug("reads-without-lease", LEASE)
 def reads_without_lease(stack: ExitStack) -> None:
     """A node serves reads for as long as it has not noticed that it was deposed."""
     stack.enter_context(patch.object(ReadLease, "valid", lambda self: not self._lost))
 
 
-@bug("lease-proved-when-answered")
+@bug("lease-proved-when-answered", LEASE_LATE)
 def lease_proved_when_answered(stack: ExitStack) -> None:
     """A proof counts from the moment when its answer came, not from when it was sent."""
 
@@ -235,7 +271,7 @@ def lease_proved_when_answered(stack: ExitStack) -> None:
     stack.enter_context(patch.object(ReadLease, "proved", proved))
 
 
-@bug("lease-longer-than-lock-delay")
+@bug("lease-longer-than-lock-delay", LEASE)
 def lease_longer(stack: ExitStack) -> None:
     """The read lease is four times the lock-delay."""
     init = ReadLease.__init__
@@ -246,7 +282,7 @@ def lease_longer(stack: ExitStack) -> None:
     stack.enter_context(patch.object(ReadLease, "__init__", changed))
 
 
-@bug("session-without-lock-delay")
+@bug("session-without-lock-delay", LEASE)
 def session_without_lock_delay(stack: ExitStack) -> None:
     """The lock is free at once when its session ends."""
     create = SimulatedStore.create_session
@@ -257,7 +293,7 @@ def session_without_lock_delay(stack: ExitStack) -> None:
     stack.enter_context(patch.object(SimulatedStore, "create_session", changed))
 
 
-@bug("session-kept-after-lost-acquire")
+@bug("session-kept-after-lost-acquire", ACQUIRE)
 def session_kept_after_lost_acquire(stack: ExitStack) -> None:
     """An acquire without an answer that is not there yet is forgotten; it lands later and nobody leads with it."""
     row = {(Phase.RESOLVING_UNKNOWN, Event.FOUND_FOREIGN): (Phase.STANDBY, Action.WAIT)}
@@ -267,7 +303,7 @@ def session_kept_after_lost_acquire(stack: ExitStack) -> None:
 # -- recovery, index, log
 
 
-@bug("recovery-reads-a-deposed-leader")
+@bug("recovery-reads-a-deposed-leader", STALE)
 def recovery_reads_stale(stack: ExitStack) -> None:
     """No read is consistent: what a deposed leader of the store says is believed."""
     read = SimulatedStore._read
@@ -278,7 +314,7 @@ def recovery_reads_stale(stack: ExitStack) -> None:
     stack.enter_context(patch.object(SimulatedStore, "_read", changed))
 
 
-@bug("redo-begins-one-late")
+@bug("redo-begins-one-late", RECOVERY)
 def redo_begins_one_late(stack: ExitStack) -> None:
     """Recovery leaves out the first record that the index lacks."""
     plain = Checkpoint.redo_from.fget
@@ -287,7 +323,7 @@ def redo_begins_one_late(stack: ExitStack) -> None:
     stack.enter_context(patch.object(Checkpoint, "redo_from", late))
 
 
-@bug("extent-claims-more-than-it-holds")
+@bug("extent-claims-more-than-it-holds", RECOVERY)
 def extent_claims_more(stack: ExitStack) -> None:
     """An extent is stored as of a record after the one it reflects."""
     encode = merkle_pages.encode_extent
@@ -296,7 +332,7 @@ def extent_claims_more(stack: ExitStack) -> None:
     )
 
 
-@bug("checkpoint-forgets-dirty-leaves")
+@bug("checkpoint-forgets-dirty-leaves", PARTIAL_FLUSH)
 def checkpoint_forgets_dirty(stack: ExitStack) -> None:
     """A checkpoint does not list what the flush left dirty."""
     stack.enter_context(
@@ -304,7 +340,7 @@ def checkpoint_forgets_dirty(stack: ExitStack) -> None:
     )
 
 
-@bug("late-page-does-not-move-redo-point")
+@bug("late-page-does-not-move-redo-point", LAZY)
 def late_page(stack: ExitStack) -> None:
     """Found by this simulation: of the records that wait for pages of a lazy index, the first *marked* counted as the
     oldest."""
@@ -317,13 +353,13 @@ def late_page(stack: ExitStack) -> None:
     stack.enter_context(patch.object(ExtentTable, "mark", mark))
 
 
-@bug("collection-passes-the-checkpoint")
+@bug("collection-passes-the-checkpoint", COLLECTING)
 def collection_passes(stack: ExitStack) -> None:
     """Collecting the log does not ask what recovery needs."""
     stack.enter_context(patch.object(Flusher, "redo_from", property(lambda self: 1 << 40)))
 
 
-@bug("collection-keeps-no-checkpoint-head")
+@bug("collection-keeps-no-checkpoint-head", COLLECTING)
 def collection_keeps_no_head(stack: ExitStack) -> None:
     """Found by this simulation: the record that the checkpoint was written after was collected."""
     stack.enter_context(
@@ -331,14 +367,14 @@ def collection_keeps_no_head(stack: ExitStack) -> None:
     )
 
 
-@bug("collection-from-the-new-end")
+@bug("collection-from-the-new-end", COLLECTING)
 def collection_reversed(stack: ExitStack) -> None:
     """Segments are collected in the wrong order: a crash leaves a hole."""
     collectable = retention.collectable
     stack.enter_context(patch.object(retention, "collectable", lambda facts: collectable(facts)[::-1]))
 
 
-@bug("index-keeps-deleted-keys")
+@bug("index-keeps-deleted-keys", RECOVERY)
 def index_keeps_deleted(stack: ExitStack) -> None:
     """Deletions do not reach the index."""
     change = Forest.change
@@ -351,7 +387,7 @@ def index_keeps_deleted(stack: ExitStack) -> None:
     stack.enter_context(patch.object(Forest, "change", changed))
 
 
-@bug("damage-without-looking-at-the-lock")
+@bug("damage-without-looking-at-the-lock", SLOW_RECOVERY)
 def damage_without_looking(stack: ExitStack) -> None:
     """Found by this simulation: a node that lost the lock during its recovery took its successor's flush for damage."""
 
@@ -364,7 +400,7 @@ def damage_without_looking(stack: ExitStack) -> None:
 # -- reading and packing
 
 
-@bug("cache-keeps-old-values")
+@bug("cache-keeps-old-values", READING)
 def cache_keeps_old(stack: ExitStack) -> None:
     """A commit does not replace what the cache has."""
     put = ValueCache.put
@@ -376,7 +412,7 @@ def cache_keeps_old(stack: ExitStack) -> None:
     stack.enter_context(patch.object(ValueCache, "put", changed))
 
 
-@bug("reads-do-not-wait-for-the-index")
+@bug("reads-do-not-wait-for-the-index", READING)
 def reads_do_not_wait(stack: ExitStack) -> None:
     """A value that the store has before the index knows of it is taken for a foreign one."""
 
@@ -386,7 +422,7 @@ def reads_do_not_wait(stack: ExitStack) -> None:
     stack.enter_context(patch.object(GroupCommit, "settled", settled))
 
 
-@bug("list-of-a-deposed-leader")
+@bug("list-of-a-deposed-leader", STALE)
 def list_stale(stack: ExitStack) -> None:
     """Found by this simulation: folders were listed without asking for consistency."""
     names = SimulatedStore.list
@@ -397,7 +433,7 @@ def list_stale(stack: ExitStack) -> None:
     stack.enter_context(patch.object(SimulatedStore, "list", changed))
 
 
-@bug("neighbour-lost-in-packing")
+@bug("neighbour-lost-in-packing", CROWD)
 def neighbour_lost(stack: ExitStack) -> None:
     """The second batch of a transaction is acknowledged with it and not in it."""
     add = Packing.add
@@ -414,7 +450,7 @@ def neighbour_lost(stack: ExitStack) -> None:
 # -- large batches
 
 
-@bug("large-batch-forgotten-by-recovery")
+@bug("large-batch-forgotten-by-recovery", LARGE)
 def large_forgotten(stack: ExitStack) -> None:
     """A new tenure does not finish the batch that the one before it left half rolled forward."""
 
@@ -424,7 +460,7 @@ def large_forgotten(stack: ExitStack) -> None:
     stack.enter_context(patch.object(LargeBatches, "recover", recover))
 
 
-@bug("large-batch-overwrites-newer-values")
+@bug("large-batch-overwrites-newer-values", LARGE)
 def large_overwrites(stack: ExitStack) -> None:
     """A write during the roll-forward does not take its key out of it."""
     stack.enter_context(patch.object(LargeBatches, "replaced", lambda self, keys: None))

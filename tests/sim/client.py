@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 PARTITION = "p1"
 FOLDER = f"r/{PARTITION}/k/"
-PATIENCE_S = 40.0
 RETRY_S = 0.25
 
 
@@ -76,7 +75,7 @@ class Client:
         world.expect(process, answer)
         process.spawn(serve())
         try:
-            return await asyncio.wait_for(answer, PATIENCE_S)
+            return await asyncio.wait_for(answer, self._plan.patience_s)
         except (TimeoutError, ConnectionError):
             return None
 

@@ -55,12 +55,13 @@ PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("PROCES
 
 
 class _Numbered:
-    """Hashed by number of creation: asyncio keeps tasks and futures in sets, whose order must not depend on memory."""
+    """Hashed by number of creation: asyncio keeps tasks and futures in sets, whose order must depend neither
+    on memory nor on the runs before."""
 
-    _numbers = itertools.count()
+    numbers = itertools.count()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.number = next(self._numbers)
+        self.number = next(self.numbers)
         super().__init__(*args, **kwargs)
 
     def __hash__(self) -> int:
@@ -81,6 +82,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def __init__(self, seed: int, *, shuffle: bool) -> None:
         super().__init__()
         self._clock_resolution = 1e-9
+        _Numbered.numbers = itertools.count()
         self._now = 0.0
         self._random = random.Random(f"loop {seed}")
         self._shuffle = shuffle

@@ -31,6 +31,7 @@ HALTING = (SentinelMissing, StoreWentBack, Corrupt, PermissionDenied)
 ENDING = (FenceLost, OutcomeUnknown, Unavailable, NotApplied, Conflict)
 
 DRAIN_S = 1.0
+DRAIN_ROUNDS = 20
 
 
 class World(Protocol):
@@ -96,8 +97,7 @@ class Node:
 
     async def _run(self) -> None:
         try:
-            while not await self._opened():
-                await asyncio.sleep(0.2)
+            await self._open()
             election = Election(
                 self.physical,
                 node_id=self.name,
@@ -117,13 +117,15 @@ class Node:
             self.halted = True
             self._world.report(Violation("crash", f"{self.process.name} crashed: {error!r}"))
 
-    async def _opened(self) -> bool:
-        try:
-            await self.physical.open()
-        except Unavailable:
-            await self.physical.close()
-            return False
-        return True
+    async def _open(self) -> None:
+        while True:
+            try:
+                await self.physical.open()
+            except Unavailable:
+                await self.physical.close()
+                await asyncio.sleep(0.2)
+            else:
+                return
 
     async def _lead(self, election: Election, held: Held) -> None:
         self._asked.clear()
@@ -164,9 +166,10 @@ class Node:
             raise error
 
     async def _drain(self) -> None:
-        deadline = self.clock.monotonic() + DRAIN_S
-        while self._running and self.clock.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        for _ in range(DRAIN_ROUNDS):
+            if not self._running:
+                return
+            await asyncio.sleep(DRAIN_S / DRAIN_ROUNDS)
 
     # -- what clients ask
 

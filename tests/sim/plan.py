@@ -24,6 +24,8 @@ EVENTS = (
     "cut-refused",
     "clock",
     "destroy-session",
+    "cut-and-depose",
+    "pause-and-depose",
     "delete-lock",
     "step-down",
     "leader-change",
@@ -51,6 +53,7 @@ class Plan:
     clients: int
     keys: int
     think_s: float
+    patience_s: float
     read_share: float
     marker_share: float
     large_share: float
@@ -116,6 +119,7 @@ def make_plan(seed: int) -> Plan:
         clients=rnd.choice((1, 2, 4, 6)),
         keys=rnd.choice((1, 4, 20, 60)),
         think_s=rnd.choice((0.02, 0.1, 0.4)),
+        patience_s=rnd.choice((0.5, 5.0, 40.0)),
         read_share=rnd.choice((0.2, 0.5, 0.8)),
         marker_share=rnd.choice((0.1, 0.5)),
         large_share=rnd.choice((0.0, 0.0, 0.02, 0.1)),

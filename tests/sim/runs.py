@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from tests.sim.bugs import BUGS, planted
+from tests.sim.focus import focused
 from tests.sim.loop import PROCESS
 from tests.sim.plan import Plan, make_plan
 from tests.sim.world import Outcome, World, simulate
@@ -33,6 +35,16 @@ def run_seed(seed: int) -> Outcome:
     """One seed, silently."""
     with quiet():
         return simulate(make_plan(seed))
+
+
+def catch(name: str, seeds_max: int) -> Outcome | None:
+    """The first run that fails with this bug planted, or None: the simulation is blind to it."""
+    for seed in range(seeds_max):
+        with planted(name), quiet():
+            outcome = simulate(focused(seed, BUGS[name].focus))
+        if outcome.violations:
+            return outcome
+    return None
 
 
 def failure_text(outcome: Outcome) -> str:

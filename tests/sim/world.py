@@ -8,6 +8,7 @@ recovers, and the checkers judge.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import random
 from collections.abc import Callable, Coroutine
@@ -158,7 +159,7 @@ class World:
             if not answer.done():
                 answer.set_result(reply)
 
-        self.loop.call_later(after_s, arrive, context=self.consul._context)
+        self.loop.call_later(after_s, arrive, context=contextvars.Context())
 
     # -- nodes
 
@@ -201,8 +202,10 @@ class World:
 
     async def run(self) -> None:
         """Genesis to healing; the verdict comes after."""
+        founder = self.consul.client(GENESIS_NODE)
+        await founder.open()
         await genesis(
-            self.consul_client_without_faults(),
+            founder,
             GENERATION,
             [StoreWrite("c/seal/config", b"seal"), StoreWrite("r/p1/first", b"first")],
             node_id=GENESIS_NODE,
@@ -224,12 +227,6 @@ class World:
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(result, Exception):
                 self.report(Violation("simulation", repr(result)))
-
-    def consul_client_without_faults(self) -> Any:
-        """A handle that the network leaves alone."""
-        client = self.consul.client(GENESIS_NODE)
-        client._opened = True
-        return client
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self.loop.create_task(work)
@@ -268,10 +265,7 @@ class World:
         )
 
     def _act(self, event: Event) -> None:
-        leading = next((number for number, node in enumerate(self.nodes) if node.store is not None), None)
-        number = event.node if event.node >= 0 else leading
-        if number is None:
-            number = 0
+        number = event.node if event.node >= 0 else self._leader()
         node = self.nodes[number]
         self.faults[event.what] = self.faults.get(event.what, 0) + 1
         self.log(f"nemesis: {event.what} {node.process.name} for {event.for_s:.2f} s")
@@ -282,6 +276,8 @@ class World:
             "cut-refused": lambda: self._cut(self.network.refused, node, event.for_s),
             "clock": lambda: self._step_clock(node, event),
             "destroy-session": self._destroy_session,
+            "pause-and-depose": lambda: self._pause_and_depose(node, event.for_s),
+            "cut-and-depose": lambda: self._cut_and_depose(node, event.for_s),
             "delete-lock": self._delete_lock,
             "step-down": node.step_down,
             "leader-change": lambda: self.consul.change_leader(min(event.for_s, 2.0), stale_s=event.for_s / 4),
@@ -289,6 +285,12 @@ class World:
             "storm": lambda: self._storm(event.for_s),
         }
         actions[event.what]()
+
+    def _leader(self) -> int:
+        """Who holds the lock, serving or still recovering; the first node if nobody does."""
+        lock = self.consul.table.read(LOCK_KEY)
+        holder = self.consul.session_owners.get(lock.session) if lock is not None else None
+        return next((number for number, node in enumerate(self.nodes) if node.process.name == holder), 0)
 
     def _later(self, after_s: float, action: Callable[[], None]) -> None:
         self.loop.call_later(after_s, action)
@@ -325,6 +327,16 @@ class World:
         lock = self.consul.table.read(LOCK_KEY)
         if lock is not None and lock.session:
             self.consul.end_session(lock.session)
+
+    def _cut_and_depose(self, node: Node, for_s: float) -> None:
+        """The leader loses its session and cannot learn of it."""
+        self._cut(self.network.cut, node, for_s)
+        self._destroy_session()
+
+    def _pause_and_depose(self, node: Node, for_s: float) -> None:
+        """The leader sleeps through the end of its tenure; what was on its way to it comes when it wakes."""
+        self._pause(node, for_s)
+        self._destroy_session()
 
     def _delete_lock(self) -> None:
         """Deleting the lock skips the lock-delay, which is the read lease: reads of that long are not judged."""
@@ -379,8 +391,9 @@ class World:
         violations = len(self.violations)
         self.start_node(0)
         auditor = self.nodes[0]
-        deadline_s = self.loop.time() + HEAL_S
-        while auditor.store is None and self.loop.time() < deadline_s and len(self.violations) == violations:
+        for _ in range(int(HEAL_S / 0.1)):
+            if auditor.store is not None or len(self.violations) != violations:
+                break
             await asyncio.sleep(0.1)
         if auditor.store is None:
             if len(self.violations) == violations:

@@ -437,3 +437,38 @@ async def test_a_commit_that_is_too_large_after_all_is_halved():
     assert (await pair.sync()).event is Event.SYNCED
     pair.assert_in_step(pair.primary.head.index)
     assert Write("r/p/1", b"old") in [write for record in pair.secondary.log for write in record.writes()]
+
+
+@pytest.mark.parametrize("differing", [1, 20, 200])
+async def test_the_bytes_follow_the_difference_and_two_round_trips_are_enough(differing):
+    pair = Pair()
+    pair.secondary.writes_max = 1000
+    for partition in ("p", "q"):
+        fill(pair.primary, 10_000, partition=partition)
+        fill(pair.secondary, 10_000, partition=partition)
+    for number in range(differing):
+        pair.primary.write((f"r/{'pq'[number % 2]}/{number}", b"new" if number % 5 else None))
+    records = sum(len(record.encode()) for record in pair.primary.log[-differing:])
+    result = await pair.sync()
+    assert (result.event, result.round_trips, result.keys) == (Event.SYNCED, 2, differing)
+    assert result.bytes < 20_000 / 16 + 450 * differing + records + 2000
+
+
+async def test_malformed_fingerprints_and_extents_are_refused():
+    store = MemoryStore()
+    fill(store, 2000)
+    request = request_of(store)
+    partition = request.partitions["p"]
+    other = wire.PartitionDigests(bytes(20), partition.depth, partition.groups[:-8])
+    with pytest.raises(wire.ProtocolViolation):
+        list(compare(store.forest, wire.DiffRequest(SALT, bytes(20), {"p": other}), diffing.Differences()))
+    for cells in (wire.Cells(partition.depth - 1, [0], b""), wire.Cells(partition.depth, [1 << partition.depth], b"")):
+        reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, [], [], {"p": cells})
+        with pytest.raises(wire.ProtocolViolation):
+            SyncPlan.of(request, reply, store.forest)
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, [], [], {"unasked": wire.Cells(4, [0], b"")})
+    with pytest.raises(wire.ProtocolViolation):
+        SyncPlan.of(request, reply, store.forest)
+    for extent in (wire.Extent(1, 0, 0, b""), wire.Extent(0, 1, 2, b""), wire.Extent(0, 0, 0, b"7 bytes")):
+        with pytest.raises(wire.ProtocolViolation):
+            diffing.range_of(wire.FetchRequest(1, bytes(32), True, SALT, ["p"], [extent]), extent)

@@ -1,0 +1,37 @@
+"""Who checks the checkers: every planted bug is caught, and without bugs the same plans pass."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim import focus
+from tests.sim.bugs import BUGS
+from tests.sim.focus import Focus, focused
+from tests.sim.runs import catch, failure_text, quiet
+from tests.sim.world import simulate
+
+SEEDS_MAX = 60
+"""Within so many; most need one or two (``python -m tests.sim --bugs``)."""
+
+FOCUSES = {name: found for name, found in vars(focus).items() if isinstance(found, Focus)}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", sorted(BUGS))
+def test_a_planted_bug_is_caught(name: str) -> None:
+    outcome = catch(name, SEEDS_MAX)
+    assert outcome is not None, f"{name} ({BUGS[name].text}) is not caught within {SEEDS_MAX} seeds"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", sorted(FOCUSES))
+def test_without_a_bug_the_same_plan_passes(name: str) -> None:
+    for seed in range(2):
+        with quiet():
+            outcome = simulate(focused(seed, FOCUSES[name]))
+        assert not outcome.violations, failure_text(outcome)
+
+
+def test_there_are_enough() -> None:
+    assert len(BUGS) >= 15
+    assert all(bug.text for bug in BUGS.values())
