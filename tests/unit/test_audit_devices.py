@@ -399,6 +399,24 @@ async def test_a_hung_device_is_waited_for_once_and_catches_up() -> None:
     assert [json.loads(line)["request"]["id"] for line in hung.lines[:50]] == [str(number) for number in range(50)]
 
 
+async def test_a_device_that_fails_slowly_is_not_waited_for_each_time() -> None:
+    """A pipe that nobody reads fails after its time-out: that must not become the time of every request."""
+
+    class FailsThenHangs(HungSink):
+        def write(self, lines: Sequence[bytes]) -> None:
+            if self.entered.is_set():
+                self.free.wait(10)
+            self.entered.set()
+            raise SinkError("nothing reads what is written")
+
+    slow, good = FailsThenHangs(), ListSink()
+    async with broker(slow, good, timeout_s=60) as made:
+        async with asyncio.timeout(5):
+            for number in range(20):
+                await made.write(record(number))
+    assert len(good.lines) == 20
+
+
 async def test_the_last_device_holds_a_request_up_no_longer_than_the_bound() -> None:
     hung = HungSink()
     async with broker(hung, timeout_s=0.1) as made:

@@ -1,8 +1,9 @@
 """Which devices are at work, and when an entry counts as written.
 
 A request goes on as soon as every device that keeps up has taken its entry, and at least one has. A device that hangs
-is waited for once; from then on only while no other device works. Nothing is waited for longer than the bound: then
-the request fails. A device that this node cannot run fails every entry, so that alone it stops all requests.
+or fails is waited for once; from then on, until it works again, only while no other device does. Nothing is waited for
+longer than the bound: then the request fails. A device that this node cannot run fails every entry, so that alone it
+stops all requests.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class AuditBroker:
         while True:
             open_futures = [future for future in futures if not future.done()]
             good = any(future.done() and future.result() is None for future in futures)
-            keeping_up = [future for device, future in zip(devices, futures, strict=True) if not device.stalled]
+            keeping_up = [future for device, future in zip(devices, futures, strict=True) if not device.failing]
             if not open_futures or (good and all(future.done() for future in keeping_up)):
                 return good
             left_s = deadline - time.monotonic()
