@@ -11,6 +11,8 @@ import json
 import re
 from typing import Any
 
+import msgspec
+
 DEPTH_MAX = 300
 """Nesting of arrays and objects; what newer servers of this API allow by default."""
 VALUES_MAX = 100_000
@@ -58,8 +60,9 @@ def decode_object(raw: bytes) -> dict[str, Any]:
 
 
 def encode(value: Any) -> bytes:
-    """A body as the API writes it: compact, UTF-8, keys in the given order, a newline at the end."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8") + b"\n"
+    """A body as the API writes it: compact, UTF-8, keys in the given order, a newline at the end. Raises TypeError,
+    OverflowError or UnicodeEncodeError for what has no JSON form."""
+    return _ENCODER.encode(value) + b"\n"
 
 
 def _check_shape(raw: bytes) -> None:
@@ -103,6 +106,7 @@ def _constant(name: str) -> Any:
     raise JSONRefused(f"error parsing JSON: {name} is not a JSON number")
 
 
+_ENCODER = msgspec.json.Encoder()
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_pairs, parse_int=_integer, parse_float=_fraction, parse_constant=_constant
 )

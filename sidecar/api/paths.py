@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, unquote_to_bytes
 
 PATH_BYTES_MAX = 4096
 QUERY_FIELDS_MAX = 128
+_ODD_SEGMENT = "a path must not contain empty, '.' or '..' segments"
 _NEVER_ENCODED = ("%2e", "%2f", "%5c", "%00")
 
 
@@ -32,17 +33,23 @@ def decode_path(raw: str) -> str:
         raise PathRefused("path too long")
     if not raw.startswith("/"):
         raise PathRefused("a path begins with '/'")
-    lowered = raw.lower()
-    if any(sequence in lowered for sequence in _NEVER_ENCODED) or "\\" in raw or "#" in raw:
+    if "\\" in raw or "#" in raw or ("%" in raw and any(sequence in raw.lower() for sequence in _NEVER_ENCODED)):
         raise PathRefused("a path must not hide a separator")
     segments = raw[1:].split("/")
     last = len(segments) - 1
+    if "%" not in raw and raw.isascii() and raw.isprintable():
+        # Nothing to decode, which is how most paths come.
+        if "." in segments or ".." in segments or "" in segments[:last]:
+            raise PathRefused(_ODD_SEGMENT)
+        return raw[1:]
     return "/".join(_segment(segment, may_be_empty=place == last) for place, segment in enumerate(segments))
 
 
 def decode_query(raw: str) -> dict[str, list[str]]:
     """Every value of every name in order. Raises :class:`PathRefused`."""
     fields: dict[str, list[str]] = {}
+    if not raw:
+        return fields
     try:
         pairs = parse_qsl(raw, keep_blank_values=True, errors="strict", max_num_fields=QUERY_FIELDS_MAX)
     except ValueError:
@@ -62,7 +69,7 @@ def _segment(raw: str, *, may_be_empty: bool) -> str:
         # It would decode to itself here, and to something else after the next hop has encoded it.
         raise PathRefused("a broken percent escape")
     if (not text and not may_be_empty) or text in (".", ".."):
-        raise PathRefused("a path must not contain empty, '.' or '..' segments")
+        raise PathRefused(_ODD_SEGMENT)
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
         raise PathRefused("a path must not contain control characters")
     return text

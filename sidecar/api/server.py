@@ -7,6 +7,7 @@ time. A body is refused by its announced length before a byte of it is read.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import ssl
 import uuid
@@ -191,9 +192,9 @@ class ApiServer:
             raise _Refused(400, str(refused), close=True) from None
 
     def _message(self, request: web.BaseRequest, path: str, query: str, body: bytes, address: str) -> HttpRequest:
-        headers: CIMultiDict[str] = CIMultiDict(
-            (name, value) for name, value in request.headers.items() if not name.lower().startswith(_INTERNAL_PREFIX)
-        )
+        headers = request.headers.copy()
+        for name in [name for name in headers if name[: len(_INTERNAL_PREFIX)].lower() == _INTERNAL_PREFIX]:
+            headers.popall(name, None)
         return HttpRequest(
             method=request.method,
             path=paths.decode_path(path)[len("v1/") :],
@@ -242,6 +243,7 @@ def _error(status: int, *texts: str) -> web.Response:
     return _to_web(HttpResponse(status, body=json_codec.encode(envelopes.errors(texts))))
 
 
+@functools.cache
 def _reason(status: int) -> str:
     """A phrase also for the numbers this API made up."""
     try:

@@ -46,7 +46,7 @@ from sidecar.core.mounts import AUTH, SECRETS, MountTable
 from sidecar.core.policies import PolicyStore
 from sidecar.core.quotas import Exceeded, Quotas
 from sidecar.core.rotation import maintain_keyrings
-from sidecar.core.store_view import LogicalStore, SealedStore, track_writes
+from sidecar.core.store_view import LogicalStore, SealedStore, TrackedWrites
 from sidecar.core.token_roles import TokenRoles
 from sidecar.core.tokens import TokenStore
 from sidecar.core.version_history import VersionHistory
@@ -287,12 +287,15 @@ class Service:
         if request.forwarded_auth is None and (exceeded := self._quotas.check(request.path, request.remote_address)):
             return _over_quota(request, exceeded)
         exchange = Exchange(request, str(uuid.uuid4()))
-        entry = RequestUnderWay(request.method, request.path, request.remote_address, self._now())
-        in_flight = self._core.in_flight.holding(exchange.id, entry)
-        with track_writes() as writes, in_flight, METRICS.timer("core.handle_request"):
-            response = await self._handled(exchange)
-            if self._auditor.enabled:
-                response = await self._audited(exchange, response)
+        in_flight = self._core.in_flight
+        in_flight.begin(exchange.id, RequestUnderWay(request.method, request.path, request.remote_address, self._now()))
+        try:
+            with TrackedWrites() as writes, METRICS.timer("core.handle_request"):
+                response = await self._handled(exchange)
+                if self._auditor.enabled:
+                    response = await self._audited(exchange, response)
+        finally:
+            in_flight.end(exchange.id)
         METRICS.increment("core.response_status_code", code=str(response.status), type=f"{response.status // 100}xx")
         response.position = max(response.position, writes.index)
         return response

@@ -12,7 +12,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -40,8 +40,10 @@ class _Window:
         self.count += 1
         self.total += value
         self.squares += value * value
-        self.low = min(self.low, value)
-        self.high = max(self.high, value)
+        if value < self.low:
+            self.low = value
+        if value > self.high:
+            self.high = value
 
     def shown(self) -> dict[str, Any]:
         mean = self.total / self.count
@@ -83,11 +85,29 @@ class _Series:
             self.window, self.started = _Window(), interval
 
 
+class _Timer:
+    """Samples how long its block took. A class: a generator would cost more than most blocks that are timed."""
+
+    __slots__ = ("_labels", "_metrics", "_name", "_started_s")
+
+    def __init__(self, metrics: Metrics, name: str, labels: Mapping[str, str]) -> None:
+        self._metrics = metrics
+        self._name = name
+        self._labels = labels
+
+    def __enter__(self) -> None:
+        self._started_s = self._metrics.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        elapsed_ms = (self._metrics.monotonic() - self._started_s) * 1000
+        self._metrics.sample(self._name, elapsed_ms, **self._labels)
+
+
 class Metrics:
     """A registry. ``monotonic`` and ``unix`` return seconds."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic, unix: Callable[[], float] = time.time) -> None:
-        self._monotonic = monotonic
+        self.monotonic = monotonic
         self._unix = unix
         self._counters: dict[tuple[str, Labels], _Series] = {}
         self._samples: dict[tuple[str, Labels], _Series] = {}
@@ -105,14 +125,9 @@ class Metrics:
             series.recent = deque(maxlen=_RECENT_MAX)
         series.add(value, self._interval())
 
-    @contextmanager
-    def timer(self, name: str, /, **labels: str) -> Iterator[None]:
+    def timer(self, name: str, /, **labels: str) -> AbstractContextManager[None]:
         """Sample how long the block took, also where it fails."""
-        started_s = self._monotonic()
-        try:
-            yield
-        finally:
-            self.sample(name, (self._monotonic() - started_s) * 1000, **labels)
+        return _Timer(self, name, labels)
 
     @contextmanager
     def source(self, gauges: Gauges, totals: Gauges = dict) -> Iterator[None]:
@@ -175,14 +190,14 @@ class Metrics:
         return shown
 
     def _series(self, table: dict[tuple[str, Labels], _Series], name: str, labels: Mapping[str, str]) -> _Series:
-        key = (name, tuple(sorted(labels.items())))
+        key = (name, tuple(sorted(labels.items())) if labels else ())
         series = table.get(key)
         if series is None:
             series = table[key] = _Series(started=self._interval())
         return series
 
     def _interval(self) -> int:
-        return int(self._monotonic() // INTERVAL_S)
+        return int(self.monotonic() // INTERVAL_S)
 
 
 def _asked(sources: list[Gauges]) -> dict[str, float]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -50,15 +49,18 @@ class WriteTracker:
 last_write: ContextVar[WriteTracker | None] = ContextVar("last_write", default=None)
 
 
-@contextmanager
-def track_writes() -> Iterator[WriteTracker]:
+class TrackedWrites:
     """Collect the position of everything committed inside the block, so that an answer can name it."""
-    tracker = WriteTracker()
-    token = last_write.set(tracker)
-    try:
-        yield tracker
-    finally:
-        last_write.reset(token)
+
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> WriteTracker:
+        tracker = WriteTracker()
+        self._token = last_write.set(tracker)
+        return tracker
+
+    def __exit__(self, *_: object) -> None:
+        last_write.reset(self._token)
 
 
 def always() -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -26,14 +24,13 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._requests)
 
-    @contextmanager
-    def holding(self, request_id: str, request: RequestUnderWay) -> Iterator[None]:
-        """Count the request in for as long as the block runs."""
+    def begin(self, request_id: str, request: RequestUnderWay) -> None:
+        """Count the request in."""
         self._requests[request_id] = request
-        try:
-            yield
-        finally:
-            del self._requests[request_id]
+
+    def end(self, request_id: str) -> None:
+        """It is answered."""
+        del self._requests[request_id]
 
     def requests(self) -> dict[str, RequestUnderWay]:
         """Those of this moment."""

@@ -52,17 +52,24 @@ class Pipeline:
         match = self._routes().match(call.path)
         if match is not None and not call.wants_help and match.target.is_open(match.rest, call.operation):
             return await self._open(call, match)
-        async with self.identified(call):
-            if match is not None and call.operation in _WRITES:
-                call.operation = await _write_operation(call, match)
-            self.authorize(call, sudo=match is not None and match.target.needs_sudo(match.rest))
-            if match is None:
-                raise UnknownMount(call.path)
-            if self._audit.enabled:
-                await self._audit.request(call)
-            if call.wants_help:
-                return Answer(raw={"help": match.target.help(match.rest), "see_also": None, "openapi": {}})
-            return _or_missing(call, await match.target.handle(call, match.rest))
+        spent = await self._introduce(call)
+        try:
+            return await self._known(call, match)
+        finally:
+            if spent is not None:
+                await self._tokens.finish(spent)
+
+    async def _known(self, call: Call, match: Match[Backend] | None) -> Answer:
+        if match is not None and call.operation in _WRITES:
+            call.operation = await _write_operation(call, match)
+        self.authorize(call, sudo=match is not None and match.target.needs_sudo(match.rest))
+        if match is None:
+            raise UnknownMount(call.path)
+        if self._audit.enabled:
+            await self._audit.request(call)
+        if call.wants_help:
+            return Answer(raw={"help": match.target.help(match.rest), "see_also": None, "openapi": {}})
+        return _or_missing(call, await match.target.handle(call, match.rest))
 
     async def _open(self, call: Call, match: Match[Backend]) -> Answer:
         if self._audit.enabled:
@@ -78,15 +85,20 @@ class Pipeline:
     async def identified(self, call: Call) -> AsyncIterator[Identity]:
         """Check the caller's token, consuming one use, and set ``call.identity``; a token in its last use is removed
         when the block ends. Raises TokenRefused. A call that has its identity already keeps it."""
-        if call.identity is not None:
-            yield call.identity
-            return
-        call.identity = identity = await self._identify(call)
+        spent = await self._introduce(call)
         try:
-            yield identity
+            yield call.known
         finally:
-            if identity.entry is not None and identity.entry.spent:
-                await self._tokens.finish(identity.entry)
+            if spent is not None:
+                await self._tokens.finish(spent)
+
+    async def _introduce(self, call: Call) -> TokenEntry | None:
+        """Set the identity of a call that has none; returns the token's entry if this is its last use."""
+        if call.identity is not None:
+            return None
+        call.identity = await self._identify(call)
+        entry = call.identity.entry
+        return entry if entry is not None and entry.spent else None
 
     def authorize(self, call: Call, *, path: str = "", operation: Operation | None = None, sudo: bool = False) -> None:
         """Raise PermissionDenied unless the caller's policies allow the call (or another path and operation)."""
@@ -105,7 +117,8 @@ class Pipeline:
         if entry is None:
             raise TokenRefused
         if not address_allowed(entry.bound_cidrs, call.remote_address):
-            await self._finish_spent(entry)
+            if entry.spent:
+                await self._tokens.finish(entry)
             raise TokenRefused
         return Identity(
             policies=entry.policies,
@@ -121,10 +134,6 @@ class Pipeline:
             entry=entry,
             token=call.token,
         )
-
-    async def _finish_spent(self, entry: TokenEntry) -> None:
-        if entry.spent:
-            await self._tokens.finish(entry)
 
     async def _vouched_for(self, auth: ForwardedAuth, remote_address: str) -> Identity:
         policies = tuple(auth.policies)

@@ -24,7 +24,7 @@ from sidecar.core.barrier import (
 from sidecar.core.keyring import BadKeyring, Keyring
 from sidecar.core.keys import LOCAL_KEYRING, REPLICATED_KEYRING, SEAL
 from sidecar.core.seal_record import WrongKey
-from sidecar.core.store_view import SealedStore, View, track_writes
+from sidecar.core.store_view import SealedStore, TrackedWrites, View
 from tests.support.logical_store import MemoryLogicalStore, make_barrier, make_sealed
 
 BARRIER = make_barrier()
@@ -202,7 +202,7 @@ def test_a_ring_that_arrives_by_replication():
 
 async def test_nothing_but_ciphertext_reaches_the_store():
     store, sealed = make_sealed()
-    with track_writes() as tracker:
+    with TrackedWrites() as tracker:
         await sealed.commit([Write("r/p/a", b"visible"), Write("c/p/b", b"visible"), Write("l/p/c", None)])
         assert tracker.index == 1
     assert not any(b"visible" in value for value in store.data.values())
@@ -222,13 +222,13 @@ async def test_positions_are_those_of_the_task():
     _, sealed = make_sealed()
 
     async def write(count: int) -> int:
-        with track_writes() as tracker:
+        with TrackedWrites() as tracker:
             async with asyncio.TaskGroup() as group:
                 for number in range(count):
                     group.create_task(sealed.put(f"r/p/{number}", b""))
             return tracker.index
 
-    with track_writes() as outer:
+    with TrackedWrites() as outer:
         assert await write(0) == 0
         first = await write(3)
         assert first == 3
