@@ -27,6 +27,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python bench/store_write.py
+	$(BIN)/python bench/api.py
 	$(BIN)/python bench/replication_lag.py
 	$(BIN)/python bench/failover.py
 	$(BIN)/python bench/index.py

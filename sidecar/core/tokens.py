@@ -8,10 +8,11 @@ is the only writer of these keys while its node leads; replication tells it of o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import msgspec
 
@@ -159,16 +160,27 @@ class TokenStore:
             return self._create_batch(spec)
         issued = self.prepare(spec)
         writes = [*creation(issued.entry, self._salt), *also(issued.entry)]
-        guard = issued.entry.parent or issued.entry.id_hash
-        # Under the parent's lock: a revocation of the parent either sees this child, or is seen here.
-        async with self._locks.hold(guard):
-            if issued.entry.parent and await self._live(issued.entry.parent) is None:
+        parent = issued.entry.parent
+        async with self._guarded(issued.entry, custom_id=spec.id is not None):
+            if parent and await self._live(parent) is None:
                 raise PermissionDenied("parent token lookup failed")
             if spec.id is not None and await self._load(issued.entry.id_hash) is not None:
                 raise InvalidRequest("cannot create a token with a duplicate ID")
             await self._sealed.commit(writes)
             self.adopt(issued.entry)
         return issued
+
+    @contextlib.asynccontextmanager
+    async def _guarded(self, entry: TokenEntry, *, custom_id: bool) -> AsyncIterator[None]:
+        """Of two with one chosen id only the first is made; and a revocation of the parent either sees this child, or
+        is seen here. Siblings do not wait for each other."""
+        async with contextlib.AsyncExitStack() as locks:
+            if custom_id:
+                for name in sorted({entry.id_hash, entry.parent} - {""}):
+                    await locks.enter_async_context(self._locks.hold(name))
+            elif entry.parent:
+                await locks.enter_async_context(self._locks.share(entry.parent))
+            yield
 
     def prepare(self, spec: CreateToken) -> IssuedToken:
         """A service token that does not exist yet: :meth:`creation` has its writes, :meth:`adopt` follows their

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from scripts import consul_binary
-from scripts.consul_binary import NoConsul, debian_mirror, find_consul, obtain_consul
+from scripts.consul_binary import NoConsul, find_consul, obtain_consul
+from scripts.debian_package import NoPackage, debian_mirror
 
 
 @pytest.fixture
@@ -15,7 +16,6 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("CONSUL_BIN", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(consul_binary, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(consul_binary, "BINARY", tmp_path / "cache" / "consul")
     return tmp_path
 
 
@@ -28,7 +28,7 @@ def program(path: Path) -> Path:
 
 def test_variable_then_path_then_cache(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_consul() is None
-    cached = program(bare / "cache" / "consul")
+    cached = program(bare / "cache" / "usr" / "bin" / "consul")
     assert find_consul() == obtain_consul() == cached
     on_path = program(bare / "bin" / "consul")
     assert find_consul() == on_path
@@ -78,5 +78,5 @@ def test_the_mirror_in_both_notations(tmp_path: Path, name: str, text: str) -> N
 
 def test_no_debian_among_the_sources(tmp_path: Path) -> None:
     (tmp_path / "sources.list").write_text(OTHERS)
-    with pytest.raises(NoConsul, match="no Debian archive"):
+    with pytest.raises(NoPackage, match="no Debian archive"):
         debian_mirror(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -658,3 +659,57 @@ async def test_locks_leave_nothing_behind():
     with pytest.raises(asyncio.CancelledError):
         await task
     assert len(locks) == 0
+
+
+async def test_a_shared_lock_keeps_holders_out_and_lets_no_stream_of_sharers_starve_one():
+    locks = KeyedLocks()
+    order: list[str] = []
+    leave = asyncio.Event()
+
+    async def share(mark: str) -> None:
+        async with locks.share("a"):
+            order.append(mark)
+            await leave.wait()
+
+    async def hold() -> None:
+        async with locks.hold("a"):
+            order.append("alone")
+
+    first = [asyncio.create_task(share(mark)) for mark in ("1", "2")]
+    await asyncio.sleep(0)
+    assert order == ["1", "2"]
+    later = [asyncio.create_task(hold()), asyncio.create_task(share("3"))]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert order == ["1", "2"]
+    leave.set()
+    await asyncio.gather(*first, *later)
+    assert order == ["1", "2", "alone", "3"]
+    assert len(locks) == 0
+
+
+async def test_siblings_are_created_at_once_and_one_chosen_id_only_once():
+    store, sealed = make_sealed()
+    tokens = TokenStore(sealed, FakeTime())
+    await tokens.load()
+    parent = (await tokens.create_root()).entry
+    under_way, most = 0, 0
+    plain = store.commit
+
+    async def slow(writes):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        try:
+            return await plain(writes)
+        finally:
+            under_way -= 1
+
+    store.commit = slow
+    spec = CreateToken(policies=("p",), path="auth/token/create", parent=parent, ttl_s=60)
+    await asyncio.gather(*(tokens.create(spec) for _ in range(5)))
+    assert most == 5
+    chosen = replace(spec, id="my-own-name")
+    outcomes = await asyncio.gather(*(tokens.create(chosen) for _ in range(3)), return_exceptions=True)
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["InvalidRequest", "InvalidRequest", "IssuedToken"]
