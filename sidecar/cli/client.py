@@ -8,7 +8,8 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
@@ -112,8 +113,32 @@ class Client:
     def post(self, path: str, body: Any = None) -> Reply:
         return self.call("POST", path, body=body, has_body=True)
 
+    def patch(self, path: str, body: Any) -> Reply:
+        """A JSON merge patch."""
+        return self.call("PATCH", path, body=body, has_body=True)
+
     def delete(self, path: str) -> Reply:
         return self.call("DELETE", path)
+
+    def stream(self, path: str, query: Mapping[str, str]) -> Iterator[str]:
+        """The lines of an answer that does not end. A redirect is not followed."""
+        url = f"{self.address}/v1/{path}?{urlencode(query)}"
+        scheme, host, _ = _split(url)
+        connection = self._connection(scheme, host)
+        try:
+            connection.request("GET", f"/{url.split('/', 3)[3]}", None, self._headers("GET", None))
+            answer = connection.getresponse()
+            if answer.status != HTTPStatus.OK:
+                text = answer.read(BODY_BYTES_MAX).decode("utf-8", errors="replace")
+                raise ApiError(Reply(answer.status, "GET", url, text, _json_object(text)))
+            if connection.sock is not None:
+                connection.sock.settimeout(None)  # a quiet server is no failure
+            for line in answer:
+                yield line.decode("utf-8", errors="replace")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise LocalError(f"GET {url.partition('?')[0]}: {_explain(error, scheme)}") from error
+        finally:
+            connection.close()
 
     def call(
         self,
@@ -158,7 +183,8 @@ class Client:
         try:
             connection = self._connection(scheme, host)
             try:
-                connection.request(method, f"/{target[3] if len(target) > 3 else ''}", payload, self._headers(payload))
+                headers = self._headers(method, payload)
+                connection.request(method, f"/{target[3] if len(target) > 3 else ''}", payload, headers)
                 answer = connection.getresponse()
                 raw = answer.read(BODY_BYTES_MAX + 1)
             finally:
@@ -170,10 +196,10 @@ class Client:
         text = raw.decode("utf-8", errors="replace")
         return Reply(answer.status, method, url, text, _json_object(text)), answer.headers.get("Location", "")
 
-    def _headers(self, payload: bytes | None) -> dict[str, str]:
+    def _headers(self, method: str, payload: bytes | None) -> dict[str, str]:
         headers = {"X-Vault-Request": "true", "Accept": "application/json"}
         if payload is not None:
-            headers["Content-Type"] = "application/json"
+            headers["Content-Type"] = "application/merge-patch+json" if method == "PATCH" else "application/json"
         optional = {
             "X-Vault-Token": self.options.token,
             "X-Vault-Namespace": self.options.namespace,

@@ -114,6 +114,11 @@ def put(call: Call) -> int:
         payload = {"data": data, "options": {"cas": cas} if cas >= 0 else {}}
     with doing(f"writing data to {path}"):
         reply = client.put(path, payload)
+    return show_written(call, path, reply)
+
+
+def show_written(call: Call, path: str, reply: Reply) -> int:
+    """Print the answer to a write of a secret."""
     if reply.body is None:
         if call.format == "table":
             call.say(f"Success! Data written to: {path}")
@@ -160,7 +165,7 @@ def _change_versions(call: Call, area: str, what: str) -> int:
     if not versions:
         raise UsageError("no versions provided, use the -versions flag to say which")
     client = call.client()
-    path = _versioned_path(call, client, area)
+    path = versioned(call, client).path(area)
     with doing(f"{what} {path}"):
         client.put(path, {"versions": versions})
     if call.format == "table":
@@ -168,11 +173,12 @@ def _change_versions(call: Call, area: str, what: str) -> int:
     return EXIT_OK
 
 
-def _versioned_path(call: Call, client: Client, area: str) -> str:
+def versioned(call: Call, client: Client) -> Target:
+    """The secret that the arguments name. Raises UsageError where its mount keeps no versions."""
     target = _is_secret_path(_locate(call, client))
     if not target.versioned:
         raise UsageError("this needs a versioned mount")
-    return target.path(area)
+    return target
 
 
 def undelete(call: Call) -> int:
@@ -186,7 +192,7 @@ def destroy(call: Call) -> int:
 def metadata_get(call: Call) -> int:
     call.at_most(1)
     client = call.client()
-    path = _versioned_path(call, client, "metadata")
+    path = versioned(call, client).path("metadata")
     reply = found(call, "reading", path, lambda: client.get(path))
     body = reply.body or {}
     if call.format != "table" or call.values.text("field") or body.get("wrap_info"):
@@ -208,7 +214,7 @@ def metadata_get(call: Call) -> int:
 def metadata_delete(call: Call) -> int:
     call.at_most(1)
     client = call.client()
-    path = _versioned_path(call, client, "metadata")
+    path = versioned(call, client).path("metadata")
     with doing(f"deleting {path}"):
         client.delete(path)
     if call.format == "table":

@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(payload)
 
-    do_GET = do_PUT = do_POST = do_DELETE = _any
+    do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = _any
 
     def log_message(self, *_args) -> None:
         pass

@@ -1,0 +1,114 @@
+"""``outrider kv``: patch, rollback, metadata put and enable-versioning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sidecar.cli.client import Reply
+from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
+from sidecar.cli.data import found
+from sidecar.cli.flags import Flag, UsageError
+from sidecar.cli.kv import MOUNT_FLAG, show_written, versioned
+from sidecar.cli.values import parse_data
+
+
+def patch(call: Call) -> int:
+    data = parse_data(call.arguments[1:], call.read_stdin)
+    if not data:
+        raise UsageError("must supply data")
+    client = call.client()
+    path = versioned(call, client).path("data")
+    cas = call.values.integer("cas", -1)
+    payload = {"data": data, "options": {"cas": cas} if cas >= 0 else {}}
+    with doing(f"writing data to {path}"):
+        reply = client.patch(path, payload)
+    return show_written(call, path, reply)
+
+
+def rollback(call: Call) -> int:
+    """Write an old version again, if nobody has written since it was looked at."""
+    call.at_most(1)
+    if "version" not in call.values:
+        raise UsageError("-version says which version to bring back")
+    wanted = call.values.integer("version", 0)
+    client = call.client()
+    path = versioned(call, client).path("data")
+    newest = _version(found(call, "reading", path, lambda: client.get(path)))
+    old = found(call, "reading", path, lambda: client.get(path, {"version": str(wanted)}))
+    data = ((old.body or {}).get("data") or {}).get("data")
+    if data is None:
+        raise Failed(f"Version {wanted} of {path} is deleted or destroyed", EXIT_SERVER)
+    with doing(f"writing data to {path}"):
+        reply = client.put(path, {"data": data, "options": {"cas": newest}})
+    return show_written(call, path, reply)
+
+
+def _version(reply: Reply) -> int:
+    metadata = ((reply.body or {}).get("data") or {}).get("metadata") or {}
+    return int(metadata.get("version", 0))
+
+
+def metadata_put(call: Call) -> int:
+    call.at_most(1)
+    values = call.values
+    request: dict[str, Any] = {}
+    if "max-versions" in values:
+        request["max_versions"] = values.integer("max-versions", 0)
+    if "cas-required" in values:
+        request["cas_required"] = values.flag("cas-required")
+    if "delete-version-after" in values:
+        request["delete_version_after"] = values.text("delete-version-after")
+    custom = [text.partition("=") for text in values.texts("custom-metadata")]
+    if any(not (name and equals) for name, equals, _ in custom):
+        raise UsageError("-custom-metadata must be key=value")
+    if custom:
+        request["custom_metadata"] = {name: value for name, _, value in custom}
+    client = call.client()
+    path = versioned(call, client).path("metadata")
+    with doing(f"writing metadata to {path}"):
+        client.put(path, request)
+    if call.format == "table":
+        call.say(f"Success! Data written to: {path}")
+    return EXIT_OK
+
+
+def enable_versioning(call: Call) -> int:
+    call.at_most(1)
+    mount = call.path()
+    client = call.client()
+    with doing(f"tuning secrets engine {mount}/"):
+        reply = client.post(f"sys/mounts/{mount}/tune", {"options": {"version": "2"}})
+    call.warn_of(reply.body)
+    call.say(f"Success! Tuned the secrets engine at: {mount}/")
+    return EXIT_OK
+
+
+PATCH = Command(
+    "kv patch [flags] PATH KEY=VALUE...",
+    "Change some fields of a secret's newest version; the others stay.",
+    patch,
+    (Flag("cas", "Write only if this is the current version.", "int"), MOUNT_FLAG),
+    field=True,
+)
+ROLLBACK = Command(
+    "kv rollback [flags] PATH",
+    "Make an old version of a secret its newest again.",
+    rollback,
+    (Flag("version", "The version to bring back.", "int"), MOUNT_FLAG),
+    field=True,
+)
+METADATA_PUT = Command(
+    "kv metadata put [flags] PATH",
+    "Set how many versions of a secret are kept, for how long, and what people know of it.",
+    metadata_put,
+    (
+        Flag("max-versions", "How many versions to keep; 0: as many as the mount says.", "int"),
+        Flag("cas-required", "Refuse writes that do not name the current version.", "bool"),
+        Flag("delete-version-after", "Delete each version after this time, as 768h."),
+        Flag("custom-metadata", "key=value; may be repeated.", "texts"),
+        MOUNT_FLAG,
+    ),
+)
+ENABLE_VERSIONING = Command(
+    "kv enable-versioning [flags] PATH", "Upgrade a kv mount to version 2.", enable_versioning, formats=False
+)

@@ -1,0 +1,112 @@
+"""``tune`` and ``move`` of ``outrider secrets`` and ``outrider auth``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
+from sidecar.cli.flags import Flag, UsageError
+
+_TEXTS = {
+    "default-lease-ttl": "default_lease_ttl",
+    "description": "description",
+    "listing-visibility": "listing_visibility",
+    "max-lease-ttl": "max_lease_ttl",
+    "token-type": "token_type",
+}
+_LISTS = {
+    "allowed-response-headers": "allowed_response_headers",
+    "audit-non-hmac-request-keys": "audit_non_hmac_request_keys",
+    "audit-non-hmac-response-keys": "audit_non_hmac_response_keys",
+    "passthrough-request-headers": "passthrough_request_headers",
+}
+_POLL_S = 0.5
+
+
+def _tune(call: Call, base: str, what: str) -> int:
+    call.at_most(1)
+    mount = call.path()
+    values = call.values
+    request: dict[str, Any] = {field: values.text(flag) for flag, field in _TEXTS.items() if flag in values}
+    request |= {field: values.texts(flag) for flag, field in _LISTS.items() if flag in values}
+    options = _pairs(values.texts("options"))
+    if "version" in values:
+        options["version"] = values.text("version")
+    if options:
+        request["options"] = options
+    client = call.client()
+    with doing(f"tuning {what} {mount}/"):
+        reply = client.post(f"{base}/{mount}/tune", request)
+    call.warn_of(reply.body)
+    call.say(f"Success! Tuned the {what} at: {mount}/")
+    return EXIT_OK
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError("-options must be key=value")
+        found[name] = value
+    return found
+
+
+def _move(call: Call, prefix: str, what: str) -> int:
+    call.at_most(2)
+    source, target = call.path(0, "SOURCE"), call.path(1, "DESTINATION")
+    client = call.client()
+    with doing(f"moving {what} {source}/ to {target}/"):
+        reply = client.post("sys/remount", {"from": prefix + source, "to": prefix + target})
+    migration = str(((reply.body or {}).get("data") or {}).get("migration_id", ""))
+    while migration:
+        with doing(f"asking for the state of migration {migration}"):
+            body = client.get(f"sys/remount/status/{migration}").body or {}
+        state = str(((body.get("data") or {}).get("migration_info") or {}).get("status", ""))
+        if state == "success":
+            break
+        if state != "in-progress":
+            raise Failed(f"Failure! Migration {migration} ended as: {state or 'unknown'}", EXIT_SERVER)
+        time.sleep(_POLL_S)
+    call.say(f"Success! Finished moving {what} {source}/ to {target}/")
+    return EXIT_OK
+
+
+_TUNE_FLAGS = (
+    Flag("default-lease-ttl", "Default TTL of its leases, as 1h."),
+    Flag("max-lease-ttl", "Longest TTL of its leases, as 24h."),
+    Flag("description", "A line for people."),
+    Flag("listing-visibility", "unauth: shown before login; hidden."),
+    Flag("options", "key=value option of the mount; may be repeated.", "texts"),
+    Flag("audit-non-hmac-request-keys", "Request field that the audit shows in clear; may be repeated.", "texts"),
+    Flag("audit-non-hmac-response-keys", "Response field that the audit shows in clear; may be repeated.", "texts"),
+    Flag("passthrough-request-headers", "Request header passed to the plugin; may be repeated.", "texts"),
+    Flag("allowed-response-headers", "Header the plugin may set; may be repeated.", "texts"),
+)
+SECRETS_TUNE = Command(
+    "secrets tune [flags] PATH",
+    "Change settings of a mounted secrets engine; -version=2 upgrades kv.",
+    lambda call: _tune(call, "sys/mounts", "secrets engine"),
+    (*_TUNE_FLAGS, Flag("version", "Version of the engine.", "int")),
+    formats=False,
+)
+AUTH_TUNE = Command(
+    "auth tune [flags] PATH",
+    "Change settings of a mounted auth method.",
+    lambda call: _tune(call, "sys/auth", "auth method"),
+    (*_TUNE_FLAGS, Flag("token-type", "default-service, default-batch, service or batch.")),
+    formats=False,
+)
+SECRETS_MOVE = Command(
+    "secrets move [flags] SOURCE DESTINATION",
+    "Give a secrets engine another path; its data stays, its leases are revoked.",
+    lambda call: _move(call, "", "secrets engine"),
+    formats=False,
+)
+AUTH_MOVE = Command(
+    "auth move [flags] SOURCE DESTINATION",
+    "Give an auth method another path; tokens it issued are revoked.",
+    lambda call: _move(call, "auth/", "auth method"),
+    formats=False,
+)
