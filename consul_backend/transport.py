@@ -1,26 +1,31 @@
-"""HTTP to one Consul agent: one pooled session, no redirect, no silent second try.
+"""HTTP to one Consul agent: pooled connections, no redirect, no silent second try.
 
 aiohttp sends an idempotent request (PUT counts as one) a second time when a reused connection closes without an answer.
 For a lock or a conditional write that hides a lost answer, so it is switched off here, and a test pins it. Nothing in
 this file retries: whether a failed call may be repeated is known only to the caller.
+
+Transactions have connections of their own (``exchange.py``), on which nothing is done beyond the exchange itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import ssl
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import aiohttp
-from multidict import CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from consul_backend.config import ConsulConfig
 from consul_backend.errors import OutcomeUnknown, Unavailable
+from consul_backend.exchange import Exchange, NeverSent, NoAnswer, TooBig, connector
 
 CONNECT_TIMEOUT_S = 5.0
 TOKEN_CHECK_INTERVAL_S = 1.0
@@ -30,6 +35,8 @@ KEEPALIVE_S = 55.0
 """Below the idle time-outs of the usual proxies, so that we close first."""
 ANSWER_BYTES_MAX = 64 * 2**20
 """No answer we ask for comes near; a stray one must not fill memory."""
+_NO_HEADERS: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
+_UNFIT_FOR_A_HEADER = re.compile(r"[^\x21-\x7e]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +103,14 @@ class Transport:
         self._fixed_headers = {"Accept-Encoding": "identity"}
         if config.namespace:
             self._fixed_headers["X-Consul-Namespace"] = config.namespace
+        context = tls_context(config) if base.startswith("https:") else None
+        parts = urlsplit(base)
+        self._host = parts.netloc
+        self._exchange = Exchange(
+            connector(parts.hostname or "", parts.port or 0, socket_path, context, self._server_name)
+        )
         self._session = aiohttp.ClientSession(
-            connector=_connector(config, base, socket_path, connections_max),
+            connector=_connector(context, socket_path, connections_max),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._fixed_headers,
@@ -113,6 +126,7 @@ class Transport:
 
     async def close(self) -> None:
         """Close every connection."""
+        await self._exchange.close()
         await self._session.close()
 
     async def request(
@@ -141,6 +155,28 @@ class Transport:
         except (aiohttp.ClientError, OSError) as error:
             _translate(error, self._base)
         return Answer(response.status, response.headers, content)
+
+    async def txn(
+        self, body: bytes, *, query: str = "", timeout_s: float, answer_bytes_max: int = ANSWER_BYTES_MAX
+    ) -> Answer:
+        """``PUT /v1/txn``, sent once; the answer's headers are not kept. Raises as :meth:`request`."""
+        token = self._token.current()
+        if _UNFIT_FOR_A_HEADER.search(token):
+            raise Unavailable("the Consul token holds characters that no token has")
+        lines = [f"PUT /v1/txn{'?' if query else ''}{query} HTTP/1.1", f"Host: {self._host}"]
+        lines += [f"{name}: {value}" for name, value in self._fixed_headers.items()]
+        if token:
+            lines.append(f"X-Consul-Token: {token}")
+        text = "\r\n".join([*lines, f"Content-Length: {len(body)}\r\n\r\n"]).encode() + body
+        try:
+            status, content = await self._exchange.request(text, timeout_s=timeout_s, answer_bytes_max=answer_bytes_max)
+        except NeverSent as error:
+            raise Unavailable(f"cannot connect to Consul at {self._base}: {_reason(error.__cause__)}") from error
+        except TooBig:
+            raise AnswerTooBig(f"the answer has more than the {answer_bytes_max} bytes that are taken") from None
+        except NoAnswer as error:
+            raise OutcomeUnknown(f"no answer from Consul at {self._base}: {error}") from error
+        return Answer(status, _NO_HEADERS, content)
 
 
 async def _read(response: aiohttp.ClientResponse, answer_bytes_max: int) -> bytes:
@@ -175,10 +211,10 @@ def _translate(error: aiohttp.ClientError | OSError, base: str) -> NoReturn:
     raise OutcomeUnknown(f"no answer from Consul at {base}: {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException | None) -> str:
     if isinstance(error, TimeoutError):
         return "timed out"
-    cause: BaseException = getattr(error, "os_error", error)
+    cause = getattr(error, "os_error", error)
     number = getattr(cause, "errno", None)
     return os.strerror(number) if isinstance(number, int) and number > 0 else type(error).__name__
 
@@ -190,13 +226,10 @@ def _never_resend(session: aiohttp.ClientSession) -> None:
     session._retry_connection = False
 
 
-def _connector(config: ConsulConfig, base: str, socket_path: str, connections_max: int) -> aiohttp.BaseConnector:
+def _connector(context: ssl.SSLContext | None, socket_path: str, connections_max: int) -> aiohttp.BaseConnector:
     if socket_path:
         return aiohttp.UnixConnector(socket_path, limit=connections_max, keepalive_timeout=KEEPALIVE_S)
-    context: ssl.SSLContext | bool = True
-    if base.startswith("https:"):
-        context = tls_context(config)
-    return aiohttp.TCPConnector(limit=connections_max, keepalive_timeout=KEEPALIVE_S, ssl=context)
+    return aiohttp.TCPConnector(limit=connections_max, keepalive_timeout=KEEPALIVE_S, ssl=context or True)
 
 
 def tls_context(config: ConsulConfig) -> ssl.SSLContext:

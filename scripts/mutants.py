@@ -1,0 +1,218 @@
+"""Change the pure modules one small step at a time and see whether their tests notice.
+
+    python scripts/mutants.py [--module merkle] [--limit 50] [--seed 1] [--seconds 60]
+
+A *mutant* is a module with one comparison, arithmetic operator, constant, condition or returned value changed. Each
+runs its module's unit tests in a forked child, which a time limit ends (a mutant may loop for ever). A mutant that
+passes them all *survived*: a test is missing, or the change makes no difference that counts. The latter are listed
+with their reason in docs/mutants.md, in the words that this program prints; any other survivor makes it fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import CodeType, ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPLAINED = ROOT / "docs" / "mutants.md"
+
+TESTS = {
+    "batching": ["batching", "packing", "group_commit"],
+    "checkpoint": ["checkpoint", "recovery"],
+    "chunks": ["chunks", "large_batch", "large_store"],
+    "extents": ["merkle_pages", "recovery", "merkle"],
+    "fenced": ["fenced", "replicated"],
+    "keys": ["keys"],
+    "lease": ["lease"],
+    "limits": ["limits", "batching"],
+    "merkle": ["merkle", "merkle_machine"],
+    "merkle_pages": ["merkle_pages", "merkle"],
+    "retention": ["retention", "replicated"],
+    "wal": ["wal"],
+    "wire": ["wire", "batching"],
+}
+"""Module of consul_backend/ -> its tests in tests/unit/ (those that exist are run)."""
+
+_COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+}  # fmt: skip
+_ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
+    ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
+}  # fmt: skip
+_UNTOUCHED = (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)  # texts of errors are no behaviour
+
+
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What ``node`` may be replaced by."""
+    if isinstance(node, ast.Compare):
+        for n, operator in enumerate(node.ops):
+            other = _COMPARISONS[type(operator)]()
+            yield ast.Compare(node.left, [*node.ops[:n], other, *node.ops[n + 1 :]], node.comparators)
+    elif isinstance(node, ast.Dict) and len(node.keys) > 1:
+        for n in range(len(node.keys)):
+            yield ast.Dict(node.keys[:n] + node.keys[n + 1 :], node.values[:n] + node.values[n + 1 :])
+    elif isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        yield ast.BinOp(node.left, _ARITHMETIC[type(node.op)](), node.right)
+    elif isinstance(node, ast.AugAssign) and type(node.op) in _ARITHMETIC:
+        yield ast.AugAssign(node.target, _ARITHMETIC[type(node.op)](), node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield ast.Constant(node.value + 1)
+    elif isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield node.operand
+    elif isinstance(node, ast.Return) and node.value is not None and not _is_none(node.value):
+        yield ast.Return(ast.Constant(None))
+    elif isinstance(node, ast.Continue | ast.Break) or _is_call(node):
+        yield ast.Pass()
+
+
+def _is_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+
+
+def _is_none(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def places(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
+    """Parent, field and position of every node that can be changed, annotations and texts left out."""
+    for field, value in ast.iter_fields(tree):
+        if field in {"annotation", "returns", "decorator_list", "type_comment"} or isinstance(tree, _UNTOUCHED):
+            continue
+        for position, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(child, ast.AST):
+                yield tree, field, position
+                yield from places(child)
+
+
+def mutants(source: str) -> Iterator[tuple[int, str, str, ast.Module]]:
+    """Line, text before, text after and the whole module, for each mutant of ``source``."""
+    tree = ast.parse(source)
+    for number, (parent, field, position) in enumerate(places(tree)):
+        held = getattr(parent, field)
+        node = held if position is None else held[position]
+        for changed in changes(node):
+            copied = copy.deepcopy(tree)
+            parent, field, position = next(place for n, place in enumerate(places(copied)) if n == number)
+            new = ast.copy_location(changed, node)
+            if position is None:
+                setattr(parent, field, new)
+            else:
+                getattr(parent, field)[position] = new
+            yield node.lineno, _text(node), _text(changed), ast.fix_missing_locations(copied)
+
+
+def _text(node: ast.AST) -> str:
+    return " ".join(ast.unparse(node).split())[:90]
+
+
+class Substitute(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports ``code`` as the module ``name``."""
+
+    def __init__(self, name: str, code: CodeType) -> None:
+        self._name = name
+        self._code = code
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.util.spec_from_loader(fullname, self) if fullname == self._name else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self._code, module.__dict__)
+
+
+def survives(name: str, code: CodeType, tests: Sequence[str], limit_s: float) -> bool:
+    """Whether ``tests`` pass with ``code`` as the module ``name``."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        sys.meta_path.insert(0, Substitute(name, code))
+        status = 1
+        with contextlib.suppress(BaseException):
+            import pytest
+
+            options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "--hypothesis-seed=1"]
+            status = int(pytest.main([*options, *tests]))
+        os._exit(status)
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def check(module: str, arguments: argparse.Namespace, explained: str) -> tuple[int, int, int]:
+    """Run the mutants of one module; how many there were, how many survived, how many of these are not explained."""
+    path = ROOT / "consul_backend" / f"{module}.py"
+    name = f"consul_backend.{module}"
+    files = [ROOT / "tests" / "unit" / f"test_{test}.py" for test in TESTS[module]]
+    tests = [str(file) for file in files if file.exists()]
+    started = time.monotonic()
+    source = path.read_text()
+    if not survives(name, compile(source, path, "exec"), tests, arguments.seconds):
+        sys.exit(f"{module}: its tests fail, or take over {arguments.seconds:.0f} s, without any change")
+    limit_s = min(arguments.seconds, 10 + 3 * (time.monotonic() - started))
+    every = list(mutants(source))
+    if len(every) > arguments.limit:
+        every = sorted(random.Random(arguments.seed).sample(every, arguments.limit), key=lambda mutant: mutant[0])
+    survived = new = 0
+    for line, before, after, tree in every:
+        if survives(name, compile(tree, path, "exec"), tests, limit_s):
+            survived += 1
+            told = f"`{module}.py`: `{before}` → `{after}`"
+            new += told not in explained
+            print(f"  {'explained' if told in explained else 'SURVIVED '} line {line}: {told}", flush=True)
+    seconds = time.monotonic() - started
+    print(
+        f"{module}: {len(every)} mutants, {len(every) - survived} noticed, {survived} survived, {seconds:.0f} s",
+        flush=True,
+    )
+    return len(every), survived, new
+
+
+def main() -> int:
+    """Exit status 1 when a mutant survived that docs/mutants.md does not explain."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--module", action="append", choices=sorted(TESTS), help="default: all")
+    parser.add_argument("--limit", type=int, default=100_000, help="this many mutants of each module, drawn at random")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=180.0, help="time limit of one run of a module's tests")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    for ready in ("pytest", "hypothesis", "hypothesis.stateful", "pytest_asyncio", "msgspec", "aiohttp", "consul"):
+        importlib.import_module(ready)  # children inherit them
+    explained = EXPLAINED.read_text() if EXPLAINED.exists() else ""
+    totals = [check(module, arguments, explained) for module in arguments.module or sorted(TESTS)]
+    made, survived, new = (sum(column) for column in zip(*totals, strict=True))
+    print(f"{made} mutants, {made - survived} noticed, {survived - new} explained, {new} not explained")
+    return 1 if new else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
