@@ -37,6 +37,8 @@ _RECORD_FRAME_BYTES = 225  # the header's fixed fields at their longest, the has
 _POSITIONS_RESERVE_BYTES = 512  # so that a position arriving before a queued batch does not push it over the limit
 _INDEX_MAX = (1 << 64) - 1
 
+_GROUPS_KEPT_MAX = 4096
+
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9-]+(?:/[A-Za-z0-9-]+)*\Z")  # stands for itself when encoded
 _encode_positions = msgspec.msgpack.Encoder().encode
 
@@ -66,7 +68,9 @@ class Batch:
     def __init__(self, writes: dict[str, Prepared], positions: Mapping[str, Position] | None) -> None:
         self.writes = writes
         self.positions = positions
-        self.size_bytes = sum([write.op_bytes + write.record_bytes for write in writes.values()])
+        self.size_bytes = 0
+        for write in writes.values():
+            self.size_bytes += write.op_bytes + write.record_bytes
         self.alone = False
 
 
@@ -76,14 +80,18 @@ class Preparer:
     def __init__(self, generation: str, limits: Limits) -> None:
         self._prefix = f"g/{generation}/d/"
         self._limits = limits
+        self._groups: dict[str, tuple[tuple[str, str], str]] = {}
 
     def prepare(self, write: Write, *, any_size: bool = False) -> Prepared:
         """Raises ValueError for a malformed key, TooLarge for a key that no transaction can hold, NeedsParts (unless
         ``any_size``) for such a value."""
         key, value = write.key, write.value
-        cls, partition, path = split_key(key)
+        cut = key.find("/", 2)
+        path = key[cut + 1 :]
+        known = self._groups.get(key[:cut]) if cut > 0 and path else None
+        group, prefix = known or self._group(key)
         encoded = path if _PLAIN_PATH.match(path) else encode_path(path)
-        where = f"{self._prefix}{encode_partition(cls, partition)}/{encoded}"
+        where = prefix + encoded
         path_bytes = len(path) if path.isascii() else len(path.encode())
         if path_bytes > PATH_BYTES_MAX or len(where) > KEY_BYTES_MAX:
             raise TooLarge(f"a key of {len(where)} bytes as stored, the limit is {KEY_BYTES_MAX}")
@@ -91,13 +99,22 @@ class Preparer:
         if value is None:
             delete = Delete(where)
             size = op_bytes(delete, self._limits.prefix_bytes)
-            return Prepared(key, (cls, partition), path, None, None, delete, size, frame)
+            return Prepared(key, group, path, None, None, delete, size, frame)
         if not any_size and (len(value) > self._limits.value_bytes_max or value.startswith(MANIFEST_MAGIC)):
             raise NeedsParts(f"a value of {len(value)} bytes, the store takes {self._limits.value_bytes_max}")
         put = Set(where, value)
         size = op_bytes(put, self._limits.prefix_bytes)
         digest = entry_digest(key, value)
-        return Prepared(key, (cls, partition), path, value, digest, put, size, frame + len(value))
+        return Prepared(key, group, path, value, digest, put, size, frame + len(value))
+
+    def _group(self, key: str) -> tuple[tuple[str, str], str]:
+        """The group of a key and what its stored names begin with; kept, because thousands of keys share them."""
+        cls, partition, _ = split_key(key)
+        if len(self._groups) >= _GROUPS_KEPT_MAX:
+            self._groups.clear()
+        found = (cls, partition), f"{self._prefix}{encode_partition(cls, partition)}/"
+        self._groups[f"{cls}/{partition}"] = found
+        return found
 
     def prepare_all(self, writes: Iterable[Write]) -> dict[str, Prepared]:
         """Writes by key; of several of one key the last counts. Raises as :meth:`prepare`."""

@@ -34,16 +34,19 @@ PATH_BYTES_MAX = 0xFFFF
 
 _COPY_BYTES_MAX = 2048
 _FRAME_BYTES = 2 + DIGEST_BYTES
+_ENTRY = blake2b(digest_size=DIGEST_BYTES, person=b"entry")  # a copy costs less than a new one
 
 
 def entry_digest(key: str, value: bytes) -> bytes:
     """What the index keeps of one entry: covers the whole logical key and the whole stored value."""
     name = key.encode()
     framed = len(name).to_bytes(4, "big") + name
+    digest = _ENTRY.copy()
     if len(value) < _COPY_BYTES_MAX:
-        return blake2b(framed + value, digest_size=DIGEST_BYTES, person=b"entry").digest()
-    digest = blake2b(framed, digest_size=DIGEST_BYTES, person=b"entry")
-    digest.update(value)
+        digest.update(framed + value)
+    else:
+        digest.update(framed)
+        digest.update(value)
     return digest.digest()
 
 

@@ -7,7 +7,8 @@ Keys are relative to the store's prefix and hold only ``[A-Za-z0-9_-]`` segments
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+import msgspec
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
 
@@ -22,23 +23,20 @@ def require_session(session: str) -> str:
     return session
 
 
-@dataclass(frozen=True, slots=True)
-class Get:
+class Get(msgspec.Struct, frozen=True, gc=False):
     """Read; a missing key fails the whole transaction."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class Set:
+class Set(msgspec.Struct, frozen=True, gc=False):
     """Write unconditionally. Writing the stored value again does not move the key's ModifyIndex."""
 
     key: str
     value: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Cas:
+class Cas(msgspec.Struct, frozen=True, gc=False):
     """Write if the key's ModifyIndex equals ``index``; 0 means the key must not exist."""
 
     key: str
@@ -46,8 +44,7 @@ class Cas:
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Lock:
+class Lock(msgspec.Struct, frozen=True, gc=False):
     """Take the lock ``key`` for ``session`` and set its value; fails when another session holds it or in its delay."""
 
     key: str
@@ -58,8 +55,7 @@ class Lock:
         require_session(self.session)
 
 
-@dataclass(frozen=True, slots=True)
-class Unlock:
+class Unlock(msgspec.Struct, frozen=True, gc=False):
     """Release the lock ``key`` held by ``session`` and set its value. A clean release starts no lock-delay."""
 
     key: str
@@ -70,30 +66,26 @@ class Unlock:
         require_session(self.session)
 
 
-@dataclass(frozen=True, slots=True)
-class Delete:
+class Delete(msgspec.Struct, frozen=True, gc=False):
     """Delete one key; a missing key is no failure."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteTree:
+class DeleteTree(msgspec.Struct, frozen=True, gc=False):
     """Delete every key that begins with ``prefix``."""
 
     prefix: str
 
 
-@dataclass(frozen=True, slots=True)
-class CheckIndex:
+class CheckIndex(msgspec.Struct, frozen=True, gc=False):
     """Fail unless the key exists with this ModifyIndex."""
 
     key: str
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class CheckSession:
+class CheckSession(msgspec.Struct, frozen=True, gc=False):
     """Fail unless ``session`` holds the lock ``key``."""
 
     key: str
@@ -103,8 +95,7 @@ class CheckSession:
         require_session(self.session)
 
 
-@dataclass(frozen=True, slots=True)
-class CheckNotExists:
+class CheckNotExists(msgspec.Struct, frozen=True, gc=False):
     """Fail if the key exists (or is hidden from the store's token: that answers permission denied)."""
 
     key: str

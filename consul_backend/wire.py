@@ -120,6 +120,14 @@ class _Result(msgspec.Struct):
     KV: Entry
 
 
+class _Written(msgspec.Struct, gc=False):
+    ModifyIndex: int
+
+
+class _WrittenResult(msgspec.Struct):
+    KV: _Written
+
+
 class _Error(msgspec.Struct):
     OpIndex: int
     What: str
@@ -130,6 +138,11 @@ class _TxnAnswer(msgspec.Struct):
     Errors: list[_Error] | None = None
 
 
+class _WrittenAnswer(msgspec.Struct):
+    Results: list[_WrittenResult] | None = None
+
+
+_decode_written = msgspec.json.Decoder(_WrittenAnswer).decode
 _decode_txn = msgspec.json.Decoder(_TxnAnswer).decode
 _decode_entries = msgspec.json.Decoder(list[Entry]).decode
 _decode_names = msgspec.json.Decoder(list[str]).decode
@@ -140,7 +153,10 @@ _WRITES = frozenset((Set, Cas, Lock, Unlock))
 
 def encode_txn(ops: Sequence[Op], prefix: str) -> bytes:
     """The body of ``PUT /v1/txn``."""
-    return _encode([_Request(_TO_WIRE[type(op)](op, prefix)) for op in ops])
+    # A commit is nearly all sets, and nothing is committed while this runs: they take no detour by the table.
+    return _encode(
+        [_Request(_Set(prefix + op.key, op.value) if type(op) is Set else _TO_WIRE[type(op)](op, prefix)) for op in ops]
+    )
 
 
 def decode_results(ops: Sequence[Op], body: bytes) -> tuple[int, list[Entry]]:
@@ -149,19 +165,28 @@ def decode_results(ops: Sequence[Op], body: bytes) -> tuple[int, list[Entry]]:
     Consul answers every operation that names one entry, in order. Raises PermissionDenied when it left some out, as it
     does for keys the token may not read, and msgspec.DecodeError for what is no answer.
     """
+    kinds = [type(op) for op in ops]
+    named = [kind for kind in kinds if kind not in _GIVES_NOTHING]
+    if Get not in named:  # a commit: what it wrote is not told, so nothing but the index is decoded
+        written = _decode_written(body).Results or []
+        _require_all(named, written)
+        return max([r.KV.ModifyIndex for kind, r in zip(named, written, strict=True) if kind in _WRITES], default=0), []
     results = _decode_txn(body).Results or []
-    named = [op for op in ops if type(op) not in _GIVES_NOTHING]
+    _require_all(named, results)
+    index, entries = 0, []
+    for kind, result in zip(named, results, strict=True):
+        if kind in _WRITES:
+            index = max(index, result.KV.ModifyIndex)
+        elif kind is Get:
+            entries.append(result.KV)
+    return index, entries
+
+
+def _require_all(named: Sequence[type[Op]], results: Sequence[object]) -> None:
     if len(named) != len(results):
         raise PermissionDenied(
             f"Consul answered {len(results)} of {len(named)} operations: the token may not read the rest"
         )
-    index, entries = 0, []
-    for op, result in zip(named, results, strict=True):
-        if type(op) in _WRITES:
-            index = max(index, result.KV.ModifyIndex)
-        elif type(op) is Get:
-            entries.append(result.KV)
-    return index, entries
 
 
 def decode_entries(body: bytes) -> list[Entry]:
