@@ -142,7 +142,7 @@ class ConsulStore:
         query = self._with_query("keys&separator=/", consistent)
 
         async def read() -> list[str]:
-            answer = await self._read(f"/v1/kv/{full}", query)
+            answer = await self._read("GET", f"/v1/kv/{full}", query)
             if answer.status == 404:
                 return []
             return [name[len(full) :] for name in _decoded(decode_names, answer)]
@@ -156,6 +156,7 @@ class ConsulStore:
     async def watch(self, key: str, index: int, wait_s: float) -> tuple[Item | None, int]:
         query = f"index={index}&wait={math.ceil(wait_s * 1000)}ms" if index > 0 else ""
         answer = await self._read(
+            "GET",
             f"/v1/kv/{self._prefix}{require_key(key)}",
             self._with_query(query, consistent=False),
             timeout_s=wait_s * 17 / 16 + WATCH_MARGIN_S,  # Consul adds up to a sixteenth to the wait
@@ -170,8 +171,8 @@ class ConsulStore:
         absent: set[str] = set()
         for _ in range(ABSENCE_ROUNDS_MAX):
             ops = [CheckNotExists(key) if key in absent else Get(key) for key in keys]
-            read = partial(self._read_txn, query, encode_txn(ops, self._prefix))
-            answer = await _again(partial(read, answer_bytes_max))
+            read = partial(self._read, "PUT", "/v1/txn", query, encode_txn(ops, self._prefix))
+            answer = await _again(partial(read, answer_bytes_max=answer_bytes_max))
             if answer.status == 200:
                 return self._items(keys, absent, ops, answer)
             self._note_absence(keys, absent, answer)
@@ -198,17 +199,21 @@ class ConsulStore:
                 raise Unavailable(f"Consul could not read a key: {failure.what}")
             absent ^= {keys[failure.op_index]}  # a get found nothing, or what was absent has appeared
 
-    async def _read(self, path: str, query: str, *, timeout_s: float = READ_TIMEOUT_S) -> Answer:
-        return await self._checked(self._transport.request("GET", path, query=query, timeout_s=timeout_s))
-
-    async def _read_txn(self, query: str, body: bytes, answer_bytes_max: int = ANSWER_BYTES_MAX) -> Answer:
-        reading = self._transport.txn(body, query=query, timeout_s=READ_TIMEOUT_S, answer_bytes_max=answer_bytes_max)
-        return await self._checked(reading)
-
-    async def _checked(self, reading: Awaitable[Answer]) -> Answer:
+    async def _read(
+        self,
+        method: str,
+        path: str,
+        query: str,
+        body: bytes | None = None,
+        *,
+        timeout_s: float = READ_TIMEOUT_S,
+        answer_bytes_max: int = ANSWER_BYTES_MAX,
+    ) -> Answer:
         """One read: 200, 404 or 409. Raises Unavailable or PermissionDenied."""
         try:
-            answer = await reading
+            answer = await self._transport.request(
+                method, path, query=query, body=body, timeout_s=timeout_s, answer_bytes_max=answer_bytes_max
+            )
         except OutcomeUnknown as error:
             raise Unavailable(str(error)) from error
         if answer.status not in {200, 404, 409}:
@@ -221,7 +226,9 @@ class ConsulStore:
         require_shape(ops, self._limits)
         body = encode_txn(ops, self._prefix)
         require_body(len(body), self._limits)
-        answer = await self._transport.txn(body, query=self._query, timeout_s=self._timeout_s)
+        answer = await self._transport.request(
+            "PUT", "/v1/txn", query=self._query, body=body, timeout_s=self._timeout_s
+        )
         if answer.status != 200:
             failure = self._txn_failure(answer)
             if isinstance(failure, TooLarge):
@@ -292,7 +299,7 @@ class ConsulStore:
     async def _probe(self, body: bytes) -> Answer | None:
         """A read-only transaction: None if the server finds it too large. It must be allowed to see our keys."""
         try:
-            answer = await self._read_txn(self._query, body)
+            answer = await self._read("PUT", "/v1/txn", self._query, body)
         except TooLarge:
             return None
         if answer.status == 409 and isinstance(refused := _decoded(refusal, answer), PermissionDenied):

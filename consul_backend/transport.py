@@ -35,6 +35,8 @@ KEEPALIVE_S = 55.0
 """Below the idle time-outs of the usual proxies, so that we close first."""
 ANSWER_BYTES_MAX = 64 * 2**20
 """No answer we ask for comes near; a stray one must not fill memory."""
+TXN_PATH = "/v1/txn"
+"""What is put here goes over connections of its own; Consul says nothing of interest in the answer's headers."""
 _NO_HEADERS: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
 _UNFIT_FOR_A_HEADER = re.compile(r"[^\x21-\x7e]")
 
@@ -143,6 +145,8 @@ class Transport:
 
         Raises Unavailable when it certainly never left, OutcomeUnknown when its answer is lost or late, AnswerTooBig.
         """
+        if path == TXN_PATH and method == "PUT":
+            return await self._txn(query, body or b"", timeout_s, answer_bytes_max)
         url = URL(f"{self._base}{path}?{query}" if query else self._base + path, encoded=True)
         token = self._token.current()
         headers = {"X-Consul-Token": token} if token else None
@@ -156,14 +160,11 @@ class Transport:
             _translate(error, self._base)
         return Answer(response.status, response.headers, content)
 
-    async def txn(
-        self, body: bytes, *, query: str = "", timeout_s: float, answer_bytes_max: int = ANSWER_BYTES_MAX
-    ) -> Answer:
-        """``PUT /v1/txn``, sent once; the answer's headers are not kept. Raises as :meth:`request`."""
+    async def _txn(self, query: str, body: bytes, timeout_s: float, answer_bytes_max: int) -> Answer:
         token = self._token.current()
         if _UNFIT_FOR_A_HEADER.search(token):
             raise Unavailable("the Consul token holds characters that no token has")
-        lines = [f"PUT /v1/txn{'?' if query else ''}{query} HTTP/1.1", f"Host: {self._host}"]
+        lines = [f"PUT {TXN_PATH}{'?' if query else ''}{query} HTTP/1.1", f"Host: {self._host}"]
         lines += [f"{name}: {value}" for name, value in self._fixed_headers.items()]
         if token:
             lines.append(f"X-Consul-Token: {token}")

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from consul_backend import exchange as exchange_module
 from consul_backend.exchange import CONNECTIONS_MAX, HEAD_BYTES_MAX, Exchange, NeverSent, NoAnswer, TooBig, connector
@@ -217,3 +223,44 @@ async def test_an_idle_connection_is_not_kept_for_ever(monkeypatch: pytest.Monke
         monkeypatch.setattr(exchange_module, "IDLE_S", 0.0)
         await ask(exchange)
         assert scripted.connections == 2
+
+
+def certificate(folder: Path, name: str) -> Path:
+    """A self-signed certificate and its key in one file."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = dt.datetime.now(dt.UTC)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(private.public_key())
+    builder = builder.serial_number(1).not_valid_before(now - dt.timedelta(days=1))
+    builder = builder.not_valid_after(now + dt.timedelta(days=1))
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+    signed = builder.sign(private, hashes.SHA256())
+    path = folder / "both.pem"
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path.write_bytes(
+        signed.public_bytes(serialization.Encoding.PEM) + private.private_bytes(serialization.Encoding.PEM, *form)
+    )
+    return path
+
+
+@pytest.mark.parametrize("server_name", ["consul.test", "other.test", None])
+async def test_tls_by_the_configured_name(tmp_path: Path, server_name: str | None) -> None:
+    path = certificate(tmp_path, "consul.test")
+    serving = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    serving.load_cert_chain(path)
+    scripted = Scripted(OK, OK)
+    server = await asyncio.start_server(scripted.serve, "127.0.0.1", 0, ssl=serving)
+    trusting = ssl.create_default_context(cafile=path)
+    port = server.sockets[0].getsockname()[1]
+    exchange = Exchange(connector("127.0.0.1", port, "", trusting, server_name))
+    if server_name == "consul.test":
+        assert [await ask(exchange), await ask(exchange)] == [(200, b"ok")] * 2
+        assert scripted.connections == 1
+    else:
+        with pytest.raises(NeverSent) as caught:
+            await ask(exchange)
+        assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
+        assert scripted.requests == 0
+    await exchange.close()
+    server.close()
+    await server.wait_closed()

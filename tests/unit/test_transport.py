@@ -83,15 +83,20 @@ async def transport_to(address: str, **settings: str) -> AsyncIterator[Transport
         await transport.close()
 
 
-async def put(transport: Transport, timeout_s: float = 5.0) -> transport_module.Answer:
-    return await transport.request("PUT", "/v1/txn", body=b"[]", timeout_s=timeout_s)
+async def put(transport: Transport, timeout_s: float = 5.0, path: str = "/v1/txn") -> transport_module.Answer:
+    return await transport.request("PUT", path, body=b"[]", timeout_s=timeout_s)
 
 
-async def test_a_put_whose_reused_connection_closes_without_an_answer_is_not_sent_again() -> None:
+BOTH_WAYS = pytest.mark.parametrize("path", ["/v1/txn", "/v1/agent/x"])
+"""Transactions have connections of their own; the rules are the same."""
+
+
+@BOTH_WAYS
+async def test_a_put_whose_reused_connection_closes_without_an_answer_is_not_sent_again(path: str) -> None:
     async with fake(http(200), None, http(200)) as consul, transport_to(consul.address) as transport:
-        await put(transport)
+        await put(transport, path=path)
         with pytest.raises(OutcomeUnknown):
-            await put(transport)
+            await put(transport, path=path)
         assert len(consul.requests) == 2
         assert consul.connections == 1
 
@@ -110,25 +115,28 @@ async def test_an_aiohttp_without_the_switch_is_refused() -> None:
         transport_module._never_resend(object())  # type: ignore[arg-type]  # the point of the test
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
-async def test_no_redirect_is_followed(status: int) -> None:
+async def test_no_redirect_is_followed(status: int, path: str) -> None:
     async with (
         fake(http(status, b"", "Location: /v1/kv/elsewhere"), http(200)) as consul,
         transport_to(consul.address) as transport,
     ):
-        assert (await put(transport)).status == status
+        assert (await put(transport, path=path)).status == status
         assert len(consul.requests) == 1
 
 
-async def test_a_refused_connection_is_certain() -> None:
+@BOTH_WAYS
+async def test_a_refused_connection_is_certain(path: str) -> None:
     async with fake() as consul:
         address = consul.address
     async with transport_to(address) as transport:
         with pytest.raises(Unavailable, match="cannot connect"):
-            await put(transport)
+            await put(transport, path=path)
 
 
-async def test_a_late_answer_is_unknown() -> None:
+@BOTH_WAYS
+async def test_a_late_answer_is_unknown(path: str) -> None:
     never = asyncio.Event()
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -138,16 +146,17 @@ async def test_a_late_answer_is_unknown() -> None:
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     async with transport_to(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as transport:
         with pytest.raises(OutcomeUnknown, match="timed out"):
-            await put(transport, timeout_s=0.05)
+            await put(transport, timeout_s=0.05, path=path)
     never.set()
     server.close()
     await server.wait_closed()
 
 
-async def test_a_truncated_answer_is_unknown() -> None:
+@BOTH_WAYS
+async def test_a_truncated_answer_is_unknown(path: str) -> None:
     truncated = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\nConnection: close\r\n\r\n{"
     async with fake(truncated, None) as consul, transport_to(consul.address) as transport:
-        request = asyncio.create_task(put(transport, timeout_s=0.5))
+        request = asyncio.create_task(put(transport, timeout_s=0.5, path=path))
         with pytest.raises(OutcomeUnknown):
             await request
 
@@ -165,28 +174,38 @@ async def test_an_answer_over_the_size_taken_is_refused(chunked: bool) -> None:
             await transport.request("GET", "/", timeout_s=5, answer_bytes_max=99)
 
 
-async def test_token_and_namespace_travel_and_nothing_else_does() -> None:
+@BOTH_WAYS
+async def test_token_and_namespace_travel_and_nothing_else_does(path: str) -> None:
     async with (
         fake(http(200, b"", "X-Consul-Index: 7")) as consul,
         transport_to(consul.address, token="tok", namespace="ns") as transport,
     ):
-        assert (await put(transport)).index == 7
+        assert (await put(transport, path=path)).index == (0 if path == "/v1/txn" else 7)
         _, headers, body = consul.requests[0]
         assert body == b"[]"
+        assert headers["host"] == consul.address
         assert headers["x-consul-token"] == "tok"
         assert headers["x-consul-namespace"] == "ns"
         assert headers["accept-encoding"] == "identity"
         assert "user-agent" not in headers
 
 
-async def test_a_unix_socket(tmp_path: Path) -> None:
+@BOTH_WAYS
+async def test_a_unix_socket(tmp_path: Path, path: str) -> None:
     consul = FakeConsul([http(200)])
-    path = str(tmp_path / "consul.sock")
-    server = await asyncio.start_unix_server(consul.serve, path)
-    async with transport_to(f"unix://{path}") as transport:
-        assert (await put(transport)).status == 200
+    socket_path = str(tmp_path / "consul.sock")
+    server = await asyncio.start_unix_server(consul.serve, socket_path)
+    async with transport_to(f"unix://{socket_path}") as transport:
+        assert (await put(transport, path=path)).status == 200
     server.close()
     await server.wait_closed()
+
+
+async def test_a_token_that_would_end_the_header_is_refused() -> None:
+    async with fake() as consul, transport_to(consul.address, token="a\r\nX: b") as transport:
+        with pytest.raises(Unavailable, match="characters"):
+            await put(transport)
+        assert consul.connections == 0
 
 
 def test_the_token_file_is_read_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
