@@ -1,6 +1,6 @@
 """Change the pure modules one small step at a time and see whether their tests notice.
 
-    python scripts/mutants.py [--module merkle] [--limit 50] [--seed 1] [--seconds 60]
+    python scripts/mutants.py [--module consul_backend.merkle] [--limit 50] [--seed 1] [--seconds 60]
 
 A *mutant* is a module with one comparison, arithmetic operator, constant, condition or returned value changed. Each
 runs its module's unit tests in a forked child, which a time limit ends (a mutant may loop for ever). A mutant that
@@ -31,21 +31,23 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPLAINED = ROOT / "docs" / "mutants.md"
 
 TESTS = {
-    "batching": ["batching", "packing", "group_commit"],
-    "checkpoint": ["checkpoint", "recovery"],
-    "chunks": ["chunks", "large_batch", "large_store"],
-    "extents": ["merkle_pages", "recovery", "merkle"],
-    "fenced": ["fenced", "replicated"],
-    "keys": ["keys"],
-    "lease": ["lease"],
-    "limits": ["limits", "batching"],
-    "merkle": ["merkle", "merkle_machine"],
-    "merkle_pages": ["merkle_pages", "merkle"],
-    "retention": ["retention", "replicated"],
-    "wal": ["wal"],
-    "wire": ["wire", "batching"],
+    "consul_backend.batching": ["batching", "packing_machine"],
+    "consul_backend.checkpoint": ["checkpoint", "merkle", "recovery"],
+    "consul_backend.extents": ["merkle"],
+    "consul_backend.fenced": ["fenced", "replicated"],
+    "consul_backend.heads": ["heads", "lazy_index"],
+    "consul_backend.keys": ["keys"],
+    "consul_backend.lease": ["lease"],
+    "consul_backend.limits": ["limits", "batching"],
+    "consul_backend.merkle": ["merkle", "merkle_machine", "lazy_index"],
+    "consul_backend.merkle_pages": ["merkle", "merkle_machine", "lazy_index"],
+    "consul_backend.recovery": ["recovery", "lazy_index", "large_crashes"],
+    "consul_backend.retention": ["retention", "replicated"],
+    "consul_backend.wal": ["wal", "large_batch"],
+    "consul_backend.wire": ["wire", "limits", "transport"],
+    "sidecar.replication.diff": ["diff_machine", "sync"],
 }
-"""Module of consul_backend/ -> its tests in tests/unit/ (those that exist are run)."""
+"""Module -> its tests in tests/unit/, those most likely to notice first."""
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -168,13 +170,12 @@ def survives(name: str, code: CodeType, tests: Sequence[str], limit_s: float) ->
 
 def check(module: str, arguments: argparse.Namespace, explained: str) -> tuple[int, int, int]:
     """Run the mutants of one module; how many there were, how many survived, how many of these are not explained."""
-    path = ROOT / "consul_backend" / f"{module}.py"
-    name = f"consul_backend.{module}"
+    path = ROOT / f"{module.replace('.', '/')}.py"
     files = [ROOT / "tests" / "unit" / f"test_{test}.py" for test in TESTS[module]]
     tests = [str(file) for file in files if file.exists()]
     started = time.monotonic()
     source = path.read_text()
-    if not survives(name, compile(source, path, "exec"), tests, arguments.seconds):
+    if not survives(module, compile(source, path, "exec"), tests, arguments.seconds):
         sys.exit(f"{module}: its tests fail, or take over {arguments.seconds:.0f} s, without any change")
     limit_s = min(arguments.seconds, 10 + 3 * (time.monotonic() - started))
     every = list(mutants(source))
@@ -182,9 +183,9 @@ def check(module: str, arguments: argparse.Namespace, explained: str) -> tuple[i
         every = sorted(random.Random(arguments.seed).sample(every, arguments.limit), key=lambda mutant: mutant[0])
     survived = new = 0
     for line, before, after, tree in every:
-        if survives(name, compile(tree, path, "exec"), tests, limit_s):
+        if survives(module, compile(tree, path, "exec"), tests, limit_s):
             survived += 1
-            told = f"`{module}.py`: `{before}` → `{after}`"
+            told = f"`{path.name}`: `{before}` → `{after}`"
             new += told not in explained
             print(f"  {'explained' if told in explained else 'SURVIVED '} line {line}: {told}", flush=True)
     seconds = time.monotonic() - started

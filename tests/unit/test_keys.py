@@ -8,13 +8,16 @@ from hypothesis import strategies as st
 
 from consul_backend.errors import Corrupt
 from consul_backend.keys import (
+    decode_name,
     decode_path,
     decode_segment,
     encode_partition,
     encode_path,
     encode_segment,
     join_key,
+    public_name,
     split_key,
+    split_prefix,
 )
 from consul_backend.limits import require_key
 
@@ -92,3 +95,27 @@ def test_malformed_logical_keys_are_refused(key: str) -> None:
 def test_parts_that_make_no_key_are_refused(parts: tuple[str, str, str]) -> None:
     with pytest.raises(ValueError, match="not a logical key"):
         join_key(*parts)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "parts"),
+    [("r/p/", ("r", "p", "")), ("l/p/a/", ("l", "p", "a")), ("c/p/a/b/", ("c", "p", "a/b")), ("r/p//", ("r", "p", ""))],
+)
+def test_list_prefixes(prefix: str, parts: tuple[str, str, str]) -> None:
+    assert split_prefix(prefix) == parts
+
+
+@pytest.mark.parametrize("prefix", ["", "r", "r/p", "r//", "x/p/", "r/p/a", "r/p/a/b", "//", "R/p/"])
+def test_what_is_no_list_prefix(prefix: str) -> None:
+    with pytest.raises(ValueError, match="not a list prefix"):
+        split_prefix(prefix)
+
+
+@given(texts, st.booleans())
+def test_names_of_a_listing_come_back(text: str, folder: bool) -> None:
+    slash = "/" * folder
+    assert decode_name(encode_segment(text) + slash) == text + slash
+
+
+def test_messages_name_no_path() -> None:
+    assert public_name("r/p/secret/path") == "an entry of class r, partition p"

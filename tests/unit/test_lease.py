@@ -3,6 +3,9 @@
 import itertools
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from consul_backend.lease import TABLE, Action, Event, IllegalEvent, Phase, step
 
@@ -40,3 +43,51 @@ def test_an_unknown_outcome_never_keeps_a_session_that_did_not_win() -> None:
 def test_every_phase_can_lose_its_session() -> None:
     for phase in Phase:
         assert step(phase, Event.SESSION_GONE)[0] is Phase.STANDBY
+
+
+class ElectionMachine(RuleBasedStateMachine):
+    """Any run of events that the table allows: what happens to sessions on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = Phase.STANDBY
+        self.session = 0
+        self.led: list[int] = []
+        self.in_doubt = False
+
+    @rule(event=st.sampled_from(list(Event)))
+    def happen(self, event: Event) -> None:
+        before = self.phase
+        if (before, event) not in TABLE:
+            with pytest.raises(IllegalEvent):
+                step(before, event)
+            return
+        self.phase, action = step(before, event)
+        assert (action is Action.LEAD) == (self.phase is Phase.LEADING)
+        assert (action is Action.ATTEMPT) == (self.phase is Phase.ACQUIRING)
+        assert (action is Action.RELEASE) == (self.phase is Phase.RESIGNING)
+        assert (action is Action.RESOLVE) == (self.phase in {Phase.RESOLVING_REFUSED, Phase.RESOLVING_UNKNOWN})
+        if action is Action.ATTEMPT:
+            assert not self.in_doubt, "a transaction of this session may still land"
+            assert self.session not in self.led, "a session serves one tenure"
+        if self.phase is Phase.RESOLVING_UNKNOWN:
+            self.in_doubt = True
+        if action is Action.LEAD:
+            self.led.append(self.session)
+            self.in_doubt = False
+        if action is Action.ABANDON_SESSION:
+            self.session += 1
+            self.in_doubt = False
+        assert action is not Action.WAIT or not self.in_doubt, "waits with a session that may yet win the lock"
+
+    @invariant()
+    def no_session_led_twice(self) -> None:
+        assert len(set(self.led)) == len(self.led)
+
+    @invariant()
+    def there_is_a_way_to_lead_again(self) -> None:
+        assert any(phase is self.phase for phase, _ in TABLE)
+
+
+TestElectionMachine = ElectionMachine.TestCase
+TestElectionMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

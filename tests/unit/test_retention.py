@@ -1,0 +1,94 @@
+"""What of the log may go, against a dumb oracle that looks at every record."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consul_backend.retention import HARD_FACTOR, RetentionFacts, collectable, keep_from
+
+facts = st.builds(
+    RetentionFacts,
+    oldest=st.integers(1, 200),
+    head=st.integers(200, 400),
+    redo_from=st.integers(150, 401),
+    keep_records=st.integers(1, 120),
+    keep_bytes=st.integers(0, 3000),
+    segment_records=st.sampled_from([2, 8, 16]),
+    sizes=st.dictionaries(st.integers(0, 200), st.integers(0, 500)),
+    holds=st.dictionaries(st.sampled_from("ab"), st.integers(1, 400)),
+    crossings=st.dictionaries(st.integers(0, 50), st.integers(1, 400)),
+)
+
+
+def within(found: RetentionFacts, index: int, factor: int) -> bool:
+    """Whether ``factor`` times the bounds still hold with everything from ``index`` on kept: the newest
+    ``keep_records`` records, and whole segments while their bytes fit, the newest one whatever it holds."""
+    width = found.segment_records
+    if index < found.head - factor * found.keep_records + 1:
+        return False
+    newest = found.head // width
+    segments = range(index // width, newest + 1)
+    return index // width == newest or (
+        sum(found.sizes.get(segment, 0) for segment in segments) <= factor * found.keep_bytes
+    )
+
+
+def oracle(found: RetentionFacts) -> int:
+    """The first record that must stay: looked for record by record."""
+
+    def bounded(factor: int) -> int:
+        fitting = [index for index in range(found.oldest, found.head + 1) if within(found, index, factor)]
+        return min(fitting, default=found.head)
+
+    soft, hard = bounded(1), bounded(HARD_FACTOR)
+    held = min(found.holds.values(), default=soft)
+    kept = max(found.oldest, min(found.head, found.redo_from, max(hard, min(soft, held))))
+    changed = True
+    while changed:  # a batch that is kept needs its parts, and they may be kept with another batch
+        changed = False
+        for segment, first in found.crossings.items():
+            if segment >= kept // found.segment_records and max(found.oldest, first) < kept:
+                kept, changed = max(found.oldest, first), True
+    return kept
+
+
+@settings(max_examples=400)
+@given(facts)
+def test_the_first_record_kept_is_the_oracle_s(found: RetentionFacts) -> None:
+    assert keep_from(found) == oracle(found)
+
+
+@given(facts)
+def test_whole_segments_go_oldest_first_and_nothing_that_is_kept(found: RetentionFacts) -> None:
+    doomed = collectable(found)
+    width = found.segment_records
+    first = found.oldest // width
+    assert doomed == list(range(first, first + len(doomed)))
+    assert all((segment + 1) * width <= keep_from(found) for segment in doomed)
+    if keep_from(found) // width > first:
+        assert doomed[-1] == keep_from(found) // width - 1, "what may go goes"
+
+
+def plain(**given: object) -> RetentionFacts:
+    known: dict[str, object] = {
+        "oldest": 1, "head": 1000, "redo_from": 1001, "keep_records": 100, "keep_bytes": 10_000,
+        "segment_records": 10, "sizes": {}, "holds": {},
+    }  # fmt: skip
+    return RetentionFacts(**(known | given))
+
+
+def test_by_example() -> None:
+    assert keep_from(plain()) == 901, "the newest hundred"
+    assert keep_from(plain(holds={"a": 700})) == 700
+    assert keep_from(plain(holds={"a": 950, "b": 700})) == 700
+    assert keep_from(plain(holds={"a": 10})) == 601, "up to four times the bound"
+    assert keep_from(plain(holds={"a": 999})) == 901, "a secondary that is near keeps nothing from being kept"
+    assert keep_from(plain(redo_from=400)) == 400, "recovery needs it, whatever the bound"
+    assert keep_from(plain(sizes={99: 6_000, 98: 6_000})) == 990
+    assert keep_from(plain(sizes={99: 4_000, 98: 6_000, 97: 1})) == 980
+    assert keep_from(plain(sizes={100: 50_000, 99: 1})) == 1000, "the newest segment stays, however big"
+    assert keep_from(plain(oldest=950)) == 950
+    assert keep_from(plain(crossings={95: 580, 57: 300})) == 580
+    assert keep_from(plain(crossings={95: 575, 57: 300})) == 300, "parts of parts' neighbours"
+    assert keep_from(plain(crossings={89: 1})) == 901
