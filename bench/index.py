@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.report import percentile, result, table
+from bench.report import PeakMemory, percentile, result, table
 from consul_backend.checkpoint import DIRTY_MAX, Checkpoint, CheckpointLeaf, encode_checkpoint
 from consul_backend.heads import encode_heads
 from consul_backend.limits import base64_bytes
@@ -28,6 +28,8 @@ from consul_backend.merkle_pages import ExtentTable, FlushPlan
 PARTITION = "0b8f2c1e-77aa-4d1c-9d0e-2f6f3a5f9a10"
 FOLDERS = 1000
 MEMORY_BYTES_MAX = 150
+GOAL_KEYS = 1_000_000
+"""The memory goal is for so many: with fewer, a partition has more subpages than it has keys to share their cost."""
 WORK_US_MAX = 20.0
 _OPS_MAX = 61
 
@@ -41,6 +43,8 @@ class Figures:
     build_us_a_key: float
     work_us_a_key: float
     first_root_ms: float
+    flush_all_s: float
+    flush_all_mib: float
     root_ms: float
     root_p99_ms: float
     flush_bytes: float
@@ -140,7 +144,10 @@ def measure(keys: int, rounds: int) -> Figures:
     again.root("r")
     first_root_ms = (time.perf_counter() - started) * 1e3
     del again
-    flush_everything(forest, marks)
+    with PeakMemory() as memory:
+        started = time.perf_counter()
+        flush_everything(forest, marks)
+        flush_all_s = time.perf_counter() - started
     work_us = statistics.median(commit_work(forest, marks, keys, rounds * 20) for _ in range(3))
     while marks.dirty_count:
         marks.flushed(plan_one(forest, marks, 9))
@@ -152,6 +159,8 @@ def measure(keys: int, rounds: int) -> Figures:
         build_us_a_key=build_us,
         work_us_a_key=work_us,
         first_root_ms=first_root_ms,
+        flush_all_s=flush_all_s,
+        flush_all_mib=memory.mib,
         root_ms=statistics.median(roots),
         root_p99_ms=percentile(roots, 0.99),
         flush_bytes=statistics.median(sizes),
@@ -164,25 +173,32 @@ def measure(keys: int, rounds: int) -> Figures:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keys", type=int, default=1_000_000)
+    parser.add_argument("--keys", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=500)
     arguments = parser.parse_args()
-    keys = arguments.keys
-    found = measure(keys, arguments.rounds)
+    every = [(keys, measure(keys, arguments.rounds)) for keys in arguments.keys]
+    rows = [
+        ("memory a key, bytes", "bytes_a_key", "{:.0f}", f"<= {MEMORY_BYTES_MAX} at a million"),
+        ("build a key, us", "build_us_a_key", "{:.1f}", ""),
+        ("index work a key of a commit, us", "work_us_a_key", "{:.1f}", f"< {WORK_US_MAX:.0f}"),
+        ("first root of a tenth of them, ms", "first_root_ms", "{:.0f}", ""),
+        ("first flush of everything, s", "flush_all_s", "{:.2f}", ""),
+        ("its memory at most, MiB", "flush_all_mib", "{:.1f}", ""),
+        ("root after one change, ms", "root_ms", "{:.2f}", ""),
+        ("the same, p99", "root_p99_ms", "{:.2f}", ""),
+        ("flush of one random write, bytes", "flush_bytes", "{:,.0f}", "bounded"),
+        ("the same, at most", "flush_bytes_max", "{:,}", "bounded"),
+        ("planning that flush, ms", "flush_ms", "{:.2f}", ""),
+        ("stored extents", "extents", "{:,}", ""),
+    ]
     table(
-        ("what", "measured", "goal"),
-        [
-            ("keys", f"{keys:,} (paths of {found.path_bytes:.0f} bytes)", ""),
-            ("memory a key", f"{found.bytes_a_key:.0f} bytes", f"<= {MEMORY_BYTES_MAX}"),
-            ("index work a key of a commit", f"{found.work_us_a_key:.1f} us", f"< {WORK_US_MAX:.0f}"),
-            ("root after one change", f"{found.root_ms:.2f} ms (p99 {found.root_p99_ms:.2f})", ""),
-            ("flush of one random write", f"{found.flush_bytes:,.0f} bytes (max {found.flush_bytes_max:,})", "bounded"),
-            ("planning that flush", f"{found.flush_ms:.2f} ms", ""),
-            ("stored extents", f"{found.extents:,}", ""),
-        ],
+        ("", *(f"{keys:,} keys" for keys, _ in every), "goal"),
+        [(name, *(form.format(getattr(found, field)) for _, found in every), goal) for name, field, form, goal in rows],
     )
-    met = found.bytes_a_key <= MEMORY_BYTES_MAX and found.work_us_a_key < WORK_US_MAX
-    result("index", {"keys": keys, "met": met, **{name: getattr(found, name) for name in Figures.__slots__}})
+    for keys, found in every:
+        small = found.bytes_a_key <= MEMORY_BYTES_MAX or keys < GOAL_KEYS
+        met = small and found.work_us_a_key < WORK_US_MAX
+        result("index", {"keys": keys, "met": met, **{name: getattr(found, name) for name in Figures.__slots__}})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.report import result, table
+from bench.report import PeakMemory, result, table
 from consul_backend.clock import SystemClock
 from consul_backend.config import ConsulConfig
 from consul_backend.embedded import EmbeddedStore
@@ -39,6 +39,8 @@ from tests.support.consul_server import ConsulServer
 GENERATION = "bench"
 PARTITION = "0b8f2c1e-77aa-4d1c-9d0e-2f6f3a5f9a10"
 BATCH = 61
+CHECKED_KEYS_MAX = 100_000
+"""A merkle-check reads every value: minutes at a million keys, and nothing that 100,000 do not show."""
 FILLERS = 8
 OPTIONS = StoreOptions(flush_interval_s=3600, collect_interval_s=1.0, wal_keep_records=512, index_warm_share=1.0)
 
@@ -50,7 +52,7 @@ def key_of(number: int) -> str:
 
 @dataclass(slots=True)
 class Times:
-    """Seconds of each repeat."""
+    """Seconds of each repeat, and MiB by which the process grew: until active, and with the index loaded."""
 
     active: list[float] = field(default_factory=list)
     first_read: list[float] = field(default_factory=list)
@@ -58,6 +60,8 @@ class Times:
     rooted: list[float] = field(default_factory=list)
     loaded: list[float] = field(default_factory=list)
     checked: list[float] = field(default_factory=list)
+    active_mib: list[float] = field(default_factory=list)
+    loaded_mib: list[float] = field(default_factory=list)
 
 
 class Bench:
@@ -134,15 +138,19 @@ class Bench:
         """One recovery. Nothing is flushed, so the distance stays."""
         rng = random.Random()
         held = await self.lead()
-        started = time.perf_counter()
-        store = await self.active(held)
-        times.active.append(time.perf_counter() - started)
+        with PeakMemory() as memory:
+            started = time.perf_counter()
+            store = await self.active(held)
+            times.active.append(time.perf_counter() - started)
+        times.active_mib.append(memory.mib)
         times.first_read.append(await self._timed(lambda: store.get(key_of(rng.randrange(keys)))))
         running = asyncio.create_task(store.run())
         write = Write(key_of(rng.randrange(keys)), os.urandom(8))
         times.first_write.append(await self._timed(lambda: store.commit([write])))
-        times.rooted.append(await self._timed(store.rooted))
-        times.loaded.append(await self._timed(store.load_index))
+        with PeakMemory() as memory:
+            times.rooted.append(await self._timed(store.rooted))
+            times.loaded.append(await self._timed(store.load_index))
+        times.loaded_mib.append(memory.mib)
         await self._stop(running)
 
     async def _timed(self, call: Callable[[], Awaitable[object]]) -> float:
@@ -160,6 +168,8 @@ async def one_size(physical: PhysicalStore, keys: int, distance: int, repeats: i
         for _ in range(repeats):
             gc.collect()  # the index of the repeat before is not what this one has to pay for
             await bench.measure(keys, times)
+        if keys > CHECKED_KEYS_MAX:
+            return times
         parts = (await bench.recover()).inspected()
         started = time.perf_counter()
         report = await check(parts, Progress())
@@ -183,19 +193,26 @@ async def run(arguments: argparse.Namespace) -> None:
                 where = f"{folder}/{keys}"
                 os.mkdir(where)
                 times = await one_size(EmbeddedStore(where), keys, arguments.distance, arguments.repeats)
-            found = {name: statistics.median(getattr(times, name)) * 1e3 for name in Times.__slots__}
-            rows.append([f"{keys:,}", *(f"{value:,.1f}" for value in found.values())])
-            figures.append({"keys": keys, **{f"{name}_ms": round(value, 2) for name, value in found.items()}})
-    print(f"store: {arguments.store}; {arguments.distance:,} records since the checkpoint; milliseconds, medians")
-    table(("keys", "until active", "then first read", "first write", "roots known", "all loaded", "merkle-check"), rows)
+            found = {name: medians(getattr(times, name), name) for name in Times.__slots__}
+            rows.append([f"{keys:,}", *("-" if value is None else f"{value:,.1f}" for value in found.values())])
+            named = {name if name.endswith("_mib") else f"{name}_ms": value for name, value in found.items()}
+            figures.append({"keys": keys, **named})
+    print(f"store: {arguments.store}; {arguments.distance:,} records since the checkpoint; ms, medians")
+    header = ("keys", "until active", "then first read", "first write", "roots known", "all loaded", "merkle-check")
+    table((*header, "MiB active", "MiB loaded"), rows)
     result("recovery", {"store": arguments.store, "distance": arguments.distance, "sizes": figures})
+
+
+def medians(samples: list[float], name: str) -> float | None:
+    """The median, times in milliseconds; None for none."""
+    return round(statistics.median(samples) * (1 if name.endswith("_mib") else 1e3), 2) if samples else None
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", choices=("embedded", "consul"), default="embedded")
-    parser.add_argument("--keys", type=int, nargs="+", default=[1_000, 1_000_000])
+    parser.add_argument("--keys", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--distance", type=int, default=1_000)
     parser.add_argument("--repeats", type=int, default=5)
     asyncio.run(run(parser.parse_args()))

@@ -53,7 +53,7 @@ def oracle(found: RetentionFacts) -> int:
     return kept
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(facts)
 def test_the_first_record_kept_is_the_oracle_s(found: RetentionFacts) -> None:
     assert keep_from(found) == oracle(found)

@@ -7,7 +7,7 @@ import json
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consul_backend.errors import Conflict, PermissionDenied, TooLarge
@@ -85,12 +85,14 @@ def entry(key: str, index: int, value: bytes | None = None) -> dict[str, object]
     return {"KV": {"LockIndex": 0, "Key": key, "Flags": 0, "Value": text, "CreateIndex": 1, "ModifyIndex": index}}
 
 
-@given(st.lists(ops, max_size=20))
+@settings(max_examples=40)
+@given(st.lists(ops, max_size=12))
 def test_the_request_is_what_plain_json_would_be(batch: list[Op]) -> None:
     assert json.loads(encode_txn(batch, "outrider/")) == [plain(op) for op in batch]
 
 
-@given(st.lists(st.tuples(ops, st.integers(1, 2**40)), max_size=20))
+@settings(max_examples=40)
+@given(st.lists(st.tuples(ops, st.integers(1, 2**40)), max_size=12))
 def test_the_index_is_the_newest_that_was_written_and_gets_come_in_order(pairs: list[tuple[Op, int]]) -> None:
     batch = [op for op, _ in pairs]
     told = [
