@@ -162,6 +162,10 @@ class Chunks:
         for key in self.live.keys() & keys:
             self.replaced(key)
 
+    def statistics(self) -> dict[str, int]:
+        """Counters and gauges, by the names of their metrics."""
+        return {"chunked_values": len(self.live)}
+
     async def run(self, interval_s: float) -> NoReturn:
         """Collect until cancelled. Raises FenceLost, Corrupt; what passes is tried again."""
         while True:

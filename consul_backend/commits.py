@@ -64,7 +64,9 @@ MakeSpecial = Callable[[], Special]
 
 @dataclass(slots=True)
 class CommitCounts:
-    """Since the tenure began. ``queue_peak`` is in batches; ``relimited`` counts limits learnt from a refusal."""
+    """Since the tenure began. ``queue_peak`` is in batches; ``relimited`` counts limits learnt from a refusal,
+    ``superseded`` the records that took the place of one whose outcome was unknown, ``overloaded`` batches refused
+    because the queue was full, ``overdue`` those whose deadline passed while they waited."""
 
     transactions: int = 0
     batches: int = 0
@@ -72,4 +74,7 @@ class CommitCounts:
     narrowed: int = 0
     specials: int = 0
     relimited: int = 0
+    superseded: int = 0
+    overloaded: int = 0
+    overdue: int = 0
     queue_peak: int = 0

@@ -27,6 +27,10 @@ class NotApplied(BackendError):
     """A write that was queued and never sent. Nothing was written; try again."""
 
 
+class DeadlinePassed(NotApplied):
+    """The request's time ran out while its write was queued. Nothing was written."""
+
+
 class Overloaded(BackendError):
     """A bounded queue is full. Nothing was written; try again after a moment."""
 

@@ -15,6 +15,8 @@ refused by the fence                        NotApplied to its callers; :class:`F
 refused by chain or record                  the record is read: byte for byte ours → it had landed; else StoreWentBack
 refused otherwise (rights, size)            each batch alone under the same index, so one bad batch fails alone; a size
                                             that the server refused is learnt first, and batches are packed anew
+refused for its size after a lost answer    a record without entries takes its place; then it cannot land any more, and
+                                            its batches are packed anew (``delivery.py``)
 certainly not applied, for the whole time   NotApplied to its callers; the tenure goes on
 still unknown                               OutcomeUnknown to its callers and from :meth:`GroupCommit.run`
 ==========================================  ===========================================================================
@@ -31,15 +33,19 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
+from functools import partial
 from typing import NoReturn
 
 from consul_backend.batching import Batch, Budget, NeedsParts, Packing, Prepared, Preparer, require_fits_alone, take
 from consul_backend.clock import Clock
 from consul_backend.commits import CommitCounts, CommitOptions, Committed, MakeSpecial, Special, Tip
+from consul_backend.deadline import at_deadline, passed, passed_under_way
+from consul_backend.delivery import Delivery, Sent, Superseded
 from consul_backend.errors import (
     BackendError,
     Conflict,
+    DeadlinePassed,
     FenceLost,
     NotApplied,
     OutcomeUnknown,
@@ -59,22 +65,18 @@ from consul_backend.wal import BATCH_ID_BYTES, Groups, Head, Kind, Large, Record
 
 __all__ = ["CommitOptions", "Committed", "GroupCommit", "MakeSpecial", "Special", "Tip"]
 
-_FENCE_OP = 0
-_CHAIN_OP = 1
-_RESEND_PAUSE_S = 0.01
-_RESEND_PAUSE_MAX_S = 0.5
-
 
 class _Pending(Batch):
     """A queued batch and the caller that waits for it."""
 
-    __slots__ = ("future",)
+    __slots__ = ("future", "timer")
 
     def __init__(
         self, writes: dict[str, Prepared], positions: Mapping[str, Position] | None, future: asyncio.Future[Head]
     ) -> None:
         super().__init__(writes, positions)
         self.future = future
+        self.timer: asyncio.TimerHandle | None = None
 
     def fail(self, error: BackendError) -> None:
         if not self.future.done():
@@ -91,22 +93,10 @@ class _PendingSpecial(_Pending):
         self.make = make
 
 
-@dataclass(slots=True, eq=False)
-class _Sent:
-    """One transaction from its building until its effects are worked off."""
-
-    packing: Packing
-    record: Record
-    raw: bytes
-    key: str
-    ops: list[Op]
-    unknown: bool = False
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def fail(self, error: BackendError) -> None:
-        for batch in self.packing.batches:
-            if isinstance(batch, _Pending):
-                batch.fail(error)
+def _fail(sent: Sent, error: BackendError) -> None:
+    for batch in sent.packing.batches:
+        if isinstance(batch, _Pending):
+            batch.fail(error)
 
 
 class GroupCommit:
@@ -132,22 +122,29 @@ class GroupCommit:
         self._tip = tip
         self._options = options
         self._clock = clock
-        self._lease = lease
         self._random_bytes = random_bytes
         self._on_commit = on_commit
         self._preparer = Preparer(generation, physical.limits)
         self._fence = CheckSession(LOCK_KEY, tenure.session)
         self._limits = physical.limits
         self.budget = Budget(physical.limits, session=tenure.session, record_key=tip.key, writer=tenure.node_id)
+        self.counts = CommitCounts()
+        self._delivery = Delivery(
+            physical,
+            clock=clock,
+            lease=lease,
+            resolve_timeout_s=options.resolve_timeout_s,
+            counts=self.counts,
+            filler=lambda: self._build(Packing(self.budget, self._tip.record.header.positions), "data"),
+        )
         self._queue: deque[Batch] = deque()
         self._specials: deque[_PendingSpecial] = deque()
         self._special_turn = True
         self._queue_bytes = 0
         self._arrived = asyncio.Event()
-        self._in_flight: _Sent | None = None
-        self._acknowledged: tuple[_Sent, Committed] | None = None
+        self._in_flight: Sent | None = None
+        self._acknowledged: tuple[Sent, Committed] | None = None
         self._closed = False
-        self.counts = CommitCounts()
 
     # -- callers
 
@@ -155,14 +152,26 @@ class GroupCommit:
         """Commit ``writes`` atomically; returns the head of the record that holds them.
 
         Raises ValueError (malformed key), NeedsParts, TooLarge, Overloaded, NotApplied, PermissionDenied: nothing was
-        written; OutcomeUnknown: read before repeating. Cancelling withdraws a batch that is still queued.
+        written; OutcomeUnknown: read before repeating. Cancelling withdraws a batch that is still queued, and so does
+        the caller's deadline (:mod:`consul_backend.deadline`).
         """
         pending = self._enqueue(writes, positions)
         try:
+            pending.timer = at_deadline(partial(self._overdue, pending))
             return await pending.future
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, DeadlinePassed):
             self._withdraw(pending)
             raise
+        finally:
+            if pending.timer is not None:
+                pending.timer.cancel()
+
+    def _overdue(self, pending: _Pending) -> None:
+        if self._withdraw(pending):
+            self.counts.overdue += 1
+            pending.fail(passed())
+        else:
+            pending.fail(passed_under_way())
 
     def _enqueue(self, writes: Sequence[Write], positions: Mapping[str, Position] | None) -> _Pending:
         if self._closed:
@@ -172,6 +181,7 @@ class GroupCommit:
         require_fits_alone(pending, self.budget, self._tip.record.header.positions)
         queue, options = self._queue, self._options
         if len(queue) >= options.queue_batches_max or self._queue_bytes + pending.size_bytes > options.queue_bytes_max:
+            self.counts.overloaded += 1
             raise Overloaded(f"{len(queue)} batches of {self._queue_bytes} bytes wait to be committed already")
         queue.append(pending)
         self._queue_bytes += pending.size_bytes
@@ -193,17 +203,23 @@ class GroupCommit:
         TooLarge."""
         sent = self._build_special(make(), [])
         try:
-            self._advance(sent, await self._deliver(sent))
-        except TooLarge:
+            self._advance(sent, await self._delivery.deliver(sent))
+        except TooLarge as refusal:
+            self._supersede(refusal)
             self._relimited()
             raise
-        self._settle()
+        finally:
+            self._settle()
         return self._tip.head
 
-    def _withdraw(self, pending: _Pending) -> None:
-        with contextlib.suppress(ValueError):
+    def _withdraw(self, pending: _Pending) -> bool:
+        """Take a batch out of the queue; whether it was there."""
+        try:
             self._queue.remove(pending)
-            self._queue_bytes -= pending.size_bytes
+        except ValueError:
+            return False
+        self._queue_bytes -= pending.size_bytes
+        return True
 
     @property
     def closed(self) -> bool:
@@ -215,10 +231,10 @@ class GroupCommit:
         """The newest record that the store acknowledged."""
         return self._tip
 
-    @property
-    def queued(self) -> int:
-        """Batches that wait."""
-        return len(self._queue)
+    def statistics(self) -> dict[str, int]:
+        """Counters and gauges, by the names of their metrics."""
+        counts = {f"commit_{name}": count for name, count in asdict(self.counts).items()}
+        return counts | {"commit_queue": len(self._queue), "commit_queue_bytes": self._queue_bytes}
 
     async def settled(self, touches: Callable[[Mapping[str, Prepared]], bool]) -> bool:
         """Wait until no unsettled transaction that ``touches`` approves is left; whether there was one.
@@ -238,7 +254,7 @@ class GroupCommit:
         """Commit the tenure record, the first of a tenure. Raises FenceLost, StoreWentBack, OutcomeUnknown,
         Unavailable, PermissionDenied."""
         sent = self._build(Packing(self.budget, self._tip.record.header.positions), "tenure")
-        self._advance(sent, await self._deliver(sent))
+        self._advance(sent, await self._delivery.deliver(sent))
         self._settle()
 
     async def run(self) -> NoReturn:
@@ -294,20 +310,20 @@ class GroupCommit:
             self._specials.clear()
             self._queue_bytes = 0
 
-    def _build(self, packing: Packing, kind: Kind) -> _Sent:
+    def _build(self, packing: Packing, kind: Kind) -> Sent:
         sent = self._assemble(packing, kind, packing.groups(), [write.op for write in packing.entries.values()])
         if len(sent.raw) > packing.record_bytes:
             raise AssertionError(f"a record of {len(sent.raw)} bytes was sized as {packing.record_bytes}")
         return sent
 
-    def _build_special(self, special: Special, waiting: list[Batch]) -> _Sent:
+    def _build_special(self, special: Special, waiting: list[Batch]) -> Sent:
         packing = Packing(self.budget, {**self._tip.record.header.positions, **(special.positions or {})})
         packing.batches = waiting
         return self._assemble(packing, special.kind, special.groups, special.ops, special.large)
 
     def _assemble(
         self, packing: Packing, kind: Kind, groups: Groups, data: Sequence[Op], large: Large | None = None
-    ) -> _Sent:
+    ) -> Sent:
         tip = self._tip
         before = tip.record.header
         record = Record.build(
@@ -327,33 +343,34 @@ class GroupCommit:
         ops: list[Op] = [self._fence, CheckIndex(tip.key, tip.modify_index)]
         ops += data
         ops.append(Cas(key, raw, 0))
-        return _Sent(packing, record, raw, key, ops)
+        return Sent(packing, record, raw, key, ops)
 
-    async def _commit(self, sent: _Sent) -> None:
+    async def _commit(self, sent: Sent) -> None:
         """Send one transaction, settle the one before meanwhile, and deal with the answer."""
         self._in_flight = sent
         try:
             if self._acknowledged is None:
-                modify_index = await self._deliver(sent)
+                modify_index = await self._delivery.deliver(sent)
             else:
                 modify_index = await self._deliver_and_settle(sent)
         except (PermissionDenied, TooLarge, Conflict, Unavailable) as refusal:
             sent.settled.set()
+            self._supersede(refusal)
             self._refused(sent, refusal)
             return
         except BaseException as error:
             sent.settled.set()
             if isinstance(error, FenceLost) or (isinstance(error, StoreWentBack) and not sent.unknown):
-                sent.fail(NotApplied("this node is no longer active: nothing was written"))
+                _fail(sent, NotApplied("this node is no longer active: nothing was written"))
             else:
-                sent.fail(OutcomeUnknown("this node is no longer active: the write may have been applied"))
+                _fail(sent, OutcomeUnknown("this node is no longer active: the write may have been applied"))
             raise
         finally:
             self._in_flight = None
         self._advance(sent, modify_index)
 
-    async def _deliver_and_settle(self, sent: _Sent) -> int:
-        delivery = asyncio.create_task(self._deliver(sent), name="commit")
+    async def _deliver_and_settle(self, sent: Sent) -> int:
+        delivery = asyncio.create_task(self._delivery.deliver(sent), name="commit")
         try:
             await asyncio.sleep(0)  # the request leaves first
             self._settle()
@@ -364,10 +381,14 @@ class GroupCommit:
                 with contextlib.suppress(asyncio.CancelledError):
                     await delivery
 
-    def _advance(self, sent: _Sent, modify_index: int) -> None:
+    def _advance(self, sent: Sent, modify_index: int) -> None:
         self._tip = Tip(sent.record, sent.key, modify_index)
         committed = Committed(sent.record, self._tip.head, sent.packing.entries, len(sent.raw))
         self._acknowledged = (sent, committed)
+
+    def _supersede(self, refusal: BackendError) -> None:
+        if isinstance(refusal, Superseded):
+            self._advance(refusal.filler, refusal.modify_index)
 
     def _settle(self) -> None:
         """Work off the effects of the transaction that the store acknowledged last."""
@@ -385,16 +406,16 @@ class GroupCommit:
                     batch.future.set_result(committed.head)
         finally:
             sent.settled.set()
-            sent.fail(OutcomeUnknown("the write was applied, but this node failed before it could say so"))
+            _fail(sent, OutcomeUnknown("the write was applied, but this node failed before it could say so"))
 
-    def _refused(self, sent: _Sent, refusal: BackendError) -> None:
+    def _refused(self, sent: Sent, refusal: BackendError) -> None:
         batches = sent.packing.batches
         if isinstance(refusal, Unavailable):
-            sent.fail(NotApplied("the store could not be reached: nothing was written"))
+            _fail(sent, NotApplied("the store could not be reached: nothing was written"))
         elif isinstance(refusal, TooLarge) and self._relimited():
             self._repack(batches)
         elif len(batches) == 1:
-            sent.fail(refusal)
+            _fail(sent, refusal)
         else:
             self.counts.narrowed += 1
             for batch in batches:
@@ -431,69 +452,3 @@ class GroupCommit:
                         batch.fail(error)
         self._queue = kept
         self._queue_bytes = sum([batch.size_bytes for batch in kept])
-
-    # -- one transaction's fate
-
-    async def _deliver(self, sent: _Sent) -> int:
-        """The ModifyIndex of the record, once it is certain that it was written. Raises as the module text says."""
-        deadline = self._clock.monotonic() + self._options.resolve_timeout_s
-        pause_s = _RESEND_PAUSE_S
-        while True:
-            failpoint("commit:before-send")
-            sent_at = self._lease.now()
-            try:
-                result = await self._physical.txn(sent.ops)
-            except Conflict as refusal:
-                return await self._judge(sent, refusal)
-            except (PermissionDenied, TooLarge):
-                if not sent.unknown:
-                    raise
-            except OutcomeUnknown:
-                sent.unknown = True
-            except Unavailable:
-                pass
-            else:
-                failpoint("commit:after-reply")
-                self._lease.proved(sent_at)
-                return result.modify_index
-            if self._clock.monotonic() + pause_s >= deadline:
-                break
-            self.counts.resent += 1
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _RESEND_PAUSE_MAX_S)
-        if not sent.unknown:
-            raise Unavailable("the store could not be reached: nothing was written")
-        found = await self._find_own(sent)
-        if found is None:
-            # Not there *yet*: a request that was given up on may still land.
-            raise OutcomeUnknown(f"record {sent.record.index} may have been written: the store did not answer in time")
-        return found
-
-    async def _judge(self, sent: _Sent, refusal: Conflict) -> int:
-        failed = {failure.op_index for failure in refusal.failures}
-        fence = _FENCE_OP in failed
-        if fence:
-            self._lease.lost()
-        elif failed and not sent.unknown and not failed & {_CHAIN_OP, len(sent.ops) - 1}:
-            raise refusal
-        if fence and not sent.unknown:
-            raise FenceLost("the store refused a commit: this node's session no longer holds the lock")
-        found = await self._find_own(sent)
-        if found is not None:
-            return found
-        if fence:
-            raise FenceLost("the store refused a commit: this node's session no longer holds the lock")
-        raise StoreWentBack(
-            f"the store refused record {sent.record.index} although this node holds the lock: the record before it was"
-            " changed, or another one is there. The store was restored or changed underneath"
-        )
-
-    async def _find_own(self, sent: _Sent) -> int | None:
-        """The ModifyIndex of our record if it is stored. Raises OutcomeUnknown when that cannot be read."""
-        try:
-            async with asyncio.timeout(self._options.resolve_timeout_s):  # a read may wait longer than callers should
-                item = await self._physical.get(sent.key, consistent=True)
-        except (BackendError, TimeoutError) as error:
-            reason = str(error) or "no answer in time"
-            raise OutcomeUnknown(f"record {sent.record.index} may have been written: {reason}") from error
-        return item.modify_index if item is not None and item.value == sent.raw else None

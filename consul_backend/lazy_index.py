@@ -120,6 +120,10 @@ class LazyIndex:
         """How many pages are not in memory yet."""
         return sum([len(pages) for pages in self._cold.values()])
 
+    def statistics(self) -> dict[str, int]:
+        """Counters and gauges, by the names of their metrics."""
+        return {"index_cold_pages": self.cold_pages, "index_damaged_pages": len(self.damaged)}
+
     def lacks(self, cls: str, partition: str, page: int) -> bool:
         """Whether a page must be loaded before its entries are read or changed."""
         pages = self._cold.get((cls, partition))

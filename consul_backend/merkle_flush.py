@@ -100,6 +100,14 @@ class Flusher:
         head as well, to see that the log is the one which the checkpoint was written after."""
         return self.checkpoint.scan_from if self.checkpoint is not None else 1
 
+    def statistics(self) -> dict[str, int]:
+        """Counters and gauges, by the names of their metrics."""
+        return {
+            "index_extents_written": self.extents_written,
+            "index_flush_failures": self.failures,
+            "index_redo_from": self.redo_from,
+        }
+
     async def flush(self) -> int:
         """One transaction's worth, oldest first; returns how many extents, 0 also when all is stored already.
 

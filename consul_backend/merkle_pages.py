@@ -287,6 +287,10 @@ class ExtentTable:
         stored = layout.stored.keys() if layout is not None else set()
         return any(changes.get(where, True) for where in stored | changes.keys())
 
+    def statistics(self) -> dict[str, int]:
+        """Counters and gauges, by the names of their metrics."""
+        return {"index_dirty_extents": self.dirty_count, "index_stored_extents": self.count}
+
     @property
     def names(self) -> list[tuple[str, str]]:
         """The (class, partition) pairs that have stored or dirty leaves."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from consul_backend.batching import NeedsParts, Prepared
 from consul_backend.chunks import Chunks, read_value
@@ -30,9 +29,10 @@ from consul_backend.merkle_flush import Flusher, FlushView
 from consul_backend.physical import PhysicalStore
 from consul_backend.position import Position
 from consul_backend.read_lease import ReadLease
-from consul_backend.recovery import EAGER_KEYS, Recovered, recover
+from consul_backend.recovery import Recovered, recover
 from consul_backend.retention import HARD_FACTOR, Collector, RetentionFacts, keep_from
 from consul_backend.roll_forward import LargeBatches
+from consul_backend.store_options import StoreOptions
 from consul_backend.tenure import Tenure
 from consul_backend.value_cache import ValueCache
 from consul_backend.wal import CorruptRecord, Head, Record, Write
@@ -52,40 +52,6 @@ __all__ = [
 ]
 
 _MIB = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class StoreOptions:
-    """Bounds of one node's store. ``segment_records`` must stay what the generation began with (recovery checks).
-    ``batch_*`` bound one batch of values, ``staged_*`` one that replication commits together with a position."""
-
-    cache_bytes_max: int = 64 * _MIB
-    queue_batches_max: int = 4096
-    queue_bytes_max: int = 64 * _MIB
-    batch_entries_max: int = 100_000
-    batch_bytes_max: int = 32 * _MIB
-    staged_entries_max: int = 1_000_000
-    staged_bytes_max: int = 256 * _MIB
-    large_queue_max: int = 16
-    large_queue_bytes_max: int = 128 * _MIB
-    ring_records_max: int = 4096
-    ring_bytes_max: int = 32 * _MIB
-    wal_keep_records: int = 16_384
-    wal_keep_bytes: int = 256 * _MIB
-    segment_records: int = 512
-    flush_interval_s: float = 1.0
-    flush_extents_per_s: float = 64.0
-    collect_interval_s: float = 5.0
-    tip_interval_s: float = 1.0
-    resolve_timeout_s: float = 5.0
-    index_eager_keys: int = EAGER_KEYS
-    index_warm_share: float = 0.25
-
-    def __post_init__(self) -> None:
-        if self.segment_records < 2:
-            raise ValueError("a segment of the log has at least two records")
-        if not 0 < self.index_warm_share <= 1:
-            raise ValueError("index_warm_share is a share of the time, above 0 and up to 1")
 
 
 class ReplicatedStore:
@@ -431,47 +397,29 @@ class ReplicatedStore:
 
     def statistics(self) -> dict[str, int | float]:
         """Counters and gauges, by the names of their metrics."""
-        counts = self._group_commit.counts
-        return {
+        found: dict[str, int | float] = {
             "wal_head_index": self.head.index,
             "wal_oldest_index": self.oldest_index,
             "wal_bytes": sum(self._segment_bytes.values()),
             "wal_keep_from": keep_from(self._retention_facts()),
             "wal_hard_records": HARD_FACTOR * self._options.wal_keep_records,
-            "wal_segments_collected": self._collector.collected,
-            "collect_failures": self._collector.failures,
-            "commit_transactions": counts.transactions,
-            "commit_batches": counts.batches,
-            "commit_resent": counts.resent,
-            "commit_narrowed": counts.narrowed,
-            "commit_queue": self._group_commit.queued,
-            "commit_queue_peak": counts.queue_peak,
-            "commit_specials": counts.specials,
-            "commit_relimited": counts.relimited,
-            "large_batches": self._large.counts.batches,
-            "large_parts": self._large.counts.parts,
-            "large_rolls": self._large.counts.rolls,
-            "large_aborted": self._large.counts.aborted,
-            "large_refused_sizes": self._large.counts.refused_sizes,
-            "large_queue": self._large.queued,
-            "large_overlay_entries": len(self._large.overlay),
-            "chunked_values": len(self._chunks.live),
-            "cache_entries": len(self._cache),
-            "cache_bytes": self._cache.size_bytes,
-            "cache_hits": self._cache.hits,
-            "cache_misses": self._cache.misses,
-            "ring_records": len(self._ring),
-            "ring_bytes": self._ring.size_bytes,
-            "index_dirty_extents": self._table.dirty_count,
-            "index_stored_extents": self._table.count,
-            "index_extents_written": self._flusher.extents_written,
-            "index_flush_failures": self._flusher.failures,
-            "index_cold_pages": self._lazy.cold_pages,
-            "index_damaged_pages": len(self._lazy.damaged),
-            "index_redo_from": self._flusher.redo_from,
             "recovery_records_redone": self._redone,
             "foreign_writes": self._foreign_writes,
         }
+        parts = (
+            self._collector,
+            self._group_commit,
+            self._large,
+            self._chunks,
+            self._cache,
+            self._ring,
+            self._table,
+            self._flusher,
+            self._lazy,
+        )
+        for part in parts:
+            found |= part.statistics()
+        return found
 
     async def _stored_names(self, prefix: str) -> list[str]:
         cls, partition, path = split_prefix(prefix)

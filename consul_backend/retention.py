@@ -114,6 +114,10 @@ class Collector:
             self.collected += 1
         return self.collected - before
 
+    def statistics(self) -> dict[str, int]:
+        """Counters and gauges, by the names of their metrics."""
+        return {"wal_segments_collected": self.collected, "collect_failures": self.failures}
+
     async def run(self) -> NoReturn:
         """Collect until cancelled. Raises FenceLost; failures that time or an operator mends are logged."""
         while True:

@@ -22,7 +22,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NoReturn
 
 from consul_backend.batching import MANIFEST_MAGIC, OVERHEAD_OPS, Prepared, Preparer
@@ -227,10 +227,10 @@ class LargeBatches:
         """The keys below ``prefix`` in the overlay, and whether they exist."""
         return {key: entry.value is not None for key, entry in self.overlay.items() if key.startswith(prefix)}
 
-    @property
-    def queued(self) -> int:
-        """Large batches that wait."""
-        return len(self._queue)
+    def statistics(self) -> dict[str, int]:
+        """Counters and gauges, by the names of their metrics."""
+        counts = {f"large_{name}": count for name, count in asdict(self.counts).items()}
+        return counts | {"large_queue": len(self._queue), "large_overlay_entries": len(self.overlay)}
 
     def firsts(self, dirty_from: int) -> tuple[int, ...]:
         """First parts of the batches that a recovery from record ``dirty_from`` on would need."""

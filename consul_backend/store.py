@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -30,17 +29,16 @@ from consul_backend.errors import (
     Unavailable,
 )
 from consul_backend.limits import (
-    BODY_BYTES_MIN,
     Limits,
-    learnt,
     require_body,
     require_key,
     require_prefix,
     require_shape,
 )
 from consul_backend.physical import SENTINEL_KEY, Item, TxnResult, writes_sentinel
+from consul_backend.probing import LimitsProbe
 from consul_backend.sessions import Sessions
-from consul_backend.transport import ANSWER_BYTES_MAX, Answer, AnswerTooBig, Transport
+from consul_backend.transport import ANSWER_BYTES_MAX, Answer, AnswerTooBig, ConnectionLost, Transport
 from consul_backend.txn import CheckNotExists, Get, Op
 from consul_backend.wire import (
     Entry,
@@ -58,8 +56,6 @@ READ_TIMEOUT_S = 5.0
 READ_DEADLINE_S = 15.0
 READ_ANSWER_BYTES_MAX = 2 * 2**20
 """Of one read of many keys: what is decoded at once must not hold up the event loop."""
-PROBED_OPS_MAX = 128
-"""Consul 1.14 and newer take this many operations, older ones 64."""
 ABSENCE_ROUNDS_MAX = 10
 WATCH_MARGIN_S = 5.0
 
@@ -78,7 +74,7 @@ class ConsulStore:
         self._config = config
         self._prefix = config.path
         self._timeout_s = request_timeout_s
-        self._limits = Limits(prefix_bytes=len(config.path))
+        self._probe = LimitsProbe(config.path, ask=self._ask, ask_once=self._ask_once)
         self._query = f"dc={config.datacenter}" if config.datacenter else ""
         self._transport_now: Transport | None = None
         self._sessions_now: Sessions | None = None
@@ -90,7 +86,7 @@ class ConsulStore:
 
     @property
     def limits(self) -> Limits:
-        return self._limits
+        return self._probe.limits
 
     async def open(self) -> None:
         if self._transport_now is not None:
@@ -98,9 +94,7 @@ class ConsulStore:
         self._transport_now = Transport(self._config)
         self._sessions_now = Sessions(self._config, self._transport_now)
         try:
-            self._limits = replace(
-                self._limits, ops_max=await self._probe_ops_max(), body_bytes_max=await self._probe_body_bytes_max()
-            )
+            await self._probe.find()
             await self.get(SENTINEL_KEY)
         except BaseException:
             await self.close()
@@ -124,15 +118,15 @@ class ConsulStore:
         for key in keys:
             require_key(key)
         items: Items = []
-        step = self._limits.ops_max
+        step = self.limits.ops_max
         while len(items) < len(keys):
             chunk = keys[len(items) : len(items) + step]
             try:
                 items.extend(await self._read_keys(chunk, consistent))
-            except AnswerTooBig:
+            except (AnswerTooBig, TooLarge):
                 if len(chunk) == 1:
                     raise
-                step = len(chunk) // 2
+                step = min(len(chunk) // 2, self.limits.ops_max)
         return items
 
     async def list(self, prefix: str, *, consistent: bool = False) -> list[str]:
@@ -171,8 +165,13 @@ class ConsulStore:
         absent: set[str] = set()
         for _ in range(ABSENCE_ROUNDS_MAX):
             ops = [CheckNotExists(key) if key in absent else Get(key) for key in keys]
-            read = partial(self._read, "PUT", "/v1/txn", query, encode_txn(ops, self._prefix))
-            answer = await _again(partial(read, answer_bytes_max=answer_bytes_max))
+            body = encode_txn(ops, self._prefix)
+            read = partial(self._read, "PUT", "/v1/txn", query, body, answer_bytes_max=answer_bytes_max)
+            try:
+                answer = await _again(read)
+            except TooLarge as error:
+                self._probe.refused(len(ops), len(body), str(error))
+                raise
             if answer.status == 200:
                 return self._items(keys, absent, ops, answer)
             self._note_absence(keys, absent, answer)
@@ -223,17 +222,21 @@ class ConsulStore:
     # -- writing
 
     async def txn(self, ops: Sequence[Op]) -> TxnResult:
-        require_shape(ops, self._limits)
+        require_shape(ops, self.limits)
         body = encode_txn(ops, self._prefix)
-        require_body(len(body), self._limits)
-        answer = await self._transport.request(
-            "PUT", "/v1/txn", query=self._query, body=body, timeout_s=self._timeout_s
-        )
+        require_body(len(body), self.limits)
+        await self._probe.settle(len(body))
+        try:
+            answer = await self._transport.request(
+                "PUT", "/v1/txn", query=self._query, body=body, timeout_s=self._timeout_s
+            )
+        except ConnectionLost:
+            self._probe.unanswered(len(body))
+            raise
         if answer.status != 200:
             failure = self._txn_failure(answer)
             if isinstance(failure, TooLarge):
-                # Another server than was probed, or a setting that changed: whoever packs the next one asks `limits`.
-                self._limits = learnt(self._limits, len(ops), len(body), _text(answer))
+                self._probe.refused(len(ops), len(body), _text(answer))  # whoever packs the next one asks `limits`
             raise failure
         try:
             index, entries = decode_results(ops, answer.body)
@@ -281,30 +284,22 @@ class ConsulStore:
 
     # -- inside
 
-    async def _probe_ops_max(self) -> int:
-        body = encode_txn([CheckNotExists("probe")] * PROBED_OPS_MAX, self._prefix)
-        answer = await _again(partial(self._probe, body))
-        return Limits().ops_max if answer is None else PROBED_OPS_MAX
+    async def _ask(self, body: bytes) -> None:
+        await _again(partial(self._ask_readable, body))
 
-    async def _probe_body_bytes_max(self) -> int:
-        """What the server takes, our default at most; a body is padded with spaces, which JSON ignores."""
-        body = encode_txn([CheckNotExists("probe")], self._prefix)
-        size = Limits().body_bytes_max
-        while await _again(partial(self._probe, body.ljust(size))) is None:
-            size //= 2
-            if size < BODY_BYTES_MIN:
-                raise Unavailable(f"this Consul takes no transaction of {BODY_BYTES_MIN} bytes: raise txn_max_req_len")
-        return size
-
-    async def _probe(self, body: bytes) -> Answer | None:
-        """A read-only transaction: None if the server finds it too large. It must be allowed to see our keys."""
+    async def _ask_once(self, body: bytes) -> None:
         try:
-            answer = await self._read("PUT", "/v1/txn", self._query, body)
-        except TooLarge:
-            return None
+            await self._ask_readable(body)
+        except Unavailable as error:
+            if isinstance(error.__cause__, ConnectionLost):
+                raise error.__cause__ from None
+            raise
+
+    async def _ask_readable(self, body: bytes) -> None:
+        """A read-only transaction, for what the server says of its size. The token must be allowed to see our keys."""
+        answer = await self._read("PUT", "/v1/txn", self._query, body)
         if answer.status == 409 and isinstance(refused := _decoded(refusal, answer), PermissionDenied):
             raise refused
-        return answer
 
     def _with_query(self, query: str, consistent: bool) -> str:
         parts = [query, self._query, "consistent" if consistent else ""]

@@ -60,6 +60,10 @@ class AnswerTooBig(Unavailable):
     """The answer exceeds the size the caller takes; ask for less at once."""
 
 
+class ConnectionLost(OutcomeUnknown):
+    """The connection ended before the answer was complete."""
+
+
 class Token:
     """The ACL token to send: fixed, or in a file that is read again when it changes."""
 
@@ -143,7 +147,8 @@ class Transport:
     ) -> Answer:
         """One request, sent once. ``path`` and ``query`` are sent as they are: encode them.
 
-        Raises Unavailable when it certainly never left, OutcomeUnknown when its answer is lost or late, AnswerTooBig.
+        Raises Unavailable when it certainly never left, OutcomeUnknown when its answer is lost (ConnectionLost) or
+        late, AnswerTooBig.
         """
         if path == TXN_PATH and method == "PUT":
             return await self._txn(query, body or b"", timeout_s, answer_bytes_max)
@@ -209,7 +214,8 @@ _NEVER_SENT = (
 def _translate(error: aiohttp.ClientError | OSError, base: str) -> NoReturn:
     if isinstance(error, _NEVER_SENT):
         raise Unavailable(f"cannot connect to Consul at {base}: {_reason(error)}") from error
-    raise OutcomeUnknown(f"no answer from Consul at {base}: {_reason(error)}") from error
+    lost = OutcomeUnknown if isinstance(error, TimeoutError) else ConnectionLost
+    raise lost(f"no answer from Consul at {base}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException | None) -> str:

@@ -40,5 +40,14 @@ class ValueCache:
             name, dropped = self._values.popitem(last=False)
             self.size_bytes -= len(dropped) + len(name) + _ENTRY_OVERHEAD_BYTES
 
+    def statistics(self) -> dict[str, int]:
+        """Counters and gauges, by the names of their metrics."""
+        return {
+            "cache_entries": len(self._values),
+            "cache_bytes": self.size_bytes,
+            "cache_hits": self.hits,
+            "cache_misses": self.misses,
+        }
+
     def __len__(self) -> int:
         return len(self._values)

@@ -110,6 +110,10 @@ class RecordRing:
             found.append(record)
         return found
 
+    def statistics(self) -> dict[str, int]:
+        """Counters and gauges, by the names of their metrics."""
+        return {"ring_records": len(self._records), "ring_bytes": self.size_bytes}
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -21,7 +21,7 @@ from consul_backend.errors import (
 )
 from consul_backend.limits import Limits
 from consul_backend.store import ConsulStore
-from consul_backend.transport import AnswerTooBig, Token, Transport, tls_context
+from consul_backend.transport import AnswerTooBig, ConnectionLost, Token, Transport, tls_context
 from consul_backend.txn import Set
 
 Reply = bytes | None
@@ -266,7 +266,7 @@ async def store_on(*script: Reply) -> AsyncIterator[tuple[ConsulStore, FakeConsu
 @pytest.mark.parametrize(
     ("reply", "error", "text"),
     [
-        (None, OutcomeUnknown, "no answer"),
+        (None, ConnectionLost, "no answer"),
         (http(500, b"rpc error making call: EOF"), OutcomeUnknown, "EOF"),
         (http(500, b"leadership lost while committing log"), OutcomeUnknown, "500"),
         (http(503), OutcomeUnknown, "503"),

@@ -1,0 +1,85 @@
+"""By when a request wants its answer: set where the request arrives, obeyed wherever its write waits.
+
+A deadline is a time of the running event loop (``loop.time()``). It travels with the task and the tasks that it starts,
+through every layer, without being a parameter of each. It ends with its block: what a request left running in the
+background is not bound by it.
+
+=============================  ================================================================================
+at the deadline a write is     its caller gets
+=============================  ================================================================================
+queued                         :class:`~consul_backend.errors.DeadlinePassed`: it is taken out, never applied
+of a large batch, no commit    the same: its parts are voided
+record sent
+under way to the store         :class:`~consul_backend.errors.OutcomeUnknown`: the store goes on resolving it
+=============================  ================================================================================
+
+A read has nothing to say about its outcome: whoever set the deadline cancels it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from consul_backend.errors import BackendError, DeadlinePassed, OutcomeUnknown
+
+
+class _Deadline:
+    __slots__ = ("at_s", "over")
+
+    def __init__(self, at_s: float) -> None:
+        self.at_s = at_s
+        self.over = False
+
+
+_deadline: ContextVar[_Deadline | None] = ContextVar("deadline", default=None)
+
+
+@contextmanager
+def deadline(after_s: float) -> Iterator[None]:
+    """Everything in the block is to be done ``after_s`` seconds from now; an earlier deadline stays in force."""
+    at_s = asyncio.get_running_loop().time() + after_s
+    outer_s = deadline_at()
+    mine = _Deadline(at_s if outer_s is None else min(at_s, outer_s))
+    token = _deadline.set(mine)
+    try:
+        yield
+    finally:
+        mine.over = True
+        _deadline.reset(token)
+
+
+def deadline_at() -> float | None:
+    """The deadline of the running task, in the loop's time."""
+    found = _deadline.get()
+    return found.at_s if found is not None and not found.over else None
+
+
+def remaining_s() -> float | None:
+    """Seconds until the deadline, 0 when it has passed; None without one."""
+    at_s = deadline_at()
+    return None if at_s is None else max(0.0, at_s - asyncio.get_running_loop().time())
+
+
+def at_deadline(act: Callable[[], None]) -> asyncio.TimerHandle | None:
+    """Call ``act`` at the running task's deadline; cancel the timer when there is no more need. Raises DeadlinePassed
+    when it has passed already."""
+    at_s = deadline_at()
+    if at_s is None:
+        return None
+    loop = asyncio.get_running_loop()
+    if at_s <= loop.time():
+        raise passed()
+    return loop.call_at(at_s, act)
+
+
+def passed() -> BackendError:
+    """For a write that was never sent."""
+    return DeadlinePassed("the request's time ran out before its write was sent: nothing was written")
+
+
+def passed_under_way() -> BackendError:
+    """For a write that was."""
+    return OutcomeUnknown("the request's time ran out while its write was under way: it may have been applied")
