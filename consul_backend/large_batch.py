@@ -78,7 +78,10 @@ class PartPlan:
 
 def in_order(entries: Iterable[Prepared]) -> list[Prepared]:
     """Entries as parts take them: each group's together."""
-    return sorted(entries, key=lambda entry: entry.group)
+    groups: dict[tuple[str, str], list[Prepared]] = {}
+    for entry in entries:
+        groups.setdefault(entry.group, []).append(entry)
+    return [entry for group in sorted(groups) for entry in groups[group]]
 
 
 def next_part(entries: Sequence[Prepared], cursor: Cursor, size_max: int) -> PartPlan:
@@ -125,7 +128,8 @@ class Assembly:
     the others."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[bytes] | None] = {}
+        self._writes: dict[str, Write] = {}
+        self._pieces: dict[str, list[bytes]] = {}
         self.parts: list[PartRef] = []
         self.size_bytes = 0
 
@@ -138,23 +142,26 @@ class Assembly:
                 key = f"{cls}/{partition}/{path}"
                 if continued:
                     continued = False
-                    before = self._values.get(key)
-                    if before is None or value is None:
+                    before = self._writes.get(key)
+                    if before is None or before.value is None or value is None:
                         raise CorruptRecord(f"record {record.index} goes on with an entry that did not begin")
-                    before.append(value)
-                elif key in self._values:
+                    self._pieces.setdefault(key, [before.value]).append(value)
+                elif key in self._writes:
                     raise CorruptRecord(f"record {record.index} repeats an entry of its batch")
                 else:
-                    self._values[key] = None if value is None else [value]
+                    self._writes[key] = Write(key, value)
         self.parts.append(part_ref(record))
         self.size_bytes += record.size_bytes
 
     def writes(self) -> list[Write]:
-        """Every entry, whole."""
-        return [
-            Write(key, None if pieces is None else pieces[0] if len(pieces) == 1 else b"".join(pieces))
-            for key, pieces in self._values.items()
-        ]
+        """Every entry, whole. Little work for each: it is all done at one moment."""
+        for key, pieces in self._pieces.items():
+            self._writes[key] = Write(key, b"".join(pieces))
+        return list(self._writes.values())
+
+    def by_key(self) -> dict[str, Write]:
+        """The same by key, after :meth:`writes`."""
+        return dict(self._writes)
 
 
 def require_large(record: Record) -> Large:
@@ -171,7 +178,7 @@ class Unrolled:
     id: bytes
     first: int
     commit: int
-    entries: dict[str, bytes | None]
+    entries: dict[str, Write]
 
 
 @dataclass(slots=True)
@@ -211,7 +218,7 @@ class Replay:
         writes = assembly.writes()
         first = large.parts[0].index
         self.spans.append((first, record.index))
-        self.unrolled = Unrolled(large.id, first, record.index, {write.key: write.value for write in writes})
+        self.unrolled = Unrolled(large.id, first, record.index, assembly.by_key())
         return writes
 
     @property

@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from consul_backend.digesting import compute_digests
 from consul_backend.errors import Corrupt, IndexDamaged, PermissionDenied, Unavailable
 from consul_backend.heads import Heads
 from consul_backend.keys import encode_partition
@@ -40,6 +41,7 @@ Name = tuple[str, str]
 """Class and partition."""
 
 _RETRY_S = 0.5
+_KEYS_BETWEEN_TURNS = 1000
 
 
 def apply_redo(
@@ -133,11 +135,13 @@ class LazyIndex:
 
     async def need(self, keys: Iterable[str]) -> None:
         """Load what the entries of ``keys`` are looked up in. Raises IndexDamaged, and what reading raises."""
-        for key in keys:
+        for number, key in enumerate(keys, 1):
             cls, partition, path = key.split("/", 2)
             page = bucket_of(path) // SUBPAGES
             if self.lacks(cls, partition, page):
                 await self._load((cls, partition), page)
+            if number % _KEYS_BETWEEN_TURNS == 0:
+                await asyncio.sleep(0)
 
     async def load_all(self, cls: str | None = None) -> None:
         """Load everything, or one class, without pauses. Raises IndexDamaged, and what reading raises."""
@@ -145,6 +149,7 @@ class LazyIndex:
             if cls in (None, name[0]):
                 await self._load(name, page)
                 await asyncio.sleep(0)
+        await compute_digests(self._forest)
 
     async def load_undamaged(self) -> None:
         """As :meth:`load_all`, leaving out what is damaged; :attr:`damaged` has it all afterwards."""

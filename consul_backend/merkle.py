@@ -302,8 +302,21 @@ class Forest:
         pages = range(start >> 8, (stop + 0xFF) >> 8)
         return any(page in tree.pages and tree.pages[page].blobs is _COLD for page in pages)
 
+    def copy_page(self, source: Forest, cls: str, partition: str, page: int) -> None:
+        """Take a copy of ``source``'s page, which is in memory; this forest has no such page yet."""
+        theirs = source._find(cls, partition)
+        found = theirs.pages.get(page) if theirs is not None else None
+        if found is None:
+            return
+        tree = self._partitions.setdefault(cls, {}).setdefault(partition, _Partition())
+        copy = tree.pages[page] = _Page()
+        copy.blobs, copy.digests = dict(found.blobs.items()), dict(found.digests)
+        copy.count, copy.digest = found.count, found.digest
+        tree.count += found.count
+        tree.digest = None
+
     def adopt(self, cls: str, partition: str, page: int, source: Forest) -> None:
-        """Put ``source``'s page, perhaps an empty one, in place of a cold one."""
+        """Put ``source``'s page, perhaps an empty one, in place of this one's. It is no copy."""
         theirs = source._find(cls, partition)
         loaded = theirs.pages.get(page) if theirs is not None else None
         trees = self._partitions.setdefault(cls, {})
@@ -311,7 +324,7 @@ class Forest:
         before = tree.pages.pop(page, None) or _Page()
         if loaded is not None:
             tree.pages[page] = loaded
-        if loaded is None or before.digest != loaded.root():
+        if loaded is None or loaded.digest is None or before.digest != loaded.digest:
             tree.digest = None
         tree.count += (loaded.count if loaded is not None else 0) - before.count
         if not tree.pages:
@@ -322,6 +335,17 @@ class Forest:
         tree = self._find(cls, partition)
         found = tree.pages.get(page) if tree is not None else None
         return found.root() if found is not None else None
+
+    def undigested(self) -> list[tuple[str, str, int]]:
+        """The pages (class, partition, page) whose digests are not computed, or not known: what a root would cost."""
+        return [
+            (cls, partition, number)
+            for cls, trees in self._partitions.items()
+            for partition, tree in trees.items()
+            if tree.digest is None
+            for number, page in tree.pages.items()
+            if page.digest is None and page.blobs is not _COLD
+        ]
 
     def page_heads(self, cls: str, partition: str) -> dict[int, tuple[bytes, int]]:
         """Digest and number of entries of a partition's non-empty pages."""

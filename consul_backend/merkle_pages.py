@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -170,6 +170,15 @@ class ExtentTable:
         start = starts[bisect_right(starts, bucket) - 1]
         if layout.dirty.get(start, index) >= index:
             layout.dirty[start] = index
+
+    def mark_all(self, cls: str, partition: str, buckets: Sequence[int], index: int) -> None:
+        """:meth:`mark` for many buckets, in order: once a leaf."""
+        layout = self._layouts.setdefault((cls, partition), _Layout())
+        at = 0
+        while at < len(buckets):
+            self.mark(cls, partition, buckets[at], index)
+            after = bisect_right(layout.starts, buckets[at])
+            at = bisect_left(buckets, layout.starts[after], at) if after < len(layout.starts) else len(buckets)
 
     def dirty_leaves(self) -> Iterator[DirtyLeaf]:
         """Every dirty leaf, in no order."""

@@ -35,6 +35,7 @@ from dataclasses import astuple, dataclass, field
 from enum import Enum
 
 from consul_backend.checkpoint import Checkpoint, checkpoint_key, decode_checkpoint
+from consul_backend.digesting import compute_digests
 from consul_backend.errors import Corrupt
 from consul_backend.failpoint import failpoint
 from consul_backend.fenced import fenced_idempotent, require_tenure
@@ -42,7 +43,7 @@ from consul_backend.group_commit import Tip
 from consul_backend.heads import Heads, HeadsTable, decode_heads, heads_prefix, heads_sum
 from consul_backend.large_batch import Replay
 from consul_backend.lazy_index import LazyIndex, put_extent
-from consul_backend.merkle import PAGES, Forest, entry_digest
+from consul_backend.merkle import Forest, entry_digest
 from consul_backend.merkle_pages import (
     Extent,
     ExtentTable,
@@ -169,6 +170,7 @@ class _Found:
 RECENT_RECORDS = 256
 EAGER_KEYS = 10_000
 """An index of up to so many entries (about 40 extents) is read whole."""
+_ENTRIES_BETWEEN_TURNS = 500
 
 
 async def recover(
@@ -367,7 +369,9 @@ async def _redo(
             elif checkpoint is None or record.index > checkpoint.head_index:
                 segment = record.index // segment_records
                 sizes[segment] = sizes.get(segment, 0) + len(item.value)
-            redo(record, lazy.redo, from_index=redo_from, true=replay.feed(record))
+            true = replay.feed(record)
+            if record.index >= redo_from:
+                await _redo_record(record, lazy.redo, true)
             recent.append(record)
             tip = Tip(record, item.key, item.modify_index)
         del recent[:-RECENT_RECORDS]
@@ -375,7 +379,7 @@ async def _redo(
     if tip is None:
         raise AssertionError("the newest record is always read")
     if not found.lazy:
-        await _warm(forest)
+        await compute_digests(forest)
     return Recovered(
         forest=forest,
         table=table,
@@ -398,19 +402,18 @@ Redo = Callable[[str, str, str, bytes | None, int], None]
 """Repeats one change: class, partition, path, entry digest (None: deleted), record."""
 
 
-def redo(record: Record, apply: Redo, *, from_index: int, true: Sequence[Write] | None = None) -> None:
+async def _redo_record(record: Record, apply: Redo, true: Sequence[Write]) -> None:
     """Repeat one record into the index, where what is stored is older: ``true`` are the entries that it made true, its
     own unless it belongs to a large batch. Raises CorruptRecord when entries are left out: a cluster's own log is
     complete."""
-    index = record.index
-    if index < from_index:
-        return
     if None in record.bodies:
-        raise CorruptRecord(f"record {index} lacks entries of its own log")
-    for write in record.writes() if true is None else true:
+        raise CorruptRecord(f"record {record.index} lacks entries of its own log")
+    for number, write in enumerate(true, 1):
         cls, partition, path = write.key.split("/", 2)
         digest = None if write.value is None else entry_digest(write.key, write.value)
-        apply(cls, partition, path, digest, index)
+        apply(cls, partition, path, digest, record.index)
+        if number % _ENTRIES_BETWEEN_TURNS == 0:
+            await asyncio.sleep(0)
 
 
 async def _load(forest: Forest, extents: list[tuple[str, str, int, int, Extent]]) -> None:
@@ -422,14 +425,3 @@ async def _load(forest: Forest, extents: list[tuple[str, str, int, int, Extent]]
 
 def _depth(extent: tuple[str, str, int, int, Extent]) -> int:
     return extent[2]
-
-
-async def _warm(forest: Forest) -> None:
-    """Compute the digests now, page by page, so that the first root asked for does not stall the loop."""
-    for cls in ("r", "l"):
-        for partition in forest.names(cls):
-            for page in range(PAGES):
-                forest.subpage_digests(cls, partition, page)
-                if page % 16 == 0:
-                    await asyncio.sleep(0)
-            forest.page_digests(cls, partition)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from consul_backend.batching import NeedsParts, Prepared
 from consul_backend.chunks import Chunks, read_value
 from consul_backend.clock import Clock
+from consul_backend.digesting import keep_digested
 from consul_backend.errors import ForeignWrite
 from consul_backend.failpoint import failpoint
 from consul_backend.generation import drop_generation, genesis, physical_key, read_entry
@@ -26,6 +27,7 @@ from consul_backend.large_batch import BatchBounds, crossing
 from consul_backend.listing import corrected
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.merkle_flush import Flusher, FlushView
+from consul_backend.merkle_stage import StagedChange
 from consul_backend.physical import PhysicalStore
 from consul_backend.position import Position
 from consul_backend.read_lease import ReadLease
@@ -109,6 +111,8 @@ class ReplicatedStore:
             generation,
             self._group_commit,
             self._chunks,
+            stage=lambda: StagedChange(self.forest),
+            rolled=self._on_rolled,
             queue_max=options.large_queue_max,
             queue_bytes_max=options.large_queue_bytes_max,
             random_bytes=random_bytes,
@@ -175,6 +179,7 @@ class ReplicatedStore:
             tasks.create_task(self._large.run(), name="large batches")
             tasks.create_task(self._chunks.run(self._options.collect_interval_s), name="collect chunks")
             tasks.create_task(self._lazy.run(self._options.index_warm_share), name="load index")
+            tasks.create_task(keep_digested(self.forest, self.wait_head), name="compute digests")
             tasks.create_task(self._flush(), name="flush index")
             tasks.create_task(self._collector.run(), name="collect log")
 
@@ -224,19 +229,19 @@ class ReplicatedStore:
         where = physical_key(self.generation, key)
         while True:
             await self._lease.ensure()
-            value = self._cache.get(key)
-            if value is not None:
-                return value
             pending = self._large.overlay.get(key)
             if pending is not None:
                 return pending.value
+            value = self._cache.get(key)
+            if value is not None:
+                return value
             if self._lazy.cold:
                 await self._lazy.need((key,))
             digest = self.forest.digest_of(key)
             if digest is None:
                 return None
             value = await self._read(key, where)
-            if value is not None:
+            if value is not None and key not in self._large.overlay:
                 self._cache.put(key, value)
             if self._lease.valid():
                 return value
@@ -294,21 +299,10 @@ class ReplicatedStore:
     def _on_commit(self, committed: Committed) -> None:
         record = committed.record
         index = record.header.index
-        change, mark, put = self.forest.change, self._table.mark, self._cache.put
-        entries: Mapping[str, Prepared] = committed.entries
         if record.header.large is not None:
-            entries = self._large.recorded(record)
-            if entries:
-                newest = self._large.spans[-1][:2]
-                self._crossings = {**self._crossings, **crossing([newest], self._options.segment_records)}
-        elif self._large.overlay:
-            self._large.replaced(entries)
-        if self._chunks.live and record.header.large is None:
-            self._chunks.replaced_all(entries)
-        for key, write in entries.items():
-            cls, partition = write.group
-            mark(cls, partition, change(cls, partition, write.path, write.digest), index)
-            put(key, write.value if record.header.large is None else None)  # the overlay has it: see get
+            self._on_special(record)
+        else:
+            self._on_entries(committed.entries, index)
         self.positions = record.header.positions
         self.head = committed.head
         self._ring.append(record)
@@ -316,6 +310,26 @@ class ReplicatedStore:
         self._segment_bytes[segment] = self._segment_bytes.get(segment, 0) + committed.size_bytes
         self._advanced.set()
         self._advanced = asyncio.Event()
+
+    def _on_entries(self, entries: Mapping[str, Prepared], index: int) -> None:
+        change, mark, put = self.forest.change, self._table.mark, self._cache.put
+        self._large.replaced(entries)
+        if self._chunks.live:
+            self._chunks.replaced_all(entries)
+        for key, write in entries.items():
+            cls, partition = write.group
+            mark(cls, partition, change(cls, partition, write.path, write.digest), index)
+            put(key, write.value)
+
+    def _on_special(self, record: Record) -> None:
+        staged = self._large.recorded(record)
+        if staged is not None:
+            staged.apply(self._table, record.index)
+            newest = self._large.spans[-1][:2]
+            self._crossings = {**self._crossings, **crossing([newest], self._options.segment_records)}
+
+    def _on_rolled(self, key: str) -> None:
+        self._cache.put(key, None)  # until now the overlay was asked first: see get
 
     async def rolled(self) -> None:
         """Wait until no large batch is in progress: every true value is in its data key."""

@@ -51,6 +51,7 @@ from consul_backend.large_batch import (
     part_ref,
 )
 from consul_backend.limits import Limits, op_bytes
+from consul_backend.merkle_stage import StagedChange
 from consul_backend.physical import PhysicalStore
 from consul_backend.position import Position
 from consul_backend.txn import Op, Set
@@ -67,6 +68,8 @@ _RETRY_PAUSE_S = 0.25
 _ENDED = "this node is no longer active: nothing was written"
 _ENDED_UNKNOWN = "this node is no longer active: the write may have been applied"
 _PREPARED_BETWEEN_TURNS = 500
+_STAGED_BETWEEN_TURNS = 250
+_PAGES_BETWEEN_TURNS = 8
 
 
 @dataclass(eq=False)
@@ -97,11 +100,15 @@ class _Open:
     id: bytes
     parts: list[PartRef] = field(default_factory=list)
     entries: dict[str, Prepared] = field(default_factory=dict)
+    staged: StagedChange | None = None
     committed: bool = False
 
 
 class LargeBatches:
-    """One tenure's. The store calls :meth:`recorded` for each special record when it is true, before anyone is told."""
+    """One tenure's. The store calls :meth:`recorded` for each special record when it is true, before anyone is told.
+
+    ``stage`` begins what a batch will do to the index; ``rolled`` hears each key whose value, or its absence, is in its
+    data key from now on, and no longer in the overlay."""
 
     def __init__(
         self,
@@ -110,10 +117,14 @@ class LargeBatches:
         group_commit: GroupCommit,
         chunks: Chunks,
         *,
+        stage: Callable[[], StagedChange],
+        rolled: Callable[[str], None],
         queue_max: int,
         queue_bytes_max: int,
         random_bytes: Callable[[int], bytes],
     ) -> None:
+        self._stage = stage
+        self._on_rolled = rolled
         self._physical = physical
         self._generation = generation
         self._group_commit = group_commit
@@ -184,12 +195,12 @@ class LargeBatches:
 
     # -- what the store asks and tells
 
-    def recorded(self, record: Record) -> Mapping[str, Prepared]:
-        """A special record is true now; returns the entries it makes true (those of a commit)."""
+    def recorded(self, record: Record) -> StagedChange | None:
+        """A special record is true now; returns what it does to the index (only a commit does anything)."""
         header = record.header
         opened = self._open
         if opened is None or header.large is None or header.large.id != opened.id:
-            return {}
+            return None
         if header.kind == "part":
             opened.parts.append(part_ref(record))
         elif header.kind == "commit":
@@ -197,14 +208,16 @@ class LargeBatches:
             self.overlay = dict(opened.entries)
             self.version += 1
             self.spans.append((opened.parts[0].index, record.index, False))
-            return opened.entries
+            staged, opened.staged = opened.staged, None
+            return staged
         elif header.kind == "roll":
             self._rolled(header.large.done)
-        return {}
+        return None
 
     def _rolled(self, done: bool) -> None:
         for key in self._rolling:
             self.overlay.pop(key, None)
+            self._on_rolled(key)
             manifest = self._manifests.pop(key, None)
             if manifest is not None:
                 self._chunks.adopted(key, manifest[0])
@@ -215,9 +228,13 @@ class LargeBatches:
             self._open = None
             self.spans = [(first, commit, True) for first, commit, _ in self.spans]
 
-    def replaced(self, keys: Iterable[str]) -> None:
-        """Ordinary writes replaced these keys: they need no roll-forward any more."""
-        for key in keys:
+    def replaced(self, entries: Mapping[str, Prepared]) -> None:
+        """An ordinary commit has written these: what it replaced needs no roll-forward any more."""
+        if self._open is not None and self._open.staged is not None:
+            self._open.staged.follow(entries.values())
+        if not self.overlay:
+            return
+        for key in entries:
             if self.overlay.pop(key, None) is not None:
                 manifest = self._manifests.pop(key, None)
                 if manifest is not None:
@@ -281,7 +298,7 @@ class LargeBatches:
         self._send = self._group_commit.special
 
     async def _adopt(self, unrolled: Unrolled) -> None:
-        entries = await self._prepared([Write(key, value) for key, value in unrolled.entries.items()])
+        entries = await self._prepared(unrolled.entries.values())
         self._open = _Open(unrolled.id, [], entries, committed=True)
         self.overlay = dict(entries)
         self.spans = [(first, commit, commit != unrolled.commit) for first, commit, _ in self.spans]
@@ -295,6 +312,7 @@ class LargeBatches:
         sent = False
         try:
             await self._write_parts(in_order(job.writes.values()), opened)
+            await self._stage_changes(opened)
             failpoint("large:before-commit")
             large = Large(opened.id, parts=tuple(opened.parts))
             sent = True
@@ -314,7 +332,18 @@ class LargeBatches:
             job.future.set_result(head)
         failpoint("large:after-commit")
 
+    async def _stage_changes(self, opened: _Open) -> None:
+        staged = opened.staged = self._stage()
+        for number, entry in enumerate(opened.entries.values(), 1):
+            staged.add(entry)
+            if number % _STAGED_BETWEEN_TURNS == 0:
+                await asyncio.sleep(0)
+        for number, _ in enumerate(staged.digest()):
+            if number % _PAGES_BETWEEN_TURNS == 0:
+                await asyncio.sleep(0)
+
     def _given_up(self, opened: _Open) -> None:
+        opened.staged = None
         if opened.parts:
             self._unaborted = opened.id
         else:

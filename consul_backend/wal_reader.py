@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 
@@ -11,6 +12,7 @@ from consul_backend.wal import CorruptRecord, Record, record_key, segment_prefix
 
 READ_RECORDS = 32
 """Records fetched at once: bounds memory, a record has at most about 390 kB."""
+_DECODED_BETWEEN_TURNS_BYTES = 256 * 1024
 
 
 class RecordGone(BackendError):
@@ -52,6 +54,7 @@ async def scan_records(
     """Records ``start`` to ``stop`` (inclusive), consistent, in pieces of ``READ_RECORDS``, each checked to follow the
     one before. Raises CorruptRecord naming the first that is missing or wrong."""
     before: Record | None = None
+    decoded_bytes = 0
     for first in range(start, stop + 1, READ_RECORDS):
         indexes = range(first, min(first + READ_RECORDS, stop + 1))
         keys = [record_key(generation, index, segment_records) for index in indexes]
@@ -61,6 +64,10 @@ async def scan_records(
                 raise CorruptRecord(f"record {index} is missing at {key}")
             before = _follow(key, index, item, before)
             piece.append((before, item))
+            decoded_bytes += len(item.value)
+            if decoded_bytes > _DECODED_BETWEEN_TURNS_BYTES:
+                decoded_bytes = 0
+                await asyncio.sleep(0)
         yield piece
 
 

@@ -15,6 +15,7 @@ from sidecar.core.keys import RAW_KEYS
 from sidecar.core.metrics import METRICS
 
 _READS_AT_ONCE = 64
+_SEALED_BETWEEN_TURNS = 500
 
 
 class CommitHead(Protocol):
@@ -102,7 +103,11 @@ class SealedStore:
     async def commit(self, writes: Sequence[Write]) -> CommitHead:
         """Seal and commit ``writes``, all or none."""
         with METRICS.timer("barrier.put"):
-            encoded = [await self._encode_value(write) for write in writes]
+            encoded: list[Write] = []
+            for number, write in enumerate(writes, 1):
+                encoded.append(await self._encode_value(write))
+                if number % _SEALED_BETWEEN_TURNS == 0:
+                    await asyncio.sleep(0)
             with METRICS.timer("wal.persistWALs"):
                 head = await self._store.commit(encoded)
         tracker = last_write.get()
