@@ -13,17 +13,20 @@ record sent
 under way to the store         :class:`~consul_backend.errors.OutcomeUnknown`: the store goes on resolving it
 =============================  ================================================================================
 
-A read has nothing to say about its outcome: whoever set the deadline cancels it.
+A read has nothing to say about its outcome: it is cancelled, ``GRACE_S`` later (:func:`time_limit`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 
 from consul_backend.errors import BackendError, DeadlinePassed, OutcomeUnknown
+
+GRACE_S = 1.0
+"""What a request has left at its deadline: its writes end by themselves then, and say how; the rest is cancelled."""
 
 
 class _Deadline:
@@ -49,6 +52,14 @@ def deadline(after_s: float) -> Iterator[None]:
     finally:
         mine.over = True
         _deadline.reset(token)
+
+
+@asynccontextmanager
+async def time_limit(after_s: float) -> AsyncIterator[None]:
+    """:func:`deadline`, and the block is cancelled ``GRACE_S`` after it. Raises TimeoutError then."""
+    async with asyncio.timeout(after_s + GRACE_S):
+        with deadline(after_s):
+            yield
 
 
 def deadline_at() -> float | None:

@@ -18,11 +18,10 @@ tenure ends                 the next tenure aborts or rolls, by the log (:class:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import NoReturn
 
 from consul_backend.batching import MANIFEST_MAGIC, OVERHEAD_OPS, Prepared, Preparer
@@ -32,7 +31,6 @@ from consul_backend.errors import (
     BackendError,
     NotApplied,
     OutcomeUnknown,
-    Overloaded,
     PermissionDenied,
     TooLarge,
     Unavailable,
@@ -50,6 +48,7 @@ from consul_backend.large_batch import (
     next_part,
     part_ref,
 )
+from consul_backend.large_queue import Job, LargeQueue
 from consul_backend.limits import Limits, op_bytes
 from consul_backend.merkle_stage import StagedChange
 from consul_backend.physical import PhysicalStore
@@ -70,16 +69,6 @@ _ENDED_UNKNOWN = "this node is no longer active: the write may have been applied
 _PREPARED_BETWEEN_TURNS = 500
 _STAGED_BETWEEN_TURNS = 250
 _PAGES_BETWEEN_TURNS = 8
-
-
-@dataclass(eq=False)
-class _Job:
-    """One batch and the caller that waits for it."""
-
-    writes: dict[str, Prepared]
-    positions: Mapping[str, Position] | None
-    future: asyncio.Future[Head]
-    size_bytes: int
 
 
 @dataclass(slots=True)
@@ -129,15 +118,10 @@ class LargeBatches:
         self._generation = generation
         self._group_commit = group_commit
         self._chunks = chunks
-        self._queue_max = queue_max
-        self._queue_bytes_max = queue_bytes_max
         self._random_bytes = random_bytes
         self._send: Callable[[MakeSpecial], Awaitable[Head]] = group_commit.special
-        self._queue: deque[_Job] = deque()
-        self._queue_bytes = 0
-        self._arrived = asyncio.Event()
+        self._queue = LargeQueue(queue_max, queue_bytes_max)
         self._idle = asyncio.Event()
-        self._closed = False
         self._open: _Open | None = None
         self._rolling: dict[str, Prepared] = {}
         self._manifests: dict[str, tuple[str, Set]] = {}
@@ -155,29 +139,10 @@ class LargeBatches:
     # -- callers
 
     async def commit(self, writes: Sequence[Write], positions: Mapping[str, Position] | None) -> Head:
-        """Commit ``writes`` atomically in parts. Raises as :meth:`GroupCommit.commit`. Cancelling withdraws a batch
-        that is still queued; one that has begun goes on."""
-        if self._closed:
-            raise NotApplied(_ENDED)
-        if len(self._queue) >= self._queue_max:
-            raise Overloaded(f"{len(self._queue)} large batches wait to be committed already")
-        prepared = await self._prepared(writes)
-        size = sum([entry.record_bytes for entry in prepared.values()])
-        if self._queue and self._queue_bytes + size > self._queue_bytes_max:
-            raise Overloaded(f"large batches of {self._queue_bytes} bytes wait to be committed already")
-        if self._closed:
-            raise NotApplied(_ENDED)
-        job = _Job(prepared, positions, asyncio.get_running_loop().create_future(), size)
-        self._queue.append(job)
-        self._queue_bytes += size
-        self._arrived.set()
-        try:
-            return await job.future
-        except asyncio.CancelledError:
-            with contextlib.suppress(ValueError):
-                self._queue.remove(job)
-                self._queue_bytes -= size
-            raise
+        """Commit ``writes`` atomically in parts. Raises as :meth:`GroupCommit.commit`. Cancelling, or the caller's
+        deadline, withdraws a batch that is queued and voids one whose commit record has not been sent."""
+        self._queue.require_room(0)
+        return await self._queue.commit(Job.of(await self._prepared(writes), positions))
 
     async def _prepared(self, writes: Iterable[Write]) -> dict[str, Prepared]:
         preparer = Preparer(self._generation, self._physical.limits)
@@ -247,7 +212,7 @@ class LargeBatches:
     def statistics(self) -> dict[str, int]:
         """Counters and gauges, by the names of their metrics."""
         counts = {f"large_{name}": count for name, count in asdict(self.counts).items()}
-        return counts | {"large_queue": len(self._queue), "large_overlay_entries": len(self.overlay)}
+        return counts | self._queue.statistics() | {"large_overlay_entries": len(self.overlay)}
 
     def firsts(self, dirty_from: int) -> tuple[int, ...]:
         """First parts of the batches that a recovery from record ``dirty_from`` on would need."""
@@ -271,17 +236,12 @@ class LargeBatches:
                 if not self._queue:
                     self._idle.set()
                     self._idle = asyncio.Event()
-                    self._arrived.clear()
-                    await self._arrived.wait()
+                    self._queue.arrived.clear()
+                    await self._queue.arrived.wait()
                     continue
-                job = self._queue.popleft()
-                self._queue_bytes -= job.size_bytes
-                await self._work(job)
+                await self._work(self._queue.pop())
         finally:
-            self._closed = True
-            for job in self._queue:
-                _fail(job, NotApplied(_ENDED))
-            self._queue.clear()
+            self._queue.close()
 
     async def recover(self, replay: Replay) -> None:
         """Finish what earlier tenures left, before this one serves: roll or abort. ``replay`` has the whole log that
@@ -303,29 +263,26 @@ class LargeBatches:
         self.overlay = dict(entries)
         self.spans = [(first, commit, commit != unrolled.commit) for first, commit, _ in self.spans]
 
-    async def _work(self, job: _Job) -> None:
+    async def _work(self, job: Job) -> None:
         """One batch up to its commit record; the rest is :meth:`_finish`'s."""
         if job.future.done():
             return
         opened = _Open(self._random_bytes(BATCH_ID_BYTES), [], job.writes)
         self._open = opened
-        sent = False
         try:
-            await self._write_parts(in_order(job.writes.values()), opened)
+            await self._write_parts(in_order(job.writes.values()), opened, job)
             await self._stage_changes(opened)
             failpoint("large:before-commit")
-            large = Large(opened.id, parts=tuple(opened.parts))
-            sent = True
-            head = await self._send(lambda: Special("commit", large, positions=job.positions))
+            head = await self._send(partial(_commit_record, job, opened))
         except BackendError as error:
-            if isinstance(error, OutcomeUnknown) and not sent:
+            if isinstance(error, OutcomeUnknown) and not job.sent:
                 error = NotApplied(str(error))  # a part changes nothing, written or not
-            _fail(job, error)
+            job.fail(error)
             if not isinstance(error, OutcomeUnknown):
                 self._given_up(opened)
             return
         except BaseException:
-            _fail(job, OutcomeUnknown(_ENDED_UNKNOWN) if sent else NotApplied(_ENDED))
+            job.fail(OutcomeUnknown(_ENDED_UNKNOWN) if job.sent else NotApplied(_ENDED))
             raise
         self.counts.batches += 1
         if not job.future.done():
@@ -349,10 +306,11 @@ class LargeBatches:
         else:
             self._open = None
 
-    async def _write_parts(self, entries: Sequence[Prepared], opened: _Open) -> None:
+    async def _write_parts(self, entries: Sequence[Prepared], opened: _Open, job: Job) -> None:
         cursor = START
         tries_left = 8
         while cursor.entry < len(entries):
+            job.require_wanted()
             size = self._part_bytes()
             if COMMIT_BYTES_PER_PART * (len(opened.parts) + 1) > self._record_bytes():
                 raise TooLarge(f"a batch of more than {len(opened.parts)} parts, its commit record would not fit")
@@ -485,6 +443,8 @@ class LargeBatches:
         return Special("roll", Large(self._open.id, done=len(rolling) == len(self.overlay)), ops=ops)
 
 
-def _fail(job: _Job, error: BackendError) -> None:
-    if not job.future.done():
-        job.future.set_exception(error)
+def _commit_record(job: Job, opened: _Open) -> Special:
+    """Its turn has come: from here on the batch may become true."""
+    job.require_wanted()
+    job.sent = True
+    return Special("commit", Large(opened.id, parts=tuple(opened.parts)), positions=job.positions)

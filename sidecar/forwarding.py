@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import web
 from multidict import CIMultiDict
 
+from consul_backend.deadline import time_limit
 from consul_backend.election import LeaderInfo
 from consul_backend.physical import PhysicalStore
 from consul_backend.replicated import read_entry
@@ -169,7 +170,8 @@ class ForwardingServer:
             if request.path == FORWARD_PATH:
                 message = decode(await request.read(), ForwardRequest)
                 arrived(message.trail, self._cluster_id, INNER)
-                answer = await self._handle(from_message(message))
+                async with time_limit(message.time_left_s):
+                    answer = await self._handle(from_message(message))
                 reply = ForwardResponse(answer.status, header_pairs(answer.headers.items()), answer.body)
                 return web.Response(body=encode(reply))
             if request.path == ECHO_PATH:
@@ -178,6 +180,8 @@ class ForwardingServer:
             return web.Response(status=400, text=str(error))
         except LoopRefused as error:
             return web.Response(status=error.status, text=str(error))
+        except TimeoutError:
+            return web.Response(status=504, text="the request took too long here and was given up")
         return web.Response(status=404)
 
     def _echo(self, echo: Echo) -> EchoReply:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 _OF_STORE = {
     "cache_bytes": "cache.bytes",
     "commit_queue": "wal.flushReady.queue_len",
+    "commit_queue_bytes": "wal.flushReady.queue_bytes",
     "index_dirty_extents": "merkle.flushDirty.outstanding_pages",
     "index_stored_extents": "merkle.pages",
+    "large_queue": "wal.large.queue_len",
     "ring_bytes": "logshipper.buffer.size",
     "ring_records": "logshipper.buffer.length",
     "wal_bytes": "wal.bytes",
@@ -19,11 +21,17 @@ _TOTALS_OF_STORE = {
     "cache_misses": "cache.miss",
     "collect_failures": "wal.gc.failures",
     "commit_batches": "wal.batches",
+    "commit_overdue": "wal.overdue",
+    "commit_overloaded": "wal.overloaded",
+    "commit_relimited": "wal.limits_learnt",
     "commit_resent": "wal.resent",
+    "commit_superseded": "wal.superseded",
     "commit_transactions": "wal.transactions",
     "foreign_writes": "store.foreign_writes",
     "index_extents_written": "merkle.flushDirty.num_pages",
     "index_flush_failures": "merkle.flushDirty.failures",
+    "large_overdue": "wal.large.overdue",
+    "large_overloaded": "wal.large.overloaded",
     "wal_segments_collected": "wal.gc.segments_deleted",
 }
 

@@ -19,6 +19,7 @@ import msgspec
 from multidict import CIMultiDict
 
 from consul_backend.clock import Clock
+from consul_backend.deadline import deadline
 from consul_backend.election import Held
 from consul_backend.errors import BackendError, Conflict, OutcomeUnknown
 from consul_backend.failpoint import failpoint
@@ -280,7 +281,8 @@ class ActiveScope:
                 metadata=auth.metadata,
                 cluster_id=auth.cluster_id,
             )
-        answer = await self._service.handle(request)
+        with deadline(message.time_left_s):
+            answer = await self._service.handle(request)
         return Executed(answer.status, header_pairs(answer.headers.items()), answer.body, answer.position)
 
     async def _flip(self, result: ActivationResult) -> None:

@@ -73,7 +73,9 @@ class Front:
             answer = refusal(error)
             if not answer.expected:
                 raise
-            return _errors(answer.status, *answer.texts)
+            refused = _errors(answer.status, *answer.texts)
+            refused.headers.extend(answer.headers())
+            return refused
 
     async def _dispatch(self, request: HttpRequest) -> HttpResponse:
         if self._node.is_active():

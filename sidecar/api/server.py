@@ -19,9 +19,12 @@ from http import HTTPStatus
 from aiohttp import web
 from multidict import CIMultiDict
 
+from consul_backend.deadline import time_limit
 from sidecar.api import envelopes, json_codec, paths
 from sidecar.api.client_address import HEADER, AddressRefused, ForwardedFor
 from sidecar.api.connection import SERVER_NAME, Server
+from sidecar.api.statuses import RETRY_AFTER_S
+from sidecar.core.metrics import METRICS
 from sidecar.request.types import HttpRequest, HttpResponse
 
 log = logging.getLogger("http")
@@ -35,7 +38,8 @@ _INTERNAL_PREFIX = "x-vault-internal-"
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """Bounds of one listener. ``buffered_bytes_max`` is for all bodies in memory together."""
+    """Bounds of one listener. ``buffered_bytes_max`` is for all bodies in memory together. ``request_timeout_s`` is the
+    deadline of a request's writes (:mod:`consul_backend.deadline`)."""
 
     body_bytes_max: int = 32 * 1024 * 1024
     buffered_bytes_max: int = 256 * 1024 * 1024
@@ -122,7 +126,7 @@ class ApiServer:
             held_bytes = self._reserve(request)
             body = await self._read_body(request)
             message = self._message(request, path, query, body, address)
-            async with asyncio.timeout(self._limits.request_timeout_s):
+            async with time_limit(self._limits.request_timeout_s):
                 answer = await self._handler(message)
             return _to_web(answer)
         except paths.PathRefused:
@@ -160,6 +164,7 @@ class ApiServer:
         if length > self._limits.body_bytes_max:
             raise _Refused(413, "request body too large", close=True)
         if self._buffered_bytes + length > self._limits.buffered_bytes_max:
+            METRICS.increment("core.http.overloaded")
             raise _Refused(503, "too many large requests at once; try again", close=True)
         self._buffered_bytes += length
         return length
@@ -208,6 +213,8 @@ class ApiServer:
 
     async def _refuse(self, request: web.BaseRequest, refused: _Refused) -> web.StreamResponse:
         response = _error(refused.status, *refused.texts)
+        if refused.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            response.headers["Retry-After"] = str(RETRY_AFTER_S)
         if refused.close:
             # The rest of the body is not read: the connection cannot carry another request.
             response.force_close()

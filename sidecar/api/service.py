@@ -457,4 +457,6 @@ def _refused(error: Exception, request_id: str) -> HttpResponse:
     if not answer.expected:
         log.exception("request failed: request_id=%s", request_id)
         texts = tuple(f"{text} (request {request_id})" for text in texts)
-    return _json(answer.status, envelopes.errors(texts))
+    response = _json(answer.status, envelopes.errors(texts))
+    response.headers.extend(answer.headers())
+    return response

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from consul_backend.deadline import remaining_s
 from consul_backend.position import Position
 from sidecar.transport.peer import PeerClient, PeerOutcomeUnknown, PeerUnreachable
 from sidecar.transport.trail import Hop, Trail
@@ -25,6 +26,9 @@ REQUEST_BYTES_MAX = 33 * 1024 * 1024
 
 RESPONSE_BYTES_MAX = 64 * 1024 * 1024
 HEADERS_MAX = 256
+
+TIME_LEFT_MS_MAX = 90_000
+"""Nobody waits longer for a forwarded request, whatever the sender says."""
 
 NOT_HANDLED = frozenset({400, 403, 404, 405, 413, 421, 503})
 """Outer statuses that only a refusal before execution has."""
@@ -89,7 +93,8 @@ class ForwardedIdentity(msgspec.Struct, frozen=True):
 
 class ForwardRequest(msgspec.Struct, frozen=True):
     """One request below ``/v1/``. ``path`` is decoded; ``headers`` are pairs, since names may repeat; ``raw_target`` is
-    the undecoded path and query; ``trail`` includes the hop just made."""
+    the undecoded path and query; ``trail`` includes the hop just made. ``time_left_ms``: until the sender's deadline
+    for the request, None where it has none."""
 
     method: str
     path: str
@@ -100,9 +105,16 @@ class ForwardRequest(msgspec.Struct, frozen=True):
     trail: tuple[Hop, ...]
     raw_target: str = ""
     auth: ForwardedIdentity | None = None
+    time_left_ms: int | None = None
 
     def __repr__(self) -> str:
         return f"ForwardRequest({self.method} {self.path!r}, {len(self.body)} bytes)"
+
+    @property
+    def time_left_s(self) -> float:
+        """How long the request may take here, in seconds."""
+        left_ms = TIME_LEFT_MS_MAX if self.time_left_ms is None else self.time_left_ms
+        return min(max(left_ms, 0), TIME_LEFT_MS_MAX) / 1000
 
 
 class ForwardResponse(msgspec.Struct, frozen=True):
@@ -161,6 +173,7 @@ _encoder = msgspec.msgpack.Encoder()
 def forwarded(request: RequestLike, trail: Trail, auth: ForwardedIdentity | None = None) -> ForwardRequest:
     """``request`` as it goes over the hop that ``trail`` ends with. The caller's token is among the headers; above a
     standby's own cluster it counts for nothing, there ``auth`` does."""
+    left_s = remaining_s()
     return ForwardRequest(
         method=request.method,
         path=request.path,
@@ -171,6 +184,7 @@ def forwarded(request: RequestLike, trail: Trail, auth: ForwardedIdentity | None
         trail=trail,
         raw_target=request.raw_target,
         auth=auth,
+        time_left_ms=None if left_s is None else int(left_s * 1000),
     )
 
 

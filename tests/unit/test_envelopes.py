@@ -92,6 +92,7 @@ def test_errors_become_the_answers_clients_know(error: Exception, status: int, t
         (backend.Unavailable("x"), 503),
         (backend.NotApplied("x"), 503),
         (backend.Overloaded("x"), 503),
+        (backend.DeadlinePassed("x"), 503),
         (backend.FenceLost("x"), 503),
         (backend.StoreWentBack("x"), 503),
         (backend.SentinelMissing("x"), 503),
@@ -106,6 +107,10 @@ def test_errors_of_the_store_say_nothing_of_it(error: Exception, status: int) ->
     answer = refusal(error)
     assert answer.status == status
     assert "x" not in answer.texts
+    for_a_human = isinstance(error, backend.StoreWentBack | backend.SentinelMissing)
+    assert dict(answer.headers()) == ({"Retry-After": "1"} if status == 503 and not for_a_human else {})
+    if isinstance(error, backend.DeadlinePassed):
+        assert "not applied" in answer.texts[0]
     if isinstance(error, backend.OutcomeUnknown):
         assert "may or may not" in answer.texts[0]
 

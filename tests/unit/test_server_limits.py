@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import pytest
 from multidict import CIMultiDict
 
+from consul_backend.deadline import remaining_s
+from consul_backend.errors import Overloaded
 from sidecar.api.server import ApiServer, ServerLimits
+from sidecar.api.statuses import refusal
 from sidecar.request.types import HttpRequest, HttpResponse
 
 SMALL = ServerLimits(body_bytes_max=1000, buffered_bytes_max=1500, body_timeout_s=0.2, request_timeout_s=0.3)
@@ -295,3 +298,22 @@ async def test_connections_are_bounded() -> None:
             await _answer(reader)
         for _, open_writer in [*kept, (reader, writer)]:
             open_writer.close()
+
+
+async def test_a_request_s_writes_have_its_deadline_and_refusals_for_load_say_when_to_come_again() -> None:
+    left: list[float | None] = []
+
+    async def handle(request: HttpRequest) -> HttpResponse:
+        left.append(remaining_s())
+        answer = refusal(Overloaded("full"))
+        return HttpResponse(answer.status, answer.headers(), b"{}")
+
+    server = ApiServer(handle, limits=SMALL)
+    _, port = await server.listen("127.0.0.1", 0)
+    served = Served()
+    served.port = port
+    answer = await served.raw(b"PUT /v1/a HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert left[0] is not None
+    assert 0 < left[0] <= SMALL.request_timeout_s
+    await server.close()
