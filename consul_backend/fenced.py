@@ -20,12 +20,16 @@ _ATTEMPTS = 5
 _PAUSE_S = 0.1
 
 
+def guards(tenure: Tenure) -> list[Op]:
+    """The two that refuse whatever is not this tenure's."""
+    return [CheckSession(LOCK_KEY, tenure.session), CheckIndex(EPOCH_KEY, tenure.epoch_index)]
+
+
 async def fenced_txn(physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op]) -> TxnResult:
     """Apply ``ops`` if ``tenure`` still leads. Raises FenceLost when it does not; Conflict, whose positions count from
     ``ops[0]``, when another check failed; and what :meth:`PhysicalStore.txn` raises."""
-    guards: list[Op] = [CheckSession(LOCK_KEY, tenure.session), CheckIndex(EPOCH_KEY, tenure.epoch_index)]
     try:
-        return await physical.txn([*guards, *ops])
+        return await physical.txn([*guards(tenure), *ops])
     except Conflict as refusal:
         if any(failure.op_index < GUARD_OPS for failure in refusal.failures):
             raise FenceLost("the store refused a fenced transaction: this node's tenure has ended") from None

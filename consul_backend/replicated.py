@@ -19,7 +19,8 @@ from consul_backend.clock import Clock
 from consul_backend.digesting import keep_digested
 from consul_backend.errors import ForeignWrite
 from consul_backend.failpoint import failpoint
-from consul_backend.generation import drop_generation, genesis, physical_key, read_entry
+from consul_backend.generation import drop_generation, physical_key, read_entry
+from consul_backend.genesis import genesis
 from consul_backend.group_commit import CommitOptions, Committed, GroupCommit
 from consul_backend.index_check import Inspected
 from consul_backend.keys import decode_name, encode_partition, encode_path, public_name, split_prefix

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from consul_backend.recovery import EAGER_KEYS
+from consul_backend.wal import SEGMENT_RECORDS
 
 _MIB = 1024 * 1024
 
@@ -27,7 +28,7 @@ class StoreOptions:
     ring_bytes_max: int = 32 * _MIB
     wal_keep_records: int = 16_384
     wal_keep_bytes: int = 256 * _MIB
-    segment_records: int = 512
+    segment_records: int = SEGMENT_RECORDS
     flush_interval_s: float = 1.0
     flush_extents_per_s: float = 64.0
     collect_interval_s: float = 5.0

@@ -35,6 +35,8 @@ HASH_BYTES = 32
 BATCH_ID_BYTES = 16
 GENESIS_INDEX = 1
 GENESIS_PREV = bytes(HASH_BYTES)
+SEGMENT_RECORDS = 512
+"""Records of one segment of the log, unless a generation began with another number."""
 
 Kind = Literal["genesis", "tenure", "data", "part", "commit", "abort", "roll"]
 """``genesis`` begins a store generation, ``tenure`` a node's time as active. The last four belong to large batches

@@ -307,6 +307,8 @@ class ActiveScope:
             node_id=self._node.identity.node_id,
             time_ms=self._clock.time_ms(),
             random_bytes=os.urandom,
+            tenure=self._held.tenure,
+            segment_records=self._store_options.segment_records,
         )
         failpoint("activation:after-genesis")
         await self._point_at(target, found[1])

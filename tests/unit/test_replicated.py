@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consul_backend.errors import Conflict, FenceLost, ForeignWrite, OutcomeUnknown, TooLarge
-from consul_backend.physical import EPOCH_KEY, SENTINEL_KEY
+from consul_backend.errors import FenceLost, ForeignWrite
+from consul_backend.physical import EPOCH_KEY
 from consul_backend.replicated import StoreOptions, drop_generation, genesis, physical_key, read_entry
 from consul_backend.retention import HARD_FACTOR, RetentionFacts, collectable, keep_from
 from consul_backend.txn import Delete, Set
@@ -350,39 +350,6 @@ def test_nothing_needed_is_ever_collected(found):
 
 
 # -- generations
-
-
-async def test_genesis_is_one_transaction_that_happens_once(cluster):
-    fields = {"node_id": "n", "time_ms": 1, "random_bytes": os.urandom}
-    writes = [Write(key("a"), b"1"), Write("c/core/seal", b"2")]
-    with pytest.raises(Conflict):
-        await genesis(cluster.inner, GENERATION, writes, **fields)
-    await genesis(cluster.inner, "g2", writes, **fields, guard=[Set(SENTINEL_KEY, b"1")])
-    assert (await cluster.inner.get(SENTINEL_KEY)).value == b"1"
-    assert await read_entry(cluster.inner, "g2", key("a")) == b"1"
-    assert await read_entry(cluster.inner, "g2", key("b")) is None
-    with pytest.raises(Conflict):
-        await genesis(cluster.inner, "g2", writes, **fields)
-    with pytest.raises(TooLarge):
-        await genesis(cluster.inner, "g3", [Write(key(str(n)), b"") for n in range(64)], **fields)
-    with pytest.raises(ValueError, match="deletes nothing"):
-        await genesis(cluster.inner, "g3", [Write(key("a"), None)], **fields)
-
-
-@pytest.mark.parametrize("fate", ["lose-before", "lose-after"])
-async def test_a_genesis_whose_answer_is_lost_is_resolved(cluster, fate):
-    fates = iter([fate, None])
-    cluster.physical.fault = lambda ops: next(fates)
-    fields = {"node_id": "n", "time_ms": 1, "random_bytes": os.urandom}
-    await genesis(cluster.physical, "g2", [Write(key("a"), b"1")], **fields)
-    assert await read_entry(cluster.inner, "g2", key("a")) == b"1"
-
-
-async def test_a_genesis_that_stays_unknown_says_so(cluster, monkeypatch):
-    monkeypatch.setattr("consul_backend.generation._PAUSE_S", 0)
-    cluster.physical.fault = lambda ops: "lose-before"
-    with pytest.raises(OutcomeUnknown):
-        await genesis(cluster.physical, "g2", [Write(key("a"), b"1")], node_id="n", time_ms=1, random_bytes=os.urandom)
 
 
 async def test_a_dropped_generation_is_gone_and_its_neighbour_is_not(cluster):
