@@ -247,6 +247,11 @@ class ReplicatedStore:
             if self._lease.valid():
                 return value
 
+    def may_be_large(self, key: str) -> bool:
+        """Whether the value may be larger than one transaction: what reads many at once reads those one by one. True of
+        every key until this tenure has looked for such values."""
+        return not self._chunks.swept or key in self._chunks.live
+
     async def _read(self, key: str, where: str) -> bytes | None:
         """The stored value that has the index's digest; None when the key is gone from the index meanwhile."""
         consistent = False

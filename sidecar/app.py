@@ -162,8 +162,11 @@ def election_options(config: ServerConfig) -> ElectionOptions:
 
 def store_options(config: ServerConfig) -> StoreOptions:
     """The replicated store's bounds as configured."""
-    settings = config.store
+    settings, usual, sync = config.store, StoreOptions(), config.replication
     return StoreOptions(
+        # What a sync stages comes as one batch, with some values twice: its entry and the record that replaced it.
+        staged_entries_max=max(usual.staged_entries_max, 2 * sync.sync_staging_entries),
+        staged_bytes_max=max(usual.staged_bytes_max, 2 * sync.sync_staging_bytes),
         cache_bytes_max=settings.cache_bytes,
         wal_keep_records=settings.wal_keep_records,
         wal_keep_bytes=settings.wal_keep_bytes,

@@ -41,6 +41,7 @@ from sidecar.generation import Generation, flip_generation, read_generation
 from sidecar.node import ActiveRole, Node
 from sidecar.replication.activation import ActivationResult
 from sidecar.replication.manager import PerformanceReplication
+from sidecar.replication.sync import Staging
 from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
 from sidecar.request.types import ForwardedAuth
 from sidecar.sealing import Opened
@@ -78,6 +79,7 @@ class ScopeParts:
             replication=ReplicationOptions(
                 beat_s=config.replication.heartbeat_interval_s,
                 wal_wait_s=config.replication.best_effort_wal_wait_duration_s,
+                staging=Staging(config.replication.sync_staging_entries, config.replication.sync_staging_bytes),
             ),
         )
 

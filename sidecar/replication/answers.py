@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TypeVar
 
 from consul_backend.errors import BackendError
@@ -105,8 +105,7 @@ async def _differing_entries(store: PrimaryStore, request: FetchRequest) -> Asyn
         part = range_of(request, extent)
         prefix = f"{REPLICATED}/{part.partition}/"
         wanted, extra = differing_entries(store.forest, request.salt, part, extent.ids)
-        for start in range(0, len(wanted), _READS_AT_ONCE):
-            keys = [prefix + path for path in wanted[start : start + _READS_AT_ONCE]]
+        for keys in _reads(store, prefix, wanted):
             for key, value in zip(keys, await asyncio.gather(*map(store.get, keys)), strict=True):
                 if value is None:  # deleted since the digest was read: its record follows
                     continue
@@ -123,6 +122,23 @@ async def _differing_entries(store: PrimaryStore, request: FetchRequest) -> Asyn
             puts, dropped, size_bytes = [], [], 0
         await asyncio.sleep(0)
     yield Entries(puts, dropped, len(request.extents))
+
+
+def _reads(store: PrimaryStore, prefix: str, paths: Sequence[str]) -> Iterator[list[str]]:
+    """Keys to read at once: some, of values that each fit a transaction, or one whose value may be of any size."""
+    keys: list[str] = []
+    for path in paths:
+        key = prefix + path
+        alone = store.may_be_large(key)
+        if keys and (alone or len(keys) == _READS_AT_ONCE):
+            yield keys
+            keys = []
+        keys.append(key)
+        if alone:
+            yield keys
+            keys = []
+    if keys:
+        yield keys
 
 
 async def _records_since(store: PrimaryStore, request: FetchRequest, last: int) -> AsyncIterator[LogFrame]:

@@ -209,6 +209,7 @@ class SecondaryService:
             clock=self._clock,
             limits=self._options.limits,
             identity=self.applier.identity,
+            staging=self._options.staging,
         )
         result = await syncer.run()
         self.sync_progress = None

@@ -83,6 +83,9 @@ class PrimaryStore(IndexedStore, Protocol):
     async def get(self, key: str) -> bytes | None:
         """The whole ciphertext of one logical key."""
 
+    def may_be_large(self, key: str) -> bool:
+        """Whether a value may be larger than one transaction of the store."""
+
     def hold(self, name: str, index: int) -> None:
         """Keep records from ``index`` on for ``name``, within the store's hard bound."""
 

@@ -10,6 +10,7 @@ from consul_backend.index_check import Inspected
 from consul_backend.limits import Limits
 from sidecar.replication.activation import ActivationResult
 from sidecar.replication.store_view import PrimaryStore, SecondaryStore
+from sidecar.replication.sync import Staging
 from sidecar.transport.forwarding import ForwardRequest
 
 
@@ -97,6 +98,7 @@ class ReplicationOptions:
     window_records: int = 1024
     window_bytes: int = 4 * 1024 * 1024
     limits: Limits = field(default_factory=Limits)
+    staging: Staging = field(default_factory=Staging)
 
     def __post_init__(self) -> None:
         if not 0 < self.reconnect_min_s <= self.reconnect_max_s:

@@ -27,6 +27,9 @@ class FakeClock:
         return int(self.now_s * 1000) + 1_700_000_000_000 + self.skew_ms
 
 
+LARGE_BYTES = 10_000
+
+
 class Crash(Exception):
     """The process dies here."""
 
@@ -46,6 +49,8 @@ class MemoryStore:
         self.hook: Callable[[str], None] = lambda name: None
         self.tenure = 1
         self.reads = 0
+        self.reading: list[str] = []
+        self.read_together: list[tuple[str, ...]] = []
         self._grown = asyncio.Event()
         self._append([], "genesis")
 
@@ -55,8 +60,14 @@ class MemoryStore:
         return Head(last.index, last.chain_hash, last.header.time_ms)
 
     async def get(self, key: str) -> bytes | None:
+        self.reading.append(key)
+        self.read_together.append(tuple(self.reading))
         await asyncio.sleep(0)
+        self.reading.remove(key)
         return self.data.get(key)
+
+    def may_be_large(self, key: str) -> bool:
+        return len(self.data.get(key, b"")) > LARGE_BYTES
 
     async def commit(self, writes: Sequence[Write], *, positions: Mapping[str, Position] | None = None) -> Head:
         if len({write.key for write in writes}) > self.writes_max:

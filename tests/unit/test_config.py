@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar import config
+from sidecar.app import store_options
 from sidecar.config import (
     AuditSettings,
     ConfigError,
@@ -118,6 +119,15 @@ def test_the_json_form_is_the_same():
       max_lease_ttl = "800h" """
     assert replace(load_text(json.dumps(document)), warnings=()) == load_text(text)
     assert load_text(text).storage == EmbeddedStorage("/data")
+
+
+def test_the_staging_of_a_sync_is_configured_and_the_store_takes_twice_as_much():
+    loaded = load_text(MINIMAL + 'replication { sync_staging_size = "512MiB" sync_staging_entries = 900000 }')
+    assert loaded.replication == ReplicationSettings(sync_staging_bytes=512 * 2**20, sync_staging_entries=900_000)
+    options = store_options(loaded)
+    assert (options.staged_bytes_max, options.staged_entries_max) == (1024 * 2**20, 1_800_000)
+    usual = store_options(load_text(MINIMAL))
+    assert (usual.staged_bytes_max, usual.staged_entries_max) == (256 * 2**20, 1_000_000)
 
 
 def test_assigned_objects_are_blocks_as_in_hcl_1():

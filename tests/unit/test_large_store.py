@@ -92,6 +92,17 @@ async def eventually(read, holds):
     return found
 
 
+async def test_which_values_may_be_large_is_known_once_they_were_looked_for(cluster):
+    async with cluster.running(QUIET) as store:
+        await store.commit([Write(key("big"), b"b" * 600_000), Write(key("small"), b"s")])
+        await store.rolled()
+    store = await cluster.recover(QUIET)
+    assert store.may_be_large(key("small")), "nobody has looked yet"
+    await store._chunks.collect()
+    assert not store.may_be_large(key("small"))
+    assert store.may_be_large(key("big"))
+
+
 async def test_chunks_that_nobody_names_are_swept_by_the_next_tenure(cluster):
     await cluster.inner.txn([Set(chunk_prefix(GENERATION, "left") + "000000", b"left by a crash")])
     async with cluster.running(QUIET) as store:

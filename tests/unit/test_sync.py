@@ -21,7 +21,7 @@ from sidecar.replication.intake import KEYRING_KEY
 from sidecar.replication.protocol import NONE_POSITION, encode, is_none
 from sidecar.replication.states import Event
 from sidecar.replication.sync import Syncer, SyncRefused
-from tests.support.replication import Crash, FakeClock, MemoryStore
+from tests.support.replication import LARGE_BYTES, Crash, FakeClock, MemoryStore
 
 SALT = bytes(range(16))
 SOURCE = Source("primary-cluster", "set", "generation", 1, "epoch-id")
@@ -472,3 +472,15 @@ async def test_malformed_fingerprints_and_extents_are_refused():
     for extent in (wire.Extent(1, 0, 0, b""), wire.Extent(0, 1, 2, b""), wire.Extent(0, 0, 0, b"7 bytes")):
         with pytest.raises(wire.ProtocolViolation):
             diffing.range_of(wire.FetchRequest(1, bytes(32), True, SALT, ["p"], [extent]), extent)
+
+
+async def test_large_values_are_read_one_by_one_and_small_ones_together():
+    pair = Pair()
+    fill(pair.primary, 200)
+    large = [f"r/p/large-{number}" for number in range(5)]
+    pair.primary.write(*((name, b"v" * (LARGE_BYTES + 1)) for name in large))
+    assert (await pair.sync()).event is Event.SYNCED
+    pair.assert_in_step(pair.primary.head.index)
+    together = pair.primary.read_together
+    assert max(map(len, together)) > 1
+    assert all(len(names) == 1 for names in together if set(names) & set(large))
