@@ -236,6 +236,13 @@ class GroupCommit:
         counts = {f"commit_{name}": count for name, count in asdict(self.counts).items()}
         return counts | {"commit_queue": len(self._queue), "commit_queue_bytes": self._queue_bytes}
 
+    def pending(self, key: str) -> bool:
+        """Whether a write of the key is queued, in flight, or acknowledged and not in the index yet."""
+        sent = [self._in_flight, self._acknowledged and self._acknowledged[0]]
+        return any(key in batch.writes for batch in self._queue) or any(
+            one is not None and key in one.packing.entries for one in sent
+        )
+
     async def settled(self, touches: Callable[[Mapping[str, Prepared]], bool]) -> bool:
         """Wait until no unsettled transaction that ``touches`` approves is left; whether there was one.
 

@@ -59,7 +59,8 @@ class Inspected:
 
     ``value_of(stored)`` is the value that a data key's bytes stand for, None when it cannot be had (most stand for
     themselves). ``settled(key)``
-    waits for commits in flight that touch the key; ``elsewhere(key)`` says that the key's value is on its way to the
+    waits for commits in flight that touch the key, ``pending(key)`` says whether any is queued or in flight;
+    ``elsewhere(key)`` says that the key's value is on its way to the
     data key and readers have it from memory meanwhile. ``stored(index)`` waits until the index is, up to that record.
     """
 
@@ -76,6 +77,7 @@ class Inspected:
     commit: Callable[[Sequence[Write]], Awaitable[Head]]
     value_of: Callable[[bytes], Awaitable[bytes | None]]
     settled: Callable[[str], Awaitable[bool]]
+    pending: Callable[[str], bool]
     elsewhere: Callable[[str], bool]
 
     def where(self, key: str) -> str:

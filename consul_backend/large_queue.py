@@ -89,6 +89,10 @@ class LargeQueue:
         self._bytes -= job.size_bytes
         return job
 
+    def writes(self, key: str) -> bool:
+        """Whether a job that waits writes the key."""
+        return any(key in job.writes for job in self._jobs)
+
     def close(self) -> None:
         """The tenure is over: nothing that waits was written."""
         self._closed = True

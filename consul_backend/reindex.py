@@ -30,6 +30,7 @@ from consul_backend.failpoint import failpoint
 from consul_backend.fenced import fenced_txn
 from consul_backend.index_check import CheckReport, Finding, Inspected, Kind, Progress, check, examine
 from consul_backend.keys import encode_partition
+from consul_backend.large_batch import Replay
 from consul_backend.lazy_index import Name
 from consul_backend.merkle import entry_digest
 from consul_backend.physical import Item
@@ -40,6 +41,7 @@ log = logging.getLogger("core.reindex")
 
 _RECORDS_AT_ONCE = 64
 _ATTEMPTS = 5
+_PENDING_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,8 @@ async def reindex(parts: Inspected, options: ReindexOptions, progress: Progress)
 
 
 async def _from_log(parts: Inspected, wanted: dict[str, bytes]) -> dict[str, bytes]:
-    """The values that the index means, as far as the log reaches back."""
+    """The values that the index means, as far as the log reaches back; those of large batches whole."""
+    replay = Replay()
     found: dict[str, bytes] = {}
     index = parts.oldest()
     while index <= parts.head().index:
@@ -133,7 +136,7 @@ async def _from_log(parts: Inspected, wanted: dict[str, bytes]) -> dict[str, byt
         if not records:
             break
         for record in records:
-            for write in record.writes():
+            for write in replay.feed(record):
                 digest = wanted.get(write.key)
                 if digest is not None and write.value is not None and entry_digest(write.key, write.value) == digest:
                     found[write.key] = write.value
@@ -145,7 +148,7 @@ async def _from_log(parts: Inspected, wanted: dict[str, bytes]) -> dict[str, byt
 async def _repair(
     parts: Inspected, finding: Finding, value: bytes | None, options: ReindexOptions, report: ReindexReport
 ) -> None:
-    for _ in range(_ATTEMPTS):
+    for _ in range(_ATTEMPTS):  # a commit that comes first wins: then it is looked at anew
         now = await examine(parts, finding.key, finding.where)
         if now is None:
             return
@@ -160,7 +163,8 @@ async def _repair(
         except (Conflict, OutcomeUnknown):
             continue  # looked at anew
         except TooLarge:
-            break
+            report.unresolved += 1  # known, but too large to be put back here: writing it again does
+            return
         report.quarantined += item is not None
         report.restored += now.kind is not Kind.EXTRA
         return
@@ -202,6 +206,9 @@ async def _give_up(parts: Inspected, finding: Finding, options: ReindexOptions, 
         except (Conflict, OutcomeUnknown, TooLarge):
             report.unresolved += 1
             return
+    while parts.pending(finding.key):
+        await asyncio.sleep(_PENDING_PAUSE_S)
+    # No await from here to the queue: no newer value of the key can come between, to be deleted by this.
     if parts.forest.digest_of(finding.key) == finding.digest:
         await parts.commit([Write(finding.key, None)])
         report.dropped += 1

@@ -216,6 +216,7 @@ class ReplicatedStore:
             commit=self.commit,
             value_of=lambda stored: read_value(self._physical, self.generation, stored, consistent=True),
             settled=lambda key: self._group_commit.settled(lambda entries: key in entries),
+            pending=lambda key: self._group_commit.pending(key) or self._large.pending(key),
             elsewhere=lambda key: self._large.overlay.get(key) is not None,
         )
 

@@ -205,6 +205,11 @@ class LargeBatches:
                 if manifest is not None:
                     self._chunks.given_up(manifest[0])
 
+    def pending(self, key: str) -> bool:
+        """Whether a large batch that is not true yet writes the key."""
+        opened = self._open
+        return self._queue.writes(key) or (opened is not None and not opened.committed and key in opened.entries)
+
     def changes(self, prefix: str) -> dict[str, bool]:
         """The keys below ``prefix`` in the overlay, and whether they exist."""
         return {key: entry.value is not None for key, entry in self.overlay.items() if key.startswith(prefix)}

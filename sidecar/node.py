@@ -163,7 +163,8 @@ class Node:
         role = self._role
         if self.sealing.opened is None:
             status = await self.sealing.status()
-            return NodeHealth(initialized=status.initialized, sealed=True, standby=True)
+            reason = self.sealing.reason
+            return NodeHealth(initialized=status.initialized, sealed=True, standby=True, sealed_reason=reason)
         if isinstance(role, ActiveRole):
             performance, disaster = role.view.modes()
             return NodeHealth(

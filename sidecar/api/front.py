@@ -125,6 +125,8 @@ class Front:
             body["last_wal"] = health.last_wal
         if health.audit_blocked:
             body["audit_blocked"] = True
+        if health.sealed_reason:
+            body["sealed_reason"] = health.sealed_reason
         return _json(status, body)
 
     async def _seal_status(self, request: HttpRequest) -> HttpResponse:

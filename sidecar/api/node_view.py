@@ -32,7 +32,7 @@ class SealStatus:
 class NodeHealth:
     """``sys/health`` (contract 4.1). Modes: disabled, primary, secondary, bootstrapping, unknown. Uninitialised and
     sealed nodes report ``standby`` True. ``last_wal`` is 0 where it is not known. ``audit_blocked``: unsealed, but
-    requests fail because no audit device works."""
+    requests fail because no audit device works. ``sealed_reason``: why a node sealed itself, for the operator."""
 
     initialized: bool
     sealed: bool
@@ -43,6 +43,7 @@ class NodeHealth:
     cluster_id: str = ""
     last_wal: int = 0
     audit_blocked: bool = False
+    sealed_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

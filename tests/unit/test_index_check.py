@@ -135,6 +135,48 @@ async def test_beyond_the_log_only_force_gives_up(cluster, kind):
         await cluster.check(store, whole_log=False)
 
 
+async def test_entries_of_a_large_batch_are_healed_whole_from_its_parts(cluster):
+    """A value that goes on from one part to the next is no entry of either."""
+    async with cluster.running(KEEP) as store:
+        names = [key(f"part/{n}") for n in range(40)]
+        data = {name: name.encode() * 400 + b"\0" * n for n, name in enumerate(names)}
+        await store.commit([Write(name, value) for name, value in data.items()])
+        await store.rolled()
+        assert store.statistics()["large_parts"] > 1
+        for name in names:
+            await cluster.inner.txn([Set(where(name), b"foreign")])
+        done = await repaired(store)
+        assert (done.restored, done.quarantined, done.unresolved) == (40, 40, 0)
+        await cluster.check(store)
+
+
+async def test_force_deletes_no_value_that_was_written_meanwhile(cluster):
+    async with cluster.running(FORGET) as store:
+        data = await entries(store, 50)
+        for number in range(40):
+            await store.commit([Write(key("busy"), b"%d" % number)])
+    store = await cluster.recover(FORGET)
+    await store.flush()
+    assert await store.collect()
+    victim = sorted(data)[5]
+    await cluster.inner.txn([Set(where(victim), b"foreign")])
+    async with cluster.running(FORGET) as store:
+        newer = []
+
+        def write_too(ops):
+            if not newer and any(
+                isinstance(op, Set) and op.key.startswith(quarantine_prefix(GENERATION)) for op in ops
+            ):
+                newer.append(asyncio.create_task(store.commit([Write(victim, b"newer")])))
+
+        cluster.physical.fault = write_too
+        done = await repaired(store, force=True)
+        await newer[0]
+        assert await store.get(victim) == b"newer"
+        assert (done.quarantined, done.dropped) == (1, 0)
+        await cluster.check(store, whole_log=False)
+
+
 async def test_a_damaged_extent_is_named_and_written_anew(cluster):
     async with cluster.running(KEEP) as store:
         await entries(store)

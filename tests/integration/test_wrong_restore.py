@@ -1,0 +1,42 @@
+"""F46: an older Consul snapshot put back underneath an active node stops it, and the node says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.cluster import Cluster, Node, consul_storage
+from tests.support.consul_server import ConsulServer
+from tests.support.faults import mount_load
+
+
+def test_a_restore_underneath_stops_every_node_and_status_and_health_say_so(tmp_path: Path) -> None:
+    with ConsulServer() as server:
+        storage = consul_storage(server.address, server.token, "outrider/f46/")
+        nodes = [Node(f"node-{n}", tmp_path, storage, cluster_name="f46") for n in (1, 2)]
+        cluster = Cluster(nodes)
+        try:
+            cluster.bootstrap()
+            mount_load(cluster.call)
+            snapshot = server.snapshot()
+            for number in range(20):
+                assert cluster.call("PUT", f"load/{number}", {"v": "after the snapshot"}).status == 204
+            standby = cluster.standby()
+            wal = cluster.call("GET", "sys/health").body["last_wal"]
+            server.restore(snapshot)
+            for node in nodes:
+                node.wait_until("seal itself", lambda node=node: node.call("GET", "sys/seal-status").body["sealed"])
+                health = node.call("GET", "sys/health")
+                assert health.status == 503
+                assert "restored or changed underneath" in health.body["sealed_reason"], node.log_tail()
+                assert "until it is unsealed again" in node.call("GET", "sys/seal-status").body["warnings"][0]
+                assert node.call("GET", "load/1", token=cluster.root_token).status == 503
+            # Whoever unseals has decided to go on with the store as it is.
+            standby.unseal(cluster.keys)
+            cluster.nodes = [standby]
+            cluster.wait_active()
+            assert cluster.call("GET", "load/1").status == 404
+            assert "sealed_reason" not in cluster.call("GET", "sys/health").body
+            assert cluster.call("GET", "sys/health").body["last_wal"] < wal
+        finally:
+            for node in nodes:
+                node.kill()
