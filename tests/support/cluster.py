@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.support.nursery import WarmProcess, nursery
+
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 20.0
 
@@ -90,7 +92,7 @@ def _reply(status: int, raw: bytes, headers: dict[str, str]) -> Reply:
 @dataclass
 class Node:
     """One ``outrider server`` process. ``storage`` is the storage stanza's text; ``settings`` more top-level lines,
-    ``listener_settings`` more lines of the listener."""
+    ``listener_settings`` more lines of the listener. ``warm``: forked by the nursery, not started from nothing."""
 
     name: str
     directory: Path
@@ -102,7 +104,8 @@ class Node:
     cluster_port: int = field(default_factory=free_port)
     advertised_cluster_port: int = 0
     environment: dict[str, str] = field(default_factory=dict, repr=False)
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    warm: bool = False
+    process: subprocess.Popen[bytes] | WarmProcess | None = field(default=None, repr=False)
 
     @property
     def address(self) -> str:
@@ -136,6 +139,15 @@ class Node:
     def start(self, *, wait: bool = True) -> None:
         """Start the process; with ``wait`` until it answers sys/health."""
         self.write_config()
+        if self.warm:
+            arguments = ["server", f"-config={self.config_path}"]
+            self.process = nursery().spawn(arguments, self.log_path, self.environment)
+        else:
+            self._start_cold()
+        if wait:
+            self.wait_listening()
+
+    def _start_cold(self) -> None:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "sidecar", "server", f"-config={self.config_path}"],
@@ -144,8 +156,6 @@ class Node:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
             )
-        if wait:
-            self.wait_listening()
 
     def wait_listening(self) -> None:
         """Until sys/health answers, with whatever status."""

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import itertools
 import json
+import os
 import signal
 import threading
 import time
@@ -31,6 +32,7 @@ from sidecar.generation import read_generation
 from tests.support.cluster import ClusterError, Node
 
 MOUNT = "load"
+ROUNDS = "OUTRIDER_FAULT_ROUNDS"
 RETRY_S = 0.02
 
 ACKED, FAILED, UNKNOWN = "acked", "failed", "unknown"
@@ -194,6 +196,11 @@ class Writers:
         assert not wrong, f"{len(wrong)} of {len(self.attempts)} writes are not as answered: {wrong[:5]}"
         odd = [attempt for attempt in self.attempts if "internal error" in attempt.text]
         assert not odd, f"defects were answered: {odd[:5]}"
+
+
+def rounds() -> int:
+    """How often a fault is repeated: once, unless a soak says more by the environment."""
+    return int(os.environ.get(ROUNDS, "1"))
 
 
 def mount_load(call: Any) -> None:
