@@ -210,6 +210,7 @@ async def _recover(
     if case.action is Action.HALT:
         raise Corrupt(_explain(case, generation, found))
     if case.action is Action.REBUILD:
+        log.warning("%s: the index is made anew from the log", _explain(case, generation, found))
         doomed: list[Op] = [DeleteTree(merkle_prefix(generation)), DeleteTree(heads_prefix(generation))]
         doomed.append(Delete(checkpoint_key(generation)))
         await fenced_idempotent(physical, tenure, doomed)

@@ -342,7 +342,7 @@ async def extents(cluster):
 
 @pytest.mark.parametrize("kind", ["flip", "missing", "older", "foreign name", "checkpoint flip", "checkpoint missing"])
 @pytest.mark.parametrize("collected", [False, True])
-async def test_a_damaged_index_is_rebuilt_from_the_whole_log_or_refused(cluster, kind, collected):
+async def test_a_damaged_index_is_rebuilt_from_the_whole_log_or_refused(cluster, kind, collected, caplog):
     async with fill(cluster, 20) as store:
         await store.flush()
         (where,) = await extents(cluster)
@@ -372,6 +372,7 @@ async def test_a_damaged_index_is_rebuilt_from_the_whole_log_or_refused(cluster,
             await cluster.recover(OPTIONS)
         return
     again = await cluster.recover(OPTIONS)
+    assert "the index is made anew from the log" in caplog.text, "an operator must know"
     assert again.forest.root("r") == root
     await cluster.check(again)
     await again.flush()
