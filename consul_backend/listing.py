@@ -1,11 +1,16 @@
-"""Names below a prefix when some keys are true but not in their data keys yet (the overlay of a large batch)."""
+"""Names below a prefix: corrected where keys are true but not in their data keys yet (the overlay of a large batch),
+and without those that somebody else wrote past the index."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 ReadNames = Callable[[str], Awaitable[list[str]]]
 """The stored names one level below a logical prefix, decoded, folders with a slash at their end."""
+
+_AT_ONCE = 2000
+"""Names looked up in the index before the event loop has its turn."""
 
 
 async def corrected(read: ReadNames, prefix: str, names: Iterable[str], changes: Mapping[str, bool]) -> set[str]:
@@ -13,6 +18,8 @@ async def corrected(read: ReadNames, prefix: str, names: Iterable[str], changes:
 
     A folder stays as long as one key below it does; where all changes below it are deletions, that has to be read."""
     found = set(names)
+    if not changes:
+        return found
     surviving: set[str] = set()
     doubtful: set[str] = set()
     for key, exists in changes.items():
@@ -29,3 +36,15 @@ async def corrected(read: ReadNames, prefix: str, names: Iterable[str], changes:
         if not await corrected(read, below, await read(below), inner):
             found.discard(folder)
     return found | surviving
+
+
+async def indexed(prefix: str, names: Iterable[str], digest_of: Callable[[str], bytes | None]) -> set[str]:
+    """``names`` without keys that the index does not have: a key exists exactly when it does. A folder stays: what is
+    in it is told when it is listed itself."""
+    found: set[str] = set()
+    for number, name in enumerate(names, start=1):
+        if name.endswith("/") or digest_of(prefix + name) is not None:
+            found.add(name)
+        if number % _AT_ONCE == 0:
+            await asyncio.sleep(0)
+    return found

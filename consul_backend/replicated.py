@@ -25,7 +25,7 @@ from consul_backend.group_commit import CommitOptions, Committed, GroupCommit
 from consul_backend.index_check import Inspected
 from consul_backend.keys import decode_name, encode_partition, encode_path, public_name, split_prefix
 from consul_backend.large_batch import BatchBounds, crossing
-from consul_backend.listing import corrected
+from consul_backend.listing import corrected, indexed
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.merkle_flush import Flusher, FlushView
 from consul_backend.merkle_stage import StagedChange
@@ -461,8 +461,8 @@ class ReplicatedStore:
             version, changes = self._large.version, self._large.changes(prefix)
             names: Iterable[str] = await self._stored_names(prefix)
             await self._group_commit.settled(lambda entries: any(name.startswith(prefix) for name in entries))
-            if changes:
-                names = await corrected(self._stored_names, prefix, names, changes)
+            names = await corrected(self._stored_names, prefix, names, changes)
+            names = names if self._lazy.cold else await indexed(prefix, names, self.forest.digest_of)
             # A large batch that became true meanwhile may be half in the data keys: then everything again.
             if self._lease.valid() and version == self._large.version:
                 return sorted(names)

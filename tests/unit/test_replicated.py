@@ -196,6 +196,21 @@ async def test_list_is_one_level_decoded_and_sorted(cluster):
         assert await store.list(f"l/{PARTITION}/") == []
 
 
+async def test_a_key_that_somebody_else_wrote_is_not_listed(cluster):
+    async with cluster.running(QUIET) as store:
+        await store.commit([Write(key("mine"), b"1")])
+        await cluster.inner.txn([Set(physical_key(GENERATION, key("planted")), b"1")])
+        assert await store.get(key("planted")) is None
+        assert await store.list(f"r/{PARTITION}/") == ["mine"]
+
+
+async def test_a_long_list_leaves_others_their_turn(cluster):
+    names = [f"{number:05}" for number in range(5000)]
+    async with cluster.running(QUIET) as store:
+        await store.commit([Write(key(name), b"") for name in names])
+        assert await store.list(f"r/{PARTITION}/") == names
+
+
 @pytest.mark.parametrize("prefix", ["", "r/", "r/p", "r/p/a", "x/p/", "r//"])
 async def test_malformed_prefixes_are_refused(cluster, prefix):
     store = await cluster.recover(QUIET)
