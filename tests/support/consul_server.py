@@ -49,11 +49,15 @@ class RawAnswer:
 class ConsulServer:
     """``start`` it, then use ``address`` (``host:port``) with ``token``, which has the rights of the policy file only.
 
-    ``settings`` are merged into the agent's configuration. Data survive ``kill`` and ``restart``, not ``stop``.
+    ``settings`` are merged into the agent's configuration. Data survive ``kill`` and ``restart``, not ``stop``; they
+    are in ``data_dir`` if that is given.
     """
 
-    def __init__(self, *, acl: bool = True, settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, *, acl: bool = True, settings: dict[str, Any] | None = None, data_dir: Path | None = None
+    ) -> None:
         self._acl = acl
+        self._data_dir = data_dir
         self._settings = settings or {}
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -216,7 +220,7 @@ class ConsulServer:
             "server": True,
             "bootstrap_expect": 1,
             "node_name": f"test-{http}",
-            "data_dir": str(self._home / "data"),
+            "data_dir": str(self._data_dir or self._home / "data"),
             "bind_addr": "127.0.0.1",
             "client_addr": "127.0.0.1",
             "ports": ports,
