@@ -15,9 +15,9 @@ from typing import Any
 
 from consul import base
 
-from consul_backend.errors import OutcomeUnknown, PermissionDenied, Unavailable
+from consul_backend.errors import OutcomeUnknown, Unavailable
 from consul_backend.transport import Transport
-from consul_backend.wire import clean
+from consul_backend.wire import clean, denied
 
 CALL_TIMEOUT_S = 10.0
 
@@ -90,7 +90,8 @@ def translated(doing: str) -> Iterator[None]:
     try:
         yield
     except base.ACLPermissionDenied as error:
-        raise PermissionDenied(f"Consul refused to {doing}: {clean(str(error))}") from None
+        refused = denied(clean(str(error)))
+        raise type(refused)(f"Consul refused to {doing}: {refused}") from None
     except base.ConsulException as error:
         text = clean(str(error))
         kind = UnknownToConsul if isinstance(error, base.NotFound) or _UNKNOWN.search(text) else Unavailable

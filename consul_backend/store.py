@@ -261,7 +261,7 @@ class ConsulStore:
         failure = client_error(answer.status, answer.body)
         if failure is None:
             failure = Unavailable(f"Consul answered {answer.status}: {_text(answer)}")
-        if isinstance(failure, PermissionDenied):
+        if answer.status in {401, 403}:
             self._transport.token.suspect()
         return failure
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from consul_backend.errors import BackendError, Conflict, OpFailure, PermissionDenied, TooLarge
+from consul_backend.errors import BackendError, Conflict, OpFailure, PermissionDenied, TooLarge, Unavailable
 from consul_backend.physical import Item
 from consul_backend.txn import (
     Cas,
@@ -29,6 +29,7 @@ from consul_backend.txn import (
 )
 
 PERMISSION_DENIED = "permission denied"
+TOKEN_UNKNOWN = "acl not found"  # noqa: S105 - an error text, not a secret
 TEXT_CHARS_MAX = 300
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -214,10 +215,20 @@ def client_error(status: int, body: bytes) -> BackendError | None:
     """The definite failure that a 4xx other than 404 and 409 stands for, or None for any other status."""
     text = clean(body[: 4 * TEXT_CHARS_MAX].decode("utf-8", "replace"))
     if status in {401, 403}:
-        return PermissionDenied(f"Consul: {text or 'permission denied'}")
+        return denied(text)
     if status == 413:
         return TooLarge(f"Consul: {text or 'the request is too large'}")
     return None
+
+
+def denied(text: str) -> PermissionDenied | Unavailable:
+    """What Consul means by refusing a token. One that it does not know may have been deleted; but a server that has
+    just started knows none until it has read its log, so that is waited out and never taken for a lost right."""
+    if TOKEN_UNKNOWN in text.lower():
+        return Unavailable(
+            f"Consul does not know this token ({text}): it was deleted, or that server has started a moment ago"
+        )
+    return PermissionDenied(f"Consul: {text or 'permission denied'}")
 
 
 def clean(text: str) -> str:
