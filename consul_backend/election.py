@@ -17,8 +17,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import msgspec
@@ -37,7 +36,7 @@ from consul_backend.lease import Action, Event, Phase, step
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, Item, PhysicalStore
 from consul_backend.read_lease import ReadLease
 from consul_backend.tenure import Tenure
-from consul_backend.txn import Cas, Lock, Unlock
+from consul_backend.txn import Cas, CheckSession, Lock, Unlock
 
 log = logging.getLogger("core.election")
 
@@ -105,6 +104,7 @@ class Election:
         self._value = b""
         self._beat_failed = asyncio.Event()
         self._stay_away_until = float("-inf")
+        self._undead: set[str] = set()
 
     @property
     def phase(self) -> Phase:
@@ -128,6 +128,7 @@ class Election:
         index = 0
         while True:
             try:
+                await self._bury()
                 item, index = await self._watch_lock(index)
                 if item is not None and item.session:
                     self._move(Event.LOCK_TAKEN)
@@ -322,12 +323,23 @@ class Election:
         session, self._session = self._session, ""
         if not session:
             return
-        for give_up in (partial(self._physical.destroy_session, session), self._physical.stop_beat):
+        self._undead.add(session)
+        for give_up in (self._bury, self._physical.stop_beat):
             try:
                 await give_up()
             except BackendError as error:
                 # Without beats the session ends by itself; why the tenure ended matters more than this.
                 log.warning("the session could not be ended at once: %s", error)
+
+    async def _bury(self) -> None:
+        """End sessions that could not be ended before. The beat of the next one has the same check and would keep them
+        alive, and with them the lock, until their own slow TTL. Raises Unavailable."""
+        for session in tuple(self._undead):
+            try:
+                await self._physical.destroy_session(session)
+            except PermissionDenied as error:
+                log.warning("a session may not be ended and runs out by its TTL: %s", error)
+            self._undead.discard(session)
 
     async def leader(self) -> LeaderInfo | None:
         """Who leads now, as a standby sees it; None while nobody does. Raises Unavailable."""
@@ -344,7 +356,30 @@ def decode_epoch(item: Item) -> Epoch:
     try:
         return msgspec.json.decode(item.value, type=Epoch)
     except msgspec.DecodeError as error:
-        raise Corrupt(f"the epoch key {EPOCH_KEY!r} does not hold what this program writes there: {error}") from None
+        raise Corrupt(
+            f"the epoch key {EPOCH_KEY!r} does not hold what this program writes there ({error}): somebody else"
+            " wrote it; once it is deleted the next tenure makes it anew from the log"
+        ) from None
+
+
+async def above(physical: PhysicalStore, tenure: Tenure, epoch: int) -> Tenure:
+    """``tenure``, if its number is above ``epoch``, the newest record's; else the same tenure with a number that is.
+
+    The epoch key may have been deleted or put back by hand; a record numbered below the one before it would make the
+    log unreadable for good. Raises FenceLost, OutcomeUnknown, Unavailable, PermissionDenied.
+    """
+    if tenure.epoch > epoch:
+        return tenure
+    log.warning(
+        "the epoch key went back to %d although the log has epoch %d: counting on from there", tenure.epoch, epoch
+    )
+    mine = Epoch(number=epoch + 1, node_id=tenure.node_id, session=tenure.session)
+    write = Cas(EPOCH_KEY, msgspec.json.encode(mine), tenure.epoch_index)
+    try:
+        result = await physical.txn([CheckSession(LOCK_KEY, tenure.session), write])
+    except Conflict:
+        raise FenceLost("this node's tenure ended before it began") from None
+    return replace(tenure, epoch=mine.number, epoch_index=result.modify_index)
 
 
 def decode_leader(item: Item | None) -> LeaderInfo | None:

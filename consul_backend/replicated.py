@@ -40,7 +40,7 @@ from consul_backend.tenure import Tenure
 from consul_backend.value_cache import ValueCache
 from consul_backend.wal import CorruptRecord, Head, Record, Write
 from consul_backend.wal_reader import RecordGone, RecordRing, read_stored
-from consul_backend.went_back import require_seen, watch_tip
+from consul_backend.went_back import following, watch_tip
 
 __all__ = [
     "Head",
@@ -160,7 +160,7 @@ class ReplicatedStore:
         Raises Corrupt, FenceLost, StoreWentBack, SentinelMissing, OutcomeUnknown, Unavailable, PermissionDenied.
         """
         recovered = await recover(physical, generation, tenure, options.segment_records, options.index_eager_keys)
-        require_seen(recovered.tip, seen_index)
+        tenure = await following(physical, tenure, recovered.tip, seen_index)
         store = cls(
             physical, generation, tenure, options, recovered, clock=clock, lease=lease, random_bytes=random_bytes
         )

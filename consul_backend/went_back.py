@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from typing import NoReturn
 
+from consul_backend.election import above
 from consul_backend.errors import PermissionDenied, StoreWentBack, Unavailable
 from consul_backend.group_commit import GroupCommit, Tip
 from consul_backend.physical import LOCK_KEY, PhysicalStore
@@ -19,6 +20,13 @@ def require_seen(tip: Tip, seen_index: int) -> None:
             f"the log ends at record {tip.record.index}, but record {seen_index} was there before: the store was"
             " restored or changed underneath"
         )
+
+
+async def following(physical: PhysicalStore, tenure: Tenure, tip: Tip, seen_index: int) -> Tenure:
+    """``tenure`` as it may follow a recovered log: see :func:`require_seen` and
+    :func:`~consul_backend.election.above`, and what they raise."""
+    require_seen(tip, seen_index)
+    return await above(physical, tenure, tip.record.header.epoch)
 
 
 async def watch_tip(physical: PhysicalStore, tenure: Tenure, commits: GroupCommit, interval_s: float) -> NoReturn:

@@ -322,7 +322,7 @@ class ActiveScope:
 
     async def _point_at(self, target: Generation, expected_index: int) -> None:
         try:
-            await flip_generation(self._physical, self._held.tenure, expected_index, target)
+            await flip_generation(self._physical, self._store.tenure, expected_index, target)
         except OutcomeUnknown as error:
             found = await read_generation(self._physical)
             if found is not None and found[0] == target:
@@ -342,7 +342,7 @@ class ActiveScope:
                 continue
             failpoint("activation:before-drop")
             try:
-                await drop_generation(self._physical, generation, self._held.tenure)
+                await drop_generation(self._physical, generation, self._store.tenure)
                 failpoint("activation:after-drop")
                 log.info("deleted the replaced store generation %s", generation)
             except Conflict:

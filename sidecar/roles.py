@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from consul_backend.clock import Clock
 from consul_backend.election import Election, ElectionOptions, Held, LeaderInfo
@@ -149,17 +150,23 @@ class Roles:
         ]
         try:
             await asyncio.wait([campaign, left, *duties], return_when=asyncio.FIRST_COMPLETED)
-            for task in (campaign, *duties):
-                if task.done() and (error := task.exception()) is not None:
+            for duty in duties:
+                if duty.done() and (error := duty.exception()) is not None:
                     raise error
-            return campaign.result() if campaign.done() else None
-        finally:
-            self._node.take_role(None)
-            await _end(left, *duties)
-            if not campaign.done() or campaign.cancelled():
-                await _end(campaign)
-            if role.forwarder is not None:
-                await role.forwarder.close()
+        except BaseException:
+            await self._leave_standby(role, campaign, left, *duties)
+            if _won(campaign):
+                await self._election.release(campaign.result(), stay_away_s=0.0)
+            raise
+        await self._leave_standby(role, campaign, left, *duties)
+        # It may also have won while it was being stopped: whoever won leads, were it only to give the lock back.
+        return None if campaign.cancelled() else campaign.result()
+
+    async def _leave_standby(self, role: StandbyRole, *tasks: asyncio.Task[Any]) -> None:
+        self._node.take_role(None)
+        await _end(*tasks)
+        if role.forwarder is not None:
+            await role.forwarder.close()
 
     async def _watch_generation(self, opened: Opened) -> None:
         """Seal this node when the store under it becomes another one: its keys open it no longer."""
@@ -269,6 +276,8 @@ class Roles:
         """From the won lock to the moment when this node is asked, or has reason, to give it back."""
         if reason := await self._node.sealing.stale_reason(opened):
             return _Left(stale=reason)
+        if self._node.sealing.opened is not opened:
+            return _Left()  # sealed while it was being elected
         started = time.monotonic()
         role = await scope.start(tasks)
         failpoint("lead:before-serving")
@@ -297,6 +306,10 @@ class Roles:
         await self._registration.leaving()
         await role.drain(self._options.drain_s)
         self._node.take_role(None)
+
+
+def _won(campaign: asyncio.Task[Held]) -> bool:
+    return campaign.done() and not campaign.cancelled() and campaign.exception() is None
 
 
 def _first(error: BaseException | None) -> BaseException | None:

@@ -2,16 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import pytest
 
 from consul_backend.clock import SystemClock
-from consul_backend.election import Election, ElectionOptions, LeaderInfo, decode_epoch
+from consul_backend.election import Election, ElectionOptions, LeaderInfo, above, decode_epoch
 from consul_backend.embedded import EmbeddedStore
-from consul_backend.errors import FenceLost, OutcomeUnknown
+from consul_backend.errors import Corrupt, FenceLost, OutcomeUnknown, Unavailable
 from consul_backend.lease import Phase
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, Item, TxnResult
-from consul_backend.txn import Delete, Lock, Op
+from consul_backend.txn import Delete, Lock, Op, Set
 
 FAST = ElectionOptions(
     beat_ttl_s=0.6, beat_interval_s=0.1, lock_delay_s=0.2, retry_s=0.02, watch_wait_s=1.0, step_down_grace_s=0.0
@@ -145,6 +146,71 @@ async def test_two_nodes_of_one_name_never_share_an_epoch(physical: EmbeddedStor
         winner = first if race[0].done() and not race[0].cancelled() else second
         await winner.release(held)
     assert epochs == sorted(set(epochs))
+
+
+class CutStore:
+    """Delegates to a store; while ``cut``, sessions cannot be destroyed, as without a leader. The agent still beats."""
+
+    def __init__(self, inner: EmbeddedStore) -> None:
+        self._inner = inner
+        self.cut = False
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    async def destroy_session(self, session: str) -> None:
+        if self.cut:
+            raise Unavailable("no leader")
+        await self._inner.destroy_session(session)
+
+
+async def test_a_session_that_could_not_be_destroyed_is_destroyed_before_the_next_one_is_made(
+    physical: EmbeddedStore,
+) -> None:
+    """Else the beat of the next session, which has the same check, keeps the old one alive, and it holds the lock."""
+    store = CutStore(physical)
+    slow = replace(FAST, beat_ttl_s=30.0, beat_interval_s=10.0)  # so that only the destruction can free the lock
+    leader = LeaderInfo("a", "", "")
+    node = Election(store, node_id="a", advertise=lambda: leader, clock=SystemClock(), options=slow)
+    held = await node.campaign()
+    store.cut = True
+    store.stop_beat = store.beat  # the agent is cut off as well
+    await node.lost(held)
+    item = await physical.get(LOCK_KEY)
+    assert item is not None
+    assert item.session == held.tenure.session, "still there"
+    again = asyncio.create_task(node.campaign())
+    await asyncio.sleep(0.2)
+    assert not again.done()
+    store.cut = False
+    taken = await asyncio.wait_for(again, 5)
+    assert taken.tenure.epoch == held.tenure.epoch + 1
+    await node.release(taken)
+
+
+async def test_a_deleted_epoch_key_does_not_number_a_tenure_below_the_log(physical: EmbeddedStore) -> None:
+    """``above`` is what recovery asks with the newest record's epoch."""
+    node = election(physical, "a")
+    for _ in range(3):
+        await node.release(await node.campaign())
+    await physical.txn([Delete(EPOCH_KEY)])
+    held = await node.campaign()
+    assert held.tenure.epoch == 1
+    tenure = await above(physical, held.tenure, 3)
+    assert (tenure.epoch, tenure.session) == (4, held.tenure.session)
+    item = await physical.get(EPOCH_KEY)
+    assert item is not None
+    assert (decode_epoch(item).number, item.modify_index) == (4, tenure.epoch_index)
+    assert await above(physical, tenure, 3) is tenure
+    await node.release(held)
+    with pytest.raises(FenceLost):
+        await above(physical, held.tenure, 3)
+
+
+async def test_a_foreign_epoch_key_is_named_with_the_way_out(physical: EmbeddedStore) -> None:
+    await physical.txn([Set(EPOCH_KEY, b"mine")])
+    with pytest.raises(Corrupt, match="once it is deleted"):
+        await asyncio.wait_for(election(physical, "a").campaign(), 3)
 
 
 async def test_the_lease_runs_out_without_proof(physical: EmbeddedStore) -> None:

@@ -104,6 +104,20 @@ async def test_the_tenure_record_comes_first(cluster):
     assert newest.chain_hash == again.head.chain_hash
 
 
+async def test_a_deleted_epoch_key_leaves_the_log_readable(cluster):
+    for _ in range(3):
+        async with fill(cluster, 3):
+            pass
+    newest = (await cluster.records())[-1]
+    await damage(cluster, [Delete(EPOCH_KEY)])
+    again = await cluster.recover(OPTIONS)
+    await cluster.check(again)
+    epochs = [record.header.epoch for record in await cluster.records()]
+    assert epochs == sorted(epochs)
+    assert epochs[-1] == again.tenure.epoch == newest.header.epoch + 1
+    await again.flush()
+
+
 async def test_collection_keeps_what_recovery_needs(cluster):
     async with fill(cluster, 40) as store:
         assert await store.collect() == 0, "nothing was flushed: everything is needed"
