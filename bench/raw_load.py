@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.report import percentile
-from scripts.wrk_binary import NoWrk, obtain_wrk
+from bench.wrk import wrk_command
+from scripts.debian_package import NoPackage
 
 SCRIPT = Path(__file__).with_name("put.lua")
 
@@ -35,9 +36,9 @@ class RawLoad:
         self._connections, self._keys, self._value_bytes = connections, keys, value_bytes
         self._rounds = 0
         try:
-            self._wrk = obtain_wrk()
-        except NoWrk:
-            self._wrk = []
+            self._wrk, self._environment = wrk_command()
+        except NoPackage:
+            self._wrk, self._environment = [], {}
 
     @property
     def name(self) -> str:
@@ -55,7 +56,7 @@ class RawLoad:
             "-s", str(SCRIPT), f"http://{self._address}", "--",
             self._token, "/v1/kv/outrider/bench-raw/", str(self._keys), str(self._value_bytes), str(self._rounds),
         ]  # fmt: skip
-        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        process = await asyncio.create_subprocess_exec(*command, env=self._environment, stdout=asyncio.subprocess.PIPE)
         told, _ = await process.communicate()
         totals = [line.split()[1:] for line in told.decode().splitlines() if line.startswith("TOTALS ")]
         if process.returncode or not totals or int(totals[0][2]):

@@ -32,7 +32,7 @@ class Figures:
 
 def load(url: str, *, connections: int, seconds: float, script: Path | None = None, token: str = "") -> Figures:
     """Load ``url`` from one thread. ``script`` is a Lua file that makes the requests. Raises CalledProcessError."""
-    command, environment = _command()
+    command, environment = wrk_command()
     command += ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency", "--timeout", "30s"]
     if token:
         command += ["-H", f"X-Vault-Token: {token}"]
@@ -48,7 +48,8 @@ def load(url: str, *, connections: int, seconds: float, script: Path | None = No
     )
 
 
-def _command() -> tuple[list[str], dict[str, str]]:
+def wrk_command() -> tuple[list[str], dict[str, str]]:
+    """How to run it: the words, and the environment. Raises NoPackage."""
     on_path = shutil.which("wrk")
     if on_path:
         return [on_path], dict(os.environ)
