@@ -19,6 +19,21 @@ def test_every_pair_is_a_row_or_an_error(phase: Phase, event: Event) -> None:
             step(phase, event)
 
 
+def test_whatever_can_happen_in_a_phase_has_its_row() -> None:
+    """What the world can do at each point; an outcome without a row would end the election in an exception."""
+    found = {Event.FOUND_OURS, Event.FOUND_LOCK_ONLY, Event.FOUND_FOREIGN}
+    possible = {
+        Phase.STANDBY: {Event.LOCK_FREE, Event.LOCK_TAKEN},
+        Phase.ACQUIRING: {Event.ACQUIRED, Event.REFUSED, Event.UNKNOWN},
+        Phase.RESOLVING_REFUSED: found,
+        Phase.RESOLVING_UNKNOWN: found,
+        Phase.LEADING: {Event.STEP_DOWN},
+        Phase.RESIGNING: {Event.RELEASED},
+    }
+    for phase, events in possible.items():
+        assert {event for at, event in TABLE if at is phase} == events | {Event.SESSION_GONE}
+
+
 def test_only_a_won_lock_leads() -> None:
     leading = {pair for pair, (phase, _) in TABLE.items() if phase is Phase.LEADING}
     assert {event for _, event in leading} == {Event.ACQUIRED, Event.FOUND_OURS}
