@@ -1,11 +1,12 @@
 # make demo   the main job, narrated      make test   everything CI runs      make check   lint, types, layering only
 # make bench  the figures of docs/performance.md           make soak   simulated clusters until stopped
+# make mutants   whether the tests of the pure modules notice small changes (an hour; LIMIT=30 draws 30 of each module)
 VENV    ?= .venv
 PYTHON  ?= python3
 STORAGE ?= embedded
 BIN     := $(VENV)/bin
 
-.PHONY: setup demo test check bench soak clean
+.PHONY: setup demo test check bench soak mutants clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -36,6 +37,9 @@ bench: setup
 
 soak: setup
 	$(BIN)/python -m tests.sim --soak
+
+mutants: setup
+	nice $(BIN)/python scripts/mutants.py $(if $(LIMIT),--limit $(LIMIT))
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist

@@ -18,6 +18,15 @@ from scripts.debian_package import NoPackage
 SCRIPT = Path(__file__).with_name("put.lua")
 
 
+def generator() -> tuple[list[str], dict[str, str]]:
+    """wrk's command and environment, fetched if need be (call it before there is an event loop to hold up); an empty
+    command when it cannot be had."""
+    try:
+        return wrk_command()
+    except NoPackage:
+        return [], {}
+
+
 @dataclass(frozen=True)
 class Round:
     """One round: requests a second, median and 99th percentile in seconds, requests."""
@@ -35,10 +44,7 @@ class RawLoad:
         self._address, self._token = address, token
         self._connections, self._keys, self._value_bytes = connections, keys, value_bytes
         self._rounds = 0
-        try:
-            self._wrk, self._environment = wrk_command()
-        except NoPackage:
-            self._wrk, self._environment = [], {}
+        self._wrk, self._environment = generator()
 
     @property
     def name(self) -> str:
