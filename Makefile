@@ -28,6 +28,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python bench/store_write.py
+	$(BIN)/python bench/write_path.py
 	$(BIN)/python bench/api.py
 	$(BIN)/python bench/replication_lag.py
 	$(BIN)/python bench/failover.py
