@@ -34,6 +34,10 @@ class NoAnswer(Exception):
     """The request was written, and no complete answer came: it may have been carried out."""
 
 
+class Late(NoAnswer):
+    """No answer came in time."""
+
+
 class TooBig(Exception):
     """The answer has more bytes than are taken."""
 
@@ -157,7 +161,7 @@ class Exchange:
     async def request(self, text: bytes, *, timeout_s: float, answer_bytes_max: int) -> tuple[int, bytes]:
         """Write ``text``, a whole request, once; status and body of the answer. Cancelling it gives the connection up.
 
-        Raises NeverSent, NoAnswer, TooBig."""
+        Raises NeverSent, NoAnswer (Late), TooBig."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
             async with asyncio.timeout_at(deadline_s):
@@ -171,7 +175,7 @@ class Exchange:
                 async with asyncio.timeout_at(deadline_s):
                     answer = await connection.request(text, answer_bytes_max)
             except TimeoutError:
-                raise NoAnswer("timed out") from None
+                raise Late("timed out") from None
             finally:
                 self._busy.discard(connection)
             if connection.usable and not self._closed:

@@ -95,7 +95,7 @@ BOTH_WAYS = pytest.mark.parametrize("path", ["/v1/txn", "/v1/agent/x"])
 async def test_a_put_whose_reused_connection_closes_without_an_answer_is_not_sent_again(path: str) -> None:
     async with fake(http(200), None, http(200)) as consul, transport_to(consul.address) as transport:
         await put(transport, path=path)
-        with pytest.raises(OutcomeUnknown):
+        with pytest.raises(ConnectionLost):
             await put(transport, path=path)
         assert len(consul.requests) == 2
         assert consul.connections == 1
@@ -145,8 +145,9 @@ async def test_a_late_answer_is_unknown(path: str) -> None:
 
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     async with transport_to(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as transport:
-        with pytest.raises(OutcomeUnknown, match="timed out"):
+        with pytest.raises(OutcomeUnknown, match="timed out") as caught:
             await put(transport, timeout_s=0.05, path=path)
+        assert not isinstance(caught.value, ConnectionLost)
     never.set()
     server.close()
     await server.wait_closed()
