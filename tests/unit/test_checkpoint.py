@@ -81,5 +81,21 @@ def test_a_body_of_another_form_under_a_right_checksum_is_refused(body: bytes) -
 
 def test_the_stored_form_is_what_older_programs_wrote() -> None:
     """Version 1 is on disks: whatever changes these bytes needs another version."""
+    checkpoint = Checkpoint(
+        serial=1,
+        epoch=2,
+        head_index=9,
+        head_hash=b"h" * 32,
+        positions={},
+        dirty=(CheckpointLeaf("r", "p", 3, 4, 5),),
+        extents=6,
+        extents_sum=b"s" * 16,
+        segment_bytes={0: 100},
+    )
+    raw = encode_checkpoint("g1", checkpoint)
     assert checkpoint_key("g1") == "g/g1/checkpoint"
-    assert _checksum("g1", b"body").hex() == "8d1faf09af4eb63a8bbaecf5f18afa34"
+    assert raw.hex() == (
+        "9301c44b9d010209c4206868686868686868686868686868686868686868686868686868686868686868809195a172a17003"
+        "040506c4107373737373737373737373737373737381006400c4009080c410d51a89ec3f485770925ba25088a055ec"
+    )
+    assert (checkpoint.heads, checkpoint.heads_sum, checkpoint.batches, checkpoint.crossings) == (0, b"", (), {})
