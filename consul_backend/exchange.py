@@ -34,8 +34,8 @@ class NoAnswer(Exception):
     """The request was written, and no complete answer came: it may have been carried out."""
 
 
-class Late(NoAnswer):
-    """No answer came in time."""
+class Closed(NoAnswer):
+    """The connection ended before a complete answer."""
 
 
 class TooBig(Exception):
@@ -107,11 +107,11 @@ class Connection(asyncio.Protocol):
             self._fail(NoAnswer("the head of the answer has no end"))
 
     def eof_received(self) -> None:
-        self._fail(NoAnswer("the connection was closed"))
+        self._fail(Closed("the connection was closed"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._fail(NoAnswer("the connection was lost"), error)
+        self._fail(Closed("the connection was lost"), error)
 
     def _fail(self, failure: Exception, cause: Exception | None = None) -> None:
         failure.__cause__ = cause
@@ -161,7 +161,7 @@ class Exchange:
     async def request(self, text: bytes, *, timeout_s: float, answer_bytes_max: int) -> tuple[int, bytes]:
         """Write ``text``, a whole request, once; status and body of the answer. Cancelling it gives the connection up.
 
-        Raises NeverSent, NoAnswer (Late), TooBig."""
+        Raises NeverSent, NoAnswer (Closed), TooBig."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
             async with asyncio.timeout_at(deadline_s):
@@ -175,7 +175,7 @@ class Exchange:
                 async with asyncio.timeout_at(deadline_s):
                     answer = await connection.request(text, answer_bytes_max)
             except TimeoutError:
-                raise Late("timed out") from None
+                raise NoAnswer("timed out") from None
             finally:
                 self._busy.discard(connection)
             if connection.usable and not self._closed:

@@ -41,7 +41,6 @@ log = logging.getLogger("core.reindex")
 
 _RECORDS_AT_ONCE = 64
 _ATTEMPTS = 5
-_PENDING_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +205,9 @@ async def _give_up(parts: Inspected, finding: Finding, options: ReindexOptions, 
         except (Conflict, OutcomeUnknown, TooLarge):
             report.unresolved += 1
             return
-    while parts.pending(finding.key):
-        await asyncio.sleep(_PENDING_PAUSE_S)
-    # No await from here to the queue: no newer value of the key can come between, to be deleted by this.
+    if parts.pending(finding.key):
+        return  # a write under way replaces what was found, and must not be deleted by this
+    # No await from here to the queue: no newer value can come between.
     if parts.forest.digest_of(finding.key) == finding.digest:
         await parts.commit([Write(finding.key, None)])
         report.dropped += 1

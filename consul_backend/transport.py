@@ -25,7 +25,7 @@ from yarl import URL
 
 from consul_backend.config import ConsulConfig
 from consul_backend.errors import OutcomeUnknown, Unavailable
-from consul_backend.exchange import Exchange, Late, NeverSent, NoAnswer, TooBig, connector
+from consul_backend.exchange import Closed, Exchange, NeverSent, NoAnswer, TooBig, connector
 
 CONNECT_TIMEOUT_S = 5.0
 TOKEN_CHECK_INTERVAL_S = 1.0
@@ -181,7 +181,7 @@ class Transport:
         except TooBig:
             raise AnswerTooBig(f"the answer has more than the {answer_bytes_max} bytes that are taken") from None
         except NoAnswer as error:
-            lost = OutcomeUnknown if isinstance(error, Late) else ConnectionLost
+            lost = ConnectionLost if isinstance(error, Closed) else OutcomeUnknown
             raise lost(f"no answer from Consul at {self._base}: {error}") from error
         return Answer(status, _NO_HEADERS, content)
 
