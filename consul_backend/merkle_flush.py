@@ -161,7 +161,7 @@ class Flusher:
         return min(waiting, default=index + 1) <= index
 
     async def run(self) -> NoReturn:
-        """Flush at the configured pace until cancelled. Raises FenceLost, StoreWentBack."""
+        """Flush at the configured pace until cancelled. Raises FenceLost, StoreWentBack, OutcomeUnknown."""
         pause_s = self._interval_s
         while True:
             await asyncio.sleep(pause_s)
@@ -169,6 +169,9 @@ class Flusher:
             try:
                 written = await self.flush()
             except (Unavailable, PermissionDenied, TooLarge, OutcomeUnknown) as error:
+                if isinstance(error, TooLarge) and self._unresolved is not None:
+                    # It can neither be sent again nor left out: only the fence of another tenure settles it.
+                    raise OutcomeUnknown(f"an index flush may have been stored, and now is refused: {error}") from error
                 self.failures += 1
                 log.warning("the merkle index could not be flushed, trying again: %s", error)
             behind = written > 0 and self._table.dirty_count > FLUSH_EXTENTS

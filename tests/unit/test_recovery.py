@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
 from consul_backend.checkpoint import checkpoint_key, decode_checkpoint
-from consul_backend.errors import Corrupt, FenceLost, OutcomeUnknown, StoreWentBack, Unavailable
+from consul_backend.errors import Corrupt, FenceLost, OutcomeUnknown, StoreWentBack, TooLarge, Unavailable
 from consul_backend.failpoint import LARGE_POINTS, POINTS, REINDEX_POINTS, FailpointHit, arm, disarm
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY
 from consul_backend.recovery import CASES, Action, Facts, classify
 from consul_backend.replicated import StoreOptions
-from consul_backend.txn import CheckIndex, CheckSession, Delete, DeleteTree, Set
+from consul_backend.txn import Cas, CheckIndex, CheckSession, Delete, DeleteTree, Set
 from consul_backend.wal import Record, Write, record_key
 from tests.support.store import GENERATION, PARTITION, key, memory_cluster
 
@@ -480,6 +481,28 @@ async def test_a_flush_whose_answer_is_lost_is_sent_again(cluster, fate):
     again = await cluster.recover(OPTIONS)
     assert again.statistics()["recovery_records_redone"] == 0
     await cluster.check(again)
+
+
+async def test_a_lost_flush_that_is_refused_for_its_size_afterwards_ends_the_tenure(cluster):
+    """It can neither be sent again nor forgotten; the next tenure finds out whether it was applied."""
+    fates = iter(["lose-after", *[TooLarge("too large")] * 3])
+    options = replace(OPTIONS, flush_interval_s=0.01)
+    store = await cluster.recover(options)
+
+    def fault(ops):
+        flushes = any(isinstance(op, Cas) and op.key.endswith("/checkpoint") for op in ops)
+        return next(fates, None) if flushes else None
+
+    cluster.physical.fault = fault
+    running = asyncio.create_task(store.run())
+    await store.commit([Write(key("a"), b"1")])
+    with pytest.raises(BaseExceptionGroup) as ended:
+        await asyncio.wait_for(running, 20)
+    assert ended.value.subgroup(OutcomeUnknown) is not None
+    cluster.physical.fault = lambda ops: None
+    async with cluster.running(options) as store:
+        await store.commit([Write(key("b"), b"1")])
+        await cluster.check(store)
 
 
 async def test_a_refused_flush_is_dirty_again(cluster):
