@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
 
+from consul_backend.errors import NotLoaded
 from consul_backend.merkle import Forest
 from consul_backend.wal import Head
 
@@ -16,12 +18,16 @@ _PAGES_BETWEEN_TURNS = 8  # a page of a million keys whose every subpage changed
 
 
 async def compute_digests(forest: Forest) -> None:
-    """Compute every digest that is not known, of the pages that are in memory."""
-    for number, place in enumerate(forest.undigested(), 1):
-        if not forest.is_cold(*place):
-            forest.page_digest(*place)
-        if number % _PAGES_BETWEEN_TURNS == 0:
-            await asyncio.sleep(0)
+    """Compute every digest that is not known, up to the partitions' roots; pages that are not in memory are left."""
+    for cls, partition in forest.undigested():
+        for number, page in enumerate(forest.undigested_pages(cls, partition), 1):
+            if not forest.is_cold(cls, partition, page):
+                forest.page_digest(cls, partition, page)
+            if number % _PAGES_BETWEEN_TURNS == 0:
+                await asyncio.sleep(0)
+        with contextlib.suppress(NotLoaded):
+            forest.root_of([(cls, partition)])
+        await asyncio.sleep(0)
 
 
 async def keep_digested(forest: Forest, wait_head: Callable[[int], Awaitable[Head]]) -> NoReturn:

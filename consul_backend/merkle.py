@@ -336,16 +336,20 @@ class Forest:
         found = tree.pages.get(page) if tree is not None else None
         return found.root() if found is not None else None
 
-    def undigested(self) -> list[tuple[str, str, int]]:
-        """The pages (class, partition, page) whose digests are not computed, or not known: what a root would cost."""
+    def undigested(self) -> list[tuple[str, str]]:
+        """The partitions (class, partition) whose roots are not computed."""
         return [
-            (cls, partition, number)
+            (cls, partition)
             for cls, trees in self._partitions.items()
             for partition, tree in trees.items()
             if tree.digest is None
-            for number, page in tree.pages.items()
-            if page.digest is None and page.blobs is not _COLD
         ]
+
+    def undigested_pages(self, cls: str, partition: str) -> list[int]:
+        """The pages in memory whose digests are not computed: what the partition's root would cost."""
+        tree = self._find(cls, partition)
+        pages = tree.pages.items() if tree is not None else ()
+        return [number for number, page in pages if page.digest is None and page.blobs is not _COLD]
 
     def page_heads(self, cls: str, partition: str) -> dict[int, tuple[bytes, int]]:
         """Digest and number of entries of a partition's non-empty pages."""

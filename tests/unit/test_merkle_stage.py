@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consul_backend.batching import Prepared, Preparer
+from consul_backend.digesting import compute_digests
 from consul_backend.limits import Limits
 from consul_backend.merkle import BUCKETS, Forest, bucket_of
 from consul_backend.merkle_pages import ExtentTable
@@ -91,14 +92,26 @@ def test_marking_many_buckets_is_marking_each(buckets: list[int], splits: set[in
     assert set(one.dirty_leaves()) == set(other.dirty_leaves())
 
 
+async def test_digests_are_computed_up_to_the_partitions_roots_and_cold_pages_are_left() -> None:
+    forest, expected = Forest(), Forest()
+    for one in (forest, expected):
+        one.apply((f"{cls}/{name}/k{n}", bytes([n % 250]) * 20) for cls in "rl" for name in "ab" for n in range(500))
+    forest.add_cold("r", "cold", 7, None, 3)
+    await compute_digests(forest)
+    assert forest.undigested() == [("r", "cold")]
+    assert forest.partitions("l") == expected.partitions("l")
+    assert forest.root_of([("r", "a"), ("r", "b")]) == expected.root("r")
+
+
 def test_pages_without_digests_are_those_that_changed() -> None:
     forest = Forest()
     forest.apply((f"r/p/k{n}", bytes([n % 250]) * 20) for n in range(2000))
-    assert len(forest.undigested()) == 256
+    assert forest.undigested() == [("r", "p")]
+    assert len(forest.undigested_pages("r", "p")) == 256
     forest.root("r")
     assert forest.undigested() == []
     forest.change("r", "p", "k1", b"x" * 20)
-    assert forest.undigested() == [("r", "p", bucket_of("k1") // 256)]
+    assert forest.undigested_pages("r", "p") == [bucket_of("k1") // 256]
 
 
 async def test_a_batch_of_60_000_entries_holds_up_the_loop_neither_at_its_commit_nor_in_recovery() -> None:
