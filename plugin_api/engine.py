@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from plugin_api.request import Request, Response
+from plugin_api.errors import Irrevocable
+from plugin_api.request import IssuedLease, Lease, Request, Response
 from plugin_api.storage import Storage
 
 
@@ -68,6 +69,23 @@ class Engine(ABC):
         """Whether a write to this path would update (True) or create (False); None where the path makes no
         difference, which counts as update."""
         return None
+
+    async def renew(self, lease: IssuedLease, increment_s: int) -> Lease | None:
+        """The holder wants the secret for ``increment_s`` (0: as before) from now on: prolong it, and answer with the
+        new TTL and ``internal``; None lets the sidecar grant what the lease's and the mount's maxima allow. Whatever is
+        answered, those maxima hold. Raises PluginError: the lease stays as it was."""
+        return None
+
+    async def revoke(self, lease: IssuedLease) -> None:
+        """Take the secret back; returns once it is worth nothing. Called at its end, and again after a failure, a crash
+        or a change of the active node: a secret that is gone already is no failure. Raises PluginError, whose text
+        operators see; :class:`~plugin_api.errors.Irrevocable` where trying again has no use."""
+        raise Irrevocable(f"a {self.type_name} engine cannot revoke")
+
+    async def login_identity(self, request: Request) -> str:
+        """Whom a login claims to be, in one spelling for every way to write it; empty where it says nothing. Must not
+        depend on whether there is such an identity. Failed logins are counted by it."""
+        return ""
 
     async def invalidate(self, path: str) -> None:
         """Replication changed ``path`` in this mount's storage: forget what was cached of it."""

@@ -15,6 +15,15 @@ class InvalidRequest(PluginError):
     status = 400
 
 
+class InvalidCredentials(InvalidRequest):
+    """400: what a login gave does not prove who it says it is. Raised by ``handle`` of a login only; the sidecar counts
+    it against the identity (:meth:`~plugin_api.engine.Engine.login_identity`) and locks that out after some."""
+
+
+class Irrevocable(PluginError):
+    """Raised by ``revoke``: trying again has no use. The sidecar keeps the lease and shows it to operators."""
+
+
 class PermissionDenied(PluginError):
     """403."""
 

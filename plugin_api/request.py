@@ -63,12 +63,38 @@ class Auth:
 
 
 @dataclass(slots=True)
+class Lease:
+    """An answer that holds a secret which must be taken back: the sidecar keeps a lease of it and calls
+    :meth:`~plugin_api.engine.Engine.revoke` in time. TTLs in seconds, 0 means the mount's. ``internal`` (JSON values,
+    never shown to anybody) is what the engine needs to know the secret again."""
+
+    ttl_s: int = 0
+    max_ttl_s: int = 0
+    renewable: bool = True
+    internal: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedLease:
+    """A lease of this engine, as its ``renew`` and ``revoke`` get it. Times are unix seconds; ``mount_point`` is where
+    the engine is mounted."""
+
+    id: str
+    internal: Mapping[str, Any] = field(repr=False)
+    issued_s: int
+    expires_s: int
+    max_ttl_s: int
+    mount_point: str = ""
+
+
+@dataclass(slots=True)
 class Response:
     """An answer. ``data`` None and no auth, warnings or lease becomes 204. ``status`` overrides 200 (kv-v2 answers a
-    deleted version with 404 *and* data)."""
+    deleted version with 404 *and* data). ``lease_duration_s`` is what a client is told where there is no ``lease``."""
 
     data: dict[str, Any] | None = None
     auth: Auth | None = None
+    lease: Lease | None = None
     warnings: list[str] = field(default_factory=list)
     lease_duration_s: int = 0
     renewable: bool = False

@@ -13,8 +13,18 @@ from functools import partial
 from typing import ClassVar
 
 from plugin_api.engine import EngineContext
-from plugin_api.errors import InvalidRequest, NotFound, PermissionDenied, PluginError
-from plugin_api.framework import Fields, FieldSpec, FieldType, Handler, Path, PathEngine, generic_name, writes
+from plugin_api.errors import InvalidCredentials, InvalidRequest, NotFound, PermissionDenied, PluginError
+from plugin_api.framework import (
+    Fields,
+    FieldSpec,
+    FieldType,
+    Handler,
+    Path,
+    PathEngine,
+    generic_name,
+    parse_string,
+    writes,
+)
 from plugin_api.locks import KeyedLock
 from plugin_api.request import Auth, Operation, Request, Response, list_response
 from sidecar.auth.approle_records import DEPRECATED, Role, RoleStore, SecretId, SecretIdStore
@@ -214,6 +224,12 @@ class AppRole(PathEngine):
 
     # --- login ---
 
+    async def login_identity(self, request: Request) -> str:
+        try:
+            return parse_string(request.data.get("role_id", "")) if request.path == "login" else ""
+        except ValueError:
+            return ""
+
     async def _login(self, request: Request, fields: Fields) -> Response:
         if not fields["role_id"]:
             raise InvalidRequest("missing role_id")
@@ -225,9 +241,9 @@ class AppRole(PathEngine):
                 raise InvalidRequest("missing secret_id")
             secret_id = await self._use_secret_id(role or self._nobody, fields["secret_id"], address)
             if secret_id is None:
-                raise InvalidRequest(WRONG_LOGIN)
+                raise InvalidCredentials(WRONG_LOGIN)
         if role is None:
-            raise InvalidRequest(WRONG_LOGIN)
+            raise InvalidCredentials(WRONG_LOGIN)
         if secret_id is None:
             _check_address(role, None, address)
         auth = Auth(metadata={"role_name": role.name}, alias=role.role_id)

@@ -16,7 +16,7 @@ import bcrypt
 import msgspec
 
 from plugin_api.engine import EngineContext
-from plugin_api.errors import InvalidRequest, NotFound, PermissionDenied, PluginError
+from plugin_api.errors import InvalidCredentials, InvalidRequest, NotFound, PermissionDenied, PluginError
 from plugin_api.framework import Fields, FieldSpec, FieldType, Path, PathEngine, generic_name, writes
 from plugin_api.locks import KeyedLock
 from plugin_api.request import Auth, Operation, Request, Response, list_response
@@ -32,6 +32,8 @@ LOGINS_AT_ONCE_MAX = 4
 # The hash of no password: compared with when the user is unknown, so that the answer takes the same time.
 _NOBODY = b"$2b$10$" + b"." * 53
 _BCRYPT_HASH = re.compile(rb"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
+
+_LOGIN = re.compile("login/" + generic_name("username"), re.ASCII)
 
 _DEPRECATED = {
     "policies": "token_policies",
@@ -200,6 +202,10 @@ class Userpass(PathEngine):
 
     # --- login ---
 
+    async def login_identity(self, request: Request) -> str:
+        found = _LOGIN.fullmatch(request.path)
+        return found[1].lower() if found is not None else ""
+
     async def _login(self, request: Request, fields: Fields) -> Response:
         name = _name(fields)
         if not fields["password"]:
@@ -211,7 +217,7 @@ class Userpass(PathEngine):
             # A password that is too long costs the same time as a wrong one.
             matches = await asyncio.to_thread(bcrypt.checkpw, secret or b"", expected)
         if user is None or secret is None or not matches:
-            raise InvalidRequest("invalid username or password")
+            raise InvalidCredentials("invalid username or password")
         if not user.tokens.allows_address(request.caller.remote_address):
             raise PermissionDenied
         auth = Auth(display_name=name, metadata={"username": name}, alias=name)

@@ -25,8 +25,9 @@ def example() -> dict[str, Any]:
     return namespace
 
 
-async def test_the_examples_own_test_passes(example: dict[str, Any]) -> None:
+async def test_the_examples_own_tests_pass(example: dict[str, Any]) -> None:
     await example["test_counting"]()
+    await example["test_badges"]()
 
 
 async def test_the_example_keeps_the_promises_it_stands_under(example: dict[str, Any]) -> None:
