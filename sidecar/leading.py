@@ -32,7 +32,8 @@ from sidecar.core.audit.options import LocalRules
 from sidecar.core.barrier import load_barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.init import build_secondary_genesis
-from sidecar.core.keys import REPLICATED_KEYRING, SEAL
+from sidecar.core.keys import LEASES, REPLICATED_KEYRING, SEAL
+from sidecar.core.lockout_rules import LockoutSettings, LockoutTuning
 from sidecar.core.seal_record import root_fingerprint
 from sidecar.core.store_view import SealedStore
 from sidecar.forwarding import LEADER_KEY, ForwardingServer, TenureCredentials, from_message
@@ -74,6 +75,13 @@ class ScopeParts:
                     prefixing=config.audit.allow_prefixing,
                     directories=config.audit.directories,
                     timeout_s=config.audit.timeout_s,
+                ),
+                lockout=LockoutSettings(
+                    disabled=config.disable_user_lockout,
+                    by_type={
+                        kind: LockoutTuning(each.threshold, each.duration_s, each.counter_reset_s, each.disable)
+                        for kind, each in config.user_lockout.items()
+                    },
                 ),
             ),
             replication=ReplicationOptions(
@@ -240,7 +248,9 @@ class ActiveScope:
     def gauges(self) -> dict[str, float]:
         position = self._store.positions.get("performance")
         remote_index = None if position is None else position.index
-        return store_gauges(self._store.statistics(), self._replication.mode, remote_index) | self._service.gauges()
+        gauges = store_gauges(self._store.statistics(), self._replication.mode, remote_index) | self._service.gauges()
+        leases = self._store.forest.count(*LEASES.rstrip("/").split("/"))
+        return gauges | {"expire.num_leases": leases - gauges["expire.num_irrevocable_leases"]}
 
     def totals(self) -> dict[str, float]:
         return store_totals(self._store.statistics())

@@ -42,6 +42,7 @@ def success(
     auth: Mapping[str, Any] | None = None,
     wrap_info: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
+    lease_id: str = "",
     lease_duration_s: int = 0,
     renewable: bool = False,
     mount_type: str = "",
@@ -50,7 +51,7 @@ def success(
     """The standard envelope. ``path`` decides about the repetition of ``data``."""
     body: dict[str, Any] = {
         "request_id": request_id,
-        "lease_id": "",
+        "lease_id": lease_id,
         "renewable": renewable,
         "lease_duration": lease_duration_s,
         "data": data,

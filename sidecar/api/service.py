@@ -28,8 +28,9 @@ from sidecar.api.statuses import refusal
 from sidecar.api.sys_audit import SysAudit
 from sidecar.api.sys_core import ServiceOptions, SysBackend, SysCore
 from sidecar.api.sys_host import SysHost
+from sidecar.api.sys_leases import SysLeases
 from sidecar.api.sys_misc import SysMisc
-from sidecar.api.sys_mounts import SysMounts, revoke_below
+from sidecar.api.sys_mounts import SysMounts
 from sidecar.api.sys_policies import SysPolicies
 from sidecar.api.sys_quotas import SysQuotas
 from sidecar.api.sys_rekey import SysRekey
@@ -41,21 +42,23 @@ from sidecar.core.audit.registry import AuditRegistry
 from sidecar.core.barrier import Barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.keys import REPLICATED_KEYRING
+from sidecar.core.leasing import Leasing
 from sidecar.core.metrics import METRICS
 from sidecar.core.mounts import AUTH, SECRETS, MountTable
 from sidecar.core.policies import PolicyStore
 from sidecar.core.quotas import Exceeded, Quotas
 from sidecar.core.rotation import maintain_keyrings
+from sidecar.core.schedule import Schedule
 from sidecar.core.store_view import LogicalStore, SealedStore, TrackedWrites
 from sidecar.core.token_roles import TokenRoles
-from sidecar.core.tokens import TokenStore
 from sidecar.core.version_history import VersionHistory
 from sidecar.core.wrapping import WrapInfo, Wrapping
 from sidecar.request.call import Answer, Backend, Call
 from sidecar.request.cubbyhole import Cubbyhole
 from sidecar.request.in_flight import RequestUnderWay
+from sidecar.request.leasing import guarded, keep_lease
 from sidecar.request.login import log_in
-from sidecar.request.mount_view import GROUPS, MountView, TtlDefaults
+from sidecar.request.mount_view import GROUPS, Hooks, MountView, TtlDefaults
 from sidecar.request.pipeline import Pipeline
 from sidecar.request.plugins import PluginRegistry
 from sidecar.request.token_paths import TokenPaths
@@ -78,10 +81,14 @@ _OWN_CLUSTER = (
     "sys/generate-root/",
     "sys/host-info",
     "sys/in-flight-req",
+    "sys/leases",
+    "sys/locked-users",
     "sys/loggers",
     "sys/metrics",
     "sys/rekey",
+    "sys/renew",
     "sys/replication/",
+    "sys/revoke",
     "sys/rotate",
     "sys/seal",
     "sys/step-down",
@@ -122,7 +129,11 @@ class Service:
         self._now = now
         self._gate = gate
         self._sealed = sealed = SealedStore(store, barrier)
-        self._tokens = tokens = TokenStore(sealed, now)
+        schedule = Schedule(sealed, now)
+        self._leasing = Leasing(
+            sealed, schedule, lambda mount: self._mounts.engine(mount), now, lambda: self._gate() is None
+        )
+        self._tokens = tokens = self._leasing.tokens
         self._policies = PolicyStore(sealed, self._writable)
         self._wrapping = Wrapping(sealed, tokens, now, writable=self._writable)
         self._audit = AuditRegistry(sealed, self._writable, now, options.audit)
@@ -132,6 +143,7 @@ class Service:
         core = SysCore(
             sealed=sealed,
             tokens=tokens,
+            leasing=self._leasing,
             policies=self._policies,
             mounts=self._mounts,
             wrapping=self._wrapping,
@@ -149,7 +161,7 @@ class Service:
         self._quotas = Quotas(sealed, self._writable, now)
         self._mounts.install("sys/", sys_backend(core, self._quotas))
         self._work = asyncio.Event()
-        self._orphaned_logins: list[str] = []
+        self._gone_mounts: list[str] = []
 
     def _mount_view(self, plugins: PluginRegistry) -> MountView:
         options = self._options
@@ -169,7 +181,11 @@ class Service:
             self._sealed,
             plugins,
             built_in,
-            log_in=lambda call, mount, auth: log_in(self._tokens, call, mount, auth, self._now),
+            hooks=Hooks(
+                log_in=lambda call, mount, auth: log_in(self._tokens, call, mount, auth, self._now),
+                keep_lease=lambda call, mount, lease: keep_lease(self._leasing.leases, call, mount, lease),
+                guard=lambda entry, identity: guarded(self._leasing.lockout, options.lockout, entry, identity),
+            ),
             writable=self._writable,
             now=self._now,
             defaults=TtlDefaults(options.default_lease_ttl_s, options.max_lease_ttl_s),
@@ -187,7 +203,7 @@ class Service:
 
     async def start(self) -> None:
         """Load tokens and mounts. Raises what the store raises."""
-        await self._tokens.load()
+        await self._leasing.load()
         await self._mounts.table.load()
         self._mounts.refresh()
         await self._audit.load()
@@ -197,7 +213,7 @@ class Service:
     async def run(self) -> None:
         """Expire tokens, rotate keys, delete what unmounted mounts left; until cancelled."""
         async with contextlib.aclosing(self), asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._tokens.run(), name="token expiry")
+            tasks.create_task(self._leasing.run(), name="leases")
             tasks.create_task(self._keep_keyrings(), name="keyrings")
             tasks.create_task(self._clean_up(), name="unmounted data")
             versions = VersionHistory(self._sealed, self._core.node.version, self._now)
@@ -215,7 +231,7 @@ class Service:
         """Values of this moment, by the names of the telemetry."""
         tables = {"logical": SECRETS, "auth": AUTH}
         mounted = {name: len(self._mounts.table.entries(table)) for name, table in tables.items()}
-        return {
+        return self._leasing.gauges() | {
             "barrier.estimated_encryptions": float(self._sealed.barrier.encryptions("r")),
             "core.in_flight_requests": float(len(self._core.in_flight)),
             **{f"core.mount_table.num_entries.{name}": float(count) for name, count in mounted.items()},
@@ -242,9 +258,9 @@ class Service:
                 await asyncio.sleep(_RETRY_S)
 
     async def _clean_up_once(self) -> None:
-        while self._orphaned_logins:
-            await revoke_below(self._core, self._orphaned_logins[0])
-            self._orphaned_logins.pop(0)
+        while self._gone_mounts:
+            await self._leasing.revocation.revoke_prefix(self._gone_mounts[0], sync=False)
+            self._gone_mounts.pop(0)
         await self._mounts.table.purge()
 
     async def _tried(self, work: Callable[[], Awaitable[object]], name: str) -> bool:
@@ -267,13 +283,12 @@ class Service:
             if raw is not None:
                 self._sealed.barrier.load_ring("r", raw)
         self._policies.invalidate_keys(keys)
-        self._tokens.invalidate(keys)
-        before = {entry.full_path for entry in self._mounts.table.entries(AUTH)}
+        await self._leasing.invalidate(keys)
+        before = self._mounts.table.paths()
         if await self._mounts.table.invalidate(keys):
             self._mounts.refresh()
-            after = {entry.full_path for entry in self._mounts.table.entries(AUTH)}
-            # Tokens are this cluster's own: those of an auth method that the primary disabled are revoked here.
-            self._orphaned_logins.extend(sorted(before - after))
+            # Tokens and leases are this cluster's own: those of a mount that the primary removed are revoked here.
+            self._gone_mounts.extend(sorted(before - self._mounts.table.paths()))
             self._wake()
         await self._mounts.invalidate(keys)
         await self._audit.invalidate(keys)
@@ -349,7 +364,7 @@ class Service:
         if answer.status >= 400 and answer.is_empty:
             return _json(answer.status, envelopes.errors(()))
         if answer.is_empty:
-            return HttpResponse(204)
+            return HttpResponse(204 if answer.status == 200 else answer.status)
         envelope = self._envelope(call, answer)
         asked_ttl_s = 0 if call.forwarded_auth is not None else call.wrap_ttl_s
         if answer.status >= 400 or not (asked_ttl_s or answer.wrap):
@@ -372,6 +387,7 @@ class Service:
             answer.data,
             auth=answer.auth,
             warnings=answer.warnings,
+            lease_id=answer.lease_id,
             lease_duration_s=answer.lease_duration_s,
             renewable=answer.renewable,
             mount_type=answer.mount_type,
@@ -424,6 +440,7 @@ def sys_backend(core: SysCore, quotas: Quotas) -> SysBackend:
         SysReplication(core),
         SysAudit(core),
         SysMounts(core),
+        SysLeases(core),
         SysPolicies(core),
         SysWrapping(core),
         SysSeal(core),

@@ -15,6 +15,8 @@ from sidecar.api.replication_api import ReplicationAPI
 from sidecar.core.audit.options import LocalRules
 from sidecar.core.audit.registry import AuditRegistry
 from sidecar.core.cluster import ClusterInfo
+from sidecar.core.leasing import Leasing
+from sidecar.core.lockout_rules import LockoutSettings
 from sidecar.core.policies import PolicyStore
 from sidecar.core.store_view import SealedStore
 from sidecar.core.tokens import TokenStore
@@ -36,6 +38,7 @@ class ServiceOptions:
     prometheus: bool = True
     sanitized_config: Mapping[str, Any] = field(default_factory=dict)
     audit: LocalRules = field(default_factory=LocalRules)
+    lockout: LockoutSettings = field(default_factory=LockoutSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class SysCore:
 
     sealed: SealedStore
     tokens: TokenStore
+    leasing: Leasing
     policies: PolicyStore
     mounts: MountView
     wrapping: Wrapping
@@ -70,13 +74,15 @@ _PLACEHOLDER = re.compile(r"\{(\w+)(\*?)\}")
 class Route:
     """One row: a path below ``sys/`` with ``{name}`` for a segment and ``{name*}`` for any rest, and who answers.
 
-    ``open`` routes need no token; their handlers check for themselves what they must. A handler for UPDATE answers
+    ``open`` routes need no token; their handlers check for themselves what they must. ``sudo_list``: a list needs
+    sudo, other operations do not. A handler for UPDATE answers
     creates too.
     """
 
     template: str
     handlers: Mapping[Operation, Handler]
     sudo: bool = False
+    sudo_list: bool = False
     open: bool = False
     help: str = ""
     regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
@@ -104,7 +110,10 @@ class SysBackend:
 
     def needs_sudo(self, rest: str) -> bool:
         found = self._find(rest)
-        return found is not None and found[0].sudo
+        if found is None:
+            return False
+        # A list comes with a slash at the end, and nothing else does.
+        return found[0].sudo or (found[0].sudo_list and rest.endswith("/"))
 
     async def exists(self, call: Call, rest: str) -> bool | None:
         return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 
 from plugin_api.errors import InvalidRequest, PermissionDenied, ReadOnlyStorage
 from plugin_api.request import Operation
+from sidecar.api.lockout_fields import shown_lockout, tuned_lockout
 from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.core.mounts import AUTH, SECRETS, MountConfig, MountEntry
 from sidecar.request.call import Answer, Call
@@ -88,18 +90,23 @@ class SysMounts:
     async def _unmount(self, call: Call, params: Params) -> None:
         table, path = _place(params)
         entry = self._mounts.table.find(table, path)
-        if entry is not None and table == AUTH and entry.type not in BUILT_IN:
-            if not entry.local and not self._core.writable():
-                raise ReadOnlyStorage
-            # Before and after: the first pass makes a failure visible while the mount is still there to be removed
-            # again, the second one catches logins of the meantime.
-            await revoke_below(self._core, entry.full_path)
-        gone = await self._mounts.table.unmount(table, path)
-        self._mounts.refresh()
-        if gone is not None:
-            self._core.mounts_changed()
-            if table == AUTH:
-                await revoke_below(self._core, gone.full_path)
+        if entry is None or entry.type in BUILT_IN:
+            await self._mounts.table.unmount(table, path)
+            return
+        async with self._emptied(entry, force=Fields(call.data).boolean("force")):
+            await self._mounts.table.unmount(table, path)
+            self._mounts.refresh()
+        self._core.mounts_changed()
+
+    @asynccontextmanager
+    async def _emptied(self, entry: MountEntry, *, force: bool = False) -> AsyncIterator[None]:
+        """In the block no request reaches the mount, and everything it has issued is revoked. Where that fails the
+        mount stays as it was, unless with ``force``, which forgets what cannot be revoked."""
+        if not entry.local and not self._core.writable():
+            raise ReadOnlyStorage
+        async with self._mounts.closed(entry):
+            await self._core.leasing.revocation.revoke_prefix(entry.full_path, force=force)
+            yield
 
     async def _read_tuning(self, call: Call, params: Params) -> Answer:
         entry = self._tuned_entry(params)
@@ -112,7 +119,9 @@ class SysMounts:
         }
         if entry.options:
             data["options"] = entry.options
-        return Answer(data | _optional_config(entry))
+        optional = _optional_config(entry)
+        lockout = optional.pop("user_lockout_config", {})
+        return Answer(data | optional | lockout)
 
     async def _tune(self, call: Call, params: Params) -> None:
         entry = self._tuned_entry(params)
@@ -120,10 +129,15 @@ class SysMounts:
         options = fields.string_mapping("options") if fields.given("options") else None
         if options is not None and entry.type == "kv":
             _check_version(entry, options)
+        lockout = fields.mapping("user_lockout_config") if fields.given("user_lockout_config") else None
+        config = _config(fields, entry.config)
+        if lockout is not None:
+            tuned = tuned_lockout(entry, Fields(lockout))
+            config = msgspec.structs.replace(config, user_lockout=tuned)
         await self._mounts.table.tune(
             entry.table,
             entry.path,
-            config=_config(fields, entry.config),
+            config=config,
             description=fields.string("description") if fields.given("description") else None,
             options=options,
         )
@@ -144,8 +158,11 @@ class SysMounts:
         source, target = fields.string("from"), fields.string("to")
         if not source or not target:
             raise InvalidRequest("both 'from' and 'to' path must be specified as a string")
-        await self._mounts.table.remount(source, target)
-        self._mounts.refresh()
+        entry, _ = self._mounts.table.check_remount(source, target)
+        # As in Vault: what was issued under the old path does not follow.
+        async with self._emptied(entry):
+            await self._mounts.table.remount(source, target)
+            self._mounts.refresh()
 
     async def _visible(self, call: Call, params: Params) -> Answer:
         """Mounts for a login page: those marked as visible, and with a token those it can use."""
@@ -184,14 +201,6 @@ class SysMounts:
         return max(serving, key=lambda entry: len(entry.full_path), default=None)
 
 
-async def revoke_below(core: SysCore, mount_path: str) -> None:
-    """Revoke the tokens that logins below ``mount_path`` made."""
-    for accessor in await core.tokens.list_accessors():
-        entry = await core.tokens.lookup_accessor(accessor)
-        if entry is not None and entry.path.startswith(mount_path):
-            await core.tokens.revoke_entry(entry)
-
-
 def describe(entry: MountEntry) -> dict[str, Any]:
     """One mount as the lists show it; a TTL of 0 is the system's default."""
     config: dict[str, Any] = {
@@ -220,6 +229,8 @@ def _optional_config(entry: MountEntry) -> dict[str, Any]:
         shown["listing_visibility"] = entry.config.listing_visibility
     if entry.table == AUTH:
         shown["token_type"] = entry.config.token_type or "default-service"
+    if entry.config.user_lockout is not None:
+        shown["user_lockout_config"] = shown_lockout(entry.config.user_lockout)
     for name in _LISTS:
         values = getattr(entry.config, name)
         if values:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from sidecar import hcl
 from sidecar.config import stanzas
-from sidecar.config.reader import ConfigError, Reader
+from sidecar.config.lockout import read_user_lockout
+from sidecar.config.reader import ConfigError, Reader, parse_boolean
 from sidecar.config.stanzas import log_level
 from sidecar.config.values import (
     AuditSettings,
@@ -27,6 +28,7 @@ from sidecar.config.values import (
     ForwardedForSettings,
     InmemStorage,
     Listener,
+    LockoutStanza,
     ReplicationSettings,
     ServerConfig,
     ServiceRegistrationSettings,
@@ -46,6 +48,7 @@ __all__ = [
     "ForwardedForSettings",
     "InmemStorage",
     "Listener",
+    "LockoutStanza",
     "ReplicationSettings",
     "ServerConfig",
     "ServiceRegistrationSettings",
@@ -116,6 +119,7 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
     log_format = top.text("log_format", "standard", stanzas.LOG_FORMATS)
     cluster_name = top.text("cluster_name")
     prometheus_retention_s = stanzas.read_telemetry(top)
+    user_lockout = read_user_lockout(top)
     stanzas.read_the_rest(top)
     top.finish()
     if storage is None:
@@ -144,8 +148,18 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
         election=election,
         store=store,
         audit=audit,
+        user_lockout=user_lockout,
+        disable_user_lockout=_environment_flag(environ, "DISABLE_USER_LOCKOUT"),
         warnings=tuple(warnings),
     )
+
+
+def _environment_flag(environ: Mapping[str, str], name: str) -> bool:
+    text = _environment(environ, name)
+    try:
+        return bool(text) and parse_boolean(text)
+    except ValueError:
+        raise ConfigError(f"environment {name}: must be true or false") from None
 
 
 def _environment_choice(environ: Mapping[str, str], name: str, choices: Sequence[str]) -> str:

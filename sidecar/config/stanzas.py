@@ -43,7 +43,7 @@ _NO_MEANING_AT_TOP = (
     "introspection_endpoint", "kms_library", "license_path", "log_file", "log_requests_level", "log_rotate_bytes",
     "log_rotate_duration", "log_rotate_max_files", "oidc_provider", "pid_file", "plugin_directory",
     "plugin_file_permissions", "plugin_file_uid", "plugin_tmpdir", "raw_storage_endpoint", "enable_raw_endpoint",
-    "remove_irrevocable_lease_after", "reporting", "request_limiter", "sentinel", "ui", "user_lockout",
+    "remove_irrevocable_lease_after", "reporting", "request_limiter", "sentinel", "ui",
 )  # fmt: skip
 
 

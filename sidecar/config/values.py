@@ -157,6 +157,16 @@ class StoreSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LockoutStanza:
+    """What one stanza ``user_lockout`` sets; None where it says nothing. Durations in seconds."""
+
+    threshold: int | None = None
+    duration_s: int | None = None
+    counter_reset_s: int | None = None
+    disable: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Everything ``outrider server`` needs to know. ``warnings`` are shown by the command before it starts the
     server."""
@@ -176,6 +186,8 @@ class ServerConfig:
     election: ElectionSettings = field(default_factory=ElectionSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
+    user_lockout: Mapping[str, LockoutStanza] = field(default_factory=dict)
+    disable_user_lockout: bool = False
     warnings: tuple[str, ...] = ()
 
 

@@ -23,8 +23,14 @@ TOKEN_SALT = "l/token/salt"  # noqa: S105 - a name, not a secret
 TOKEN_IDS = "l/token/id/"  # noqa: S105
 TOKEN_ACCESSORS = "l/token/accessor/"  # noqa: S105
 TOKEN_PARENTS = "l/token/parent/"  # noqa: S105
-TOKEN_EXPIRY = "l/token/expiry/"  # noqa: S105
 TOKEN_REVOKING = "l/token/revoking/"  # noqa: S105
+# One entry a lease, of tokens too, and nothing else: their number is the number of leases.
+LEASES = "l/expire/"
+LEASES_DUE = "l/lease/due/"
+LEASES_BY_TOKEN = "l/lease/token/"  # noqa: S105
+LEASES_IRREVOCABLE = "l/lease/irrevocable/"
+LOCKED_USERS = "l/lockout/"
+
 CUBBYHOLES = "l/cubbyhole/"
 
 AUDIT_TABLES = ("r/core/audit/", "l/core/audit/")

@@ -15,6 +15,7 @@ import msgspec
 
 from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, ReadOnlyStorage
+from sidecar.core.lockout_rules import LockoutTuning
 from sidecar.core.store_view import SealedStore, read_many, walk
 
 SECRETS = "mounts"
@@ -39,6 +40,7 @@ class MountConfig(msgspec.Struct, frozen=True, omit_defaults=True):
     allowed_response_headers: tuple[str, ...] = ()
     audit_non_hmac_request_keys: tuple[str, ...] = ()
     audit_non_hmac_response_keys: tuple[str, ...] = ()
+    user_lockout: LockoutTuning | None = None
 
 
 class MountEntry(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -245,21 +247,31 @@ class MountTable:
     async def remount(self, source: str, target: str) -> MountEntry:
         """Move a mount; its data stays in its partition. Auth mounts are named with ``auth/`` and stay auth mounts.
         Raises InvalidRequest, ReadOnlyStorage."""
+        async with self._tables_lock:
+            entry, path = self.check_remount(source, target)
+            moved = msgspec.structs.replace(entry, path=path)
+            await self._store(moved)
+            return moved
+
+    def check_remount(self, source: str, target: str) -> tuple[MountEntry, str]:
+        """What :meth:`remount` would move, and its new path in the table. Raises as that does."""
         table = AUTH if source.startswith("auth/") else SECRETS
         if (table == AUTH) != target.startswith("auth/"):
             raise InvalidRequest("cannot remount between the auth and the secrets table")
         if table == AUTH:
             source, target = source.removeprefix("auth/"), target.removeprefix("auth/")
         target = clean_mount_path(target)
-        async with self._tables_lock:
-            entry = self.find(table, source)
-            if entry is None:
-                raise InvalidRequest(f'no matching mount at "{source.removesuffix("/")}/"')
-            self._require_removable(table, entry.path)
-            self._require_free(table, target)
-            moved = msgspec.structs.replace(entry, path=target)
-            await self._store(moved)
-            return moved
+        entry = self.find(table, source)
+        if entry is None:
+            raise InvalidRequest(f'no matching mount at "{source.removesuffix("/")}/"')
+        self._require_removable(table, entry.path)
+        self._require_free(table, target)
+        self._require_writable(entry)
+        return entry, target
+
+    def paths(self) -> set[str]:
+        """The full paths of everything mounted."""
+        return {entry.full_path for entry in self._entries.values()}
 
     async def invalidate(self, keys: Iterable[str]) -> bool:
         """Replication changed these logical keys. True if a table changed, so that the router must be rebuilt.

@@ -106,7 +106,7 @@ def format_duration(seconds: int) -> str:
     return "".join(f"{number}{unit}" for number, unit in parts if number) or "0s"
 
 
-def _capped(what: str, wanted_s: int, limit_s: int, warnings: list[str]) -> int:
+def capped(what: str, wanted_s: int, limit_s: int, warnings: list[str]) -> int:
     if wanted_s <= limit_s:
         return wanted_s
     warnings.append(
@@ -152,12 +152,39 @@ def first_ttl(spec: CreateToken) -> tuple[int, list[str]]:
         return 0, warnings
     limit_s = spec.max_ttl_s or SYSTEM_MAX_TTL_S
     if spec.period_s:
-        ttl_s = _capped("period", spec.period_s, limit_s, warnings)
+        ttl_s = capped("period", spec.period_s, limit_s, warnings)
     else:
-        ttl_s = _capped("TTL", spec.ttl_s or min(spec.default_ttl_s or limit_s, limit_s), limit_s, warnings)
+        ttl_s = capped("TTL", spec.ttl_s or min(spec.default_ttl_s or limit_s, limit_s), limit_s, warnings)
     if spec.explicit_max_ttl_s:
         ttl_s = min(ttl_s, spec.explicit_max_ttl_s)
     return ttl_s, warnings
+
+
+def new_entry(
+    spec: CreateToken, policies: tuple[str, ...], id_hash: str, accessor: str, ttl_s: int, now_s: int
+) -> TokenEntry:
+    """What is stored of a token that is made from ``spec`` now."""
+    return TokenEntry(
+        id_hash=id_hash,
+        accessor=accessor,
+        policies=policies,
+        path=spec.path,
+        created_s=now_s,
+        display_name=spec.display_name,
+        meta=dict(spec.meta) if spec.meta else None,
+        num_uses=spec.num_uses,
+        parent=spec.parent.id_hash if spec.parent is not None else "",
+        type=spec.type,
+        expires_s=now_s + ttl_s if ttl_s else 0,
+        ttl_s=ttl_s,
+        explicit_max_ttl_s=spec.explicit_max_ttl_s,
+        max_ttl_s=spec.max_ttl_s,
+        period_s=spec.period_s,
+        renewable=spec.renewable and ttl_s > 0 and spec.type == SERVICE,
+        entity_id=spec.entity_id,
+        bound_cidrs=tuple(spec.bound_cidrs),
+        role=spec.role,
+    )
 
 
 def renewed_expiry(entry: TokenEntry, increment_s: int, now_s: int) -> tuple[int, list[str]]:
@@ -173,7 +200,7 @@ def renewed_expiry(entry: TokenEntry, increment_s: int, now_s: int) -> tuple[int
     if entry.explicit_max_ttl_s:
         limits.append(entry.created_s + entry.explicit_max_ttl_s)
     if limits:
-        ttl_s = _capped("TTL", ttl_s, max(min(limits) - now_s, 0), warnings)
+        ttl_s = capped("TTL", ttl_s, max(min(limits) - now_s, 0), warnings)
     if ttl_s <= 0:
         return entry.expires_s, warnings
     return now_s + ttl_s, warnings

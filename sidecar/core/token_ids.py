@@ -11,19 +11,19 @@ from consul_backend.wal import Write
 from sidecar.core.keys import (
     CUBBYHOLES,
     TOKEN_ACCESSORS,
-    TOKEN_EXPIRY,
     TOKEN_IDS,
     TOKEN_PARENTS,
     TOKEN_REVOKING,
 )
+from sidecar.core.lease_entry import lease_key, token_lease_id
+from sidecar.core.schedule import due_name, due_write
 from sidecar.core.token_entry import TokenEntry
 
 SERVICE_PREFIX = "hvs."
 BATCH_PREFIX = "hvb."
 RANDOM_LENGTH = 24
 SALT_BYTES = 32
-# Expiry is indexed by minute: coarse enough for few folders, fine enough that a sweep finds little in each.
-BUCKET_S = 60
+DUE_GROUP = "token"
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _HASH_BYTES = 20
 
@@ -49,14 +49,14 @@ def keyed_hash(salt: bytes, text: str) -> str:
     return hmac.digest(salt, text.encode("utf-8", "surrogatepass"), "sha256")[:_HASH_BYTES].hex()
 
 
-def expiry_folder(bucket: int) -> str:
-    """The folder of tokens that expire within one minute."""
-    return f"{TOKEN_EXPIRY}{bucket:012d}/"
+def expiry(entry: TokenEntry) -> Write:
+    """The write that has ``entry`` (which expires) removed in time."""
+    return due_write(entry.expires_s, due_name(DUE_GROUP, entry.id_hash))
 
 
-def expiry_key(entry: TokenEntry) -> str:
-    """Where the expiry of ``entry`` (which expires) is indexed."""
-    return expiry_folder(entry.expires_s // BUCKET_S) + entry.id_hash
+def lease(entry: TokenEntry) -> Write:
+    """The write that lists ``entry`` (which expires) among the leases."""
+    return Write(lease_key(token_lease_id(entry.path, entry.id_hash)), b"")
 
 
 def parent_key(entry: TokenEntry) -> str:
@@ -79,7 +79,7 @@ def creation(entry: TokenEntry, salt: bytes) -> list[Write]:
     if entry.parent:
         writes.append(Write(parent_key(entry), b""))
     if entry.expires_s:
-        writes.append(Write(expiry_key(entry), b""))
+        writes += [expiry(entry), lease(entry)]
     return writes
 
 
@@ -92,7 +92,7 @@ def removal(entry: TokenEntry, salt: bytes) -> list[Write]:
     if entry.parent:
         writes.append(Write(parent_key(entry), None))
     if entry.expires_s:
-        writes.append(Write(expiry_key(entry), None))
+        writes += [Write(expiry(entry).key, None), Write(lease(entry).key, None)]
     if entry.spent:
         writes.append(Write(TOKEN_REVOKING + entry.id_hash, None))
     return writes

@@ -7,15 +7,19 @@ token that was removed, and may be deleted at any time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from consul_backend.wal import Write
+from sidecar.core.barrier import DecryptionFailed
 from sidecar.core.keys import CUBBYHOLES, TOKEN_ACCESSORS, TOKEN_IDS, TOKEN_PARENTS
 from sidecar.core.store_view import SealedStore, walk
 from sidecar.core.token_ids import AccessorEntry
+
+log = logging.getLogger("token")
 
 _BATCH = 48
 _WALK_MAX = 4096
@@ -54,6 +58,23 @@ async def tidy(sealed: SealedStore) -> Tidied:
             while kept := await walk(sealed, CUBBYHOLES + folder, _WALK_MAX):
                 done.cubbyholes += await _delete(sealed, kept)
     return done
+
+
+async def logged_tidy(sealed: SealedStore) -> None:
+    """:func:`tidy`, with its outcome in the log. Raises BackendError."""
+    try:
+        done = await tidy(sealed)
+    except (DecryptionFailed, msgspec.MsgspecError) as error:
+        # One unreadable entry is no reason to stop serving; whoever reads it next is told.
+        log.error("tidy gave up: %s", type(error).__name__)
+        return
+    log.info(
+        "tidy finished: tokens=%d removed: accessors=%d children=%d cubbyhole entries=%d",
+        done.tokens,
+        done.accessors,
+        done.children,
+        done.cubbyholes,
+    )
 
 
 async def _is_gone(sealed: SealedStore, id_hash: str, alive: set[str]) -> bool:

@@ -12,36 +12,36 @@ import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 import msgspec
 
 from consul_backend.errors import BackendError
 from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, PermissionDenied
-from sidecar.core.barrier import DecryptionFailed
 from sidecar.core.batch_tokens import KEY_LABEL, BatchTokens
-from sidecar.core.keys import TOKEN_ACCESSORS, TOKEN_IDS, TOKEN_PARENTS, TOKEN_REVOKING, TOKEN_SALT
+from sidecar.core.keys import LEASES_BY_TOKEN, TOKEN_ACCESSORS, TOKEN_IDS, TOKEN_PARENTS, TOKEN_REVOKING, TOKEN_SALT
 from sidecar.core.locks import KeyedLocks
 from sidecar.core.metrics import METRICS
+from sidecar.core.on_demand import OnDemand
 from sidecar.core.policies import normalize_policies
+from sidecar.core.schedule import Due, Schedule
 from sidecar.core.store_view import SealedStore, View, read_many, walk
 from sidecar.core.token_entry import (
     BATCH,
     ROOT_POLICY,
-    SERVICE,
     CreateToken,
     IssuedToken,
     Renewed,
     TokenEntry,
     check_spec,
     first_ttl,
+    new_entry,
     renewed_expiry,
 )
-from sidecar.core.token_expiry import ExpirySweep
+from sidecar.core.token_expiry import AbandonedTokens
 from sidecar.core.token_ids import (
     BATCH_PREFIX,
-    BUCKET_S,
     RANDOM_LENGTH,
     SALT_BYTES,
     SERVICE_PREFIX,
@@ -49,13 +49,13 @@ from sidecar.core.token_ids import (
     base62,
     creation,
     cubbyhole_folder,
-    expiry_key,
+    expiry,
     keyed_hash,
     parent_key,
     removal,
     store,
 )
-from sidecar.core.token_tidy import tidy
+from sidecar.core.token_tidy import logged_tidy
 
 log = logging.getLogger("token")
 
@@ -64,6 +64,13 @@ __all__ = ["CreateToken", "IssuedToken", "Renewed", "TokenEntry", "TokenStore", 
 # A transaction has room for 61 operations; what a revocation deletes beyond this goes in further commits.
 WRITES_MAX = 48
 _TOKEN_BYTES_MAX = 8192
+
+Release = Callable[[str], Awaitable[None]]
+"""Takes all leases of a token (by its hash) away from it and has them revoked."""
+
+
+async def nothing_leased(id_hash: str) -> None:
+    """The :data:`Release` of a store without leases."""
 
 
 class TokenStore:
@@ -77,9 +84,13 @@ class TokenStore:
         sealed: SealedStore,
         now: Callable[[], float],
         *,
+        schedule: Schedule | None = None,
+        release: Release = nothing_leased,
         random_bytes: Callable[[int], bytes] = os.urandom,
         cache_max: int = 50_000,
     ) -> None:
+        self.schedule = schedule or Schedule(sealed, now)
+        self._release = release
         self._sealed = sealed
         self._now = now
         self._random_bytes = random_bytes
@@ -89,60 +100,42 @@ class TokenStore:
         self._loading: dict[str, object] = {}
         self._locks = KeyedLocks()
         self._batch = BatchTokens(sealed.barrier.derived_key(KEY_LABEL))
-        self._sweep = ExpirySweep(sealed, now, self._expire, self._revoke_hash)
-        self._tidy_asked, self._tidy_done = asyncio.Event(), asyncio.Event()
-        self._tidy_done.set()
+        self._abandoned = AbandonedTokens(sealed, now, self.revoke_hash)
+        self._tidying = OnDemand(self._tidy)
 
     async def load(self) -> None:
-        """Read the salt and the index of expiries. Once, before anything else."""
+        """Read the salt and what an earlier tenure left unfinished. Once, before anything else."""
         salt = await self._sealed.get(TOKEN_SALT)
         if salt is None:
             salt = self._random_bytes(SALT_BYTES)
             await self._sealed.put(TOKEN_SALT, salt)
         self._salt = salt
-        await self._sweep.load()
+        await self._abandoned.load()
 
     async def run(self) -> None:
-        """Remove expired tokens, finish interrupted revocations, tidy when asked; until cancelled."""
+        """Finish interrupted revocations, tidy when asked; until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._sweep.run(), name="token sweep")
-            tasks.create_task(self._tidy(), name="token tidy")
+            tasks.create_task(self._abandoned.run(), name="unfinished token revocations")
+            tasks.create_task(self._tidying.run(), name="token tidy")
 
     def ask_for_tidy(self) -> bool:
         """Have :meth:`run` tidy up soon. False where it is asked to already."""
-        if self._tidy_asked.is_set():
-            return False
-        self._tidy_done.clear()
-        self._tidy_asked.set()
-        return True
+        return self._tidying.ask()
 
     async def tidied(self) -> None:
         """Return once no tidy is asked for or under way."""
-        await self._tidy_done.wait()
+        await self._tidying.done()
 
     async def _tidy(self) -> None:
-        while True:
-            await self._tidy_asked.wait()
-            try:
-                await self._sweep.sweep()
-                done = await tidy(self._sealed)
-                log.info(
-                    "tidy finished: tokens=%d removed: accessors=%d children=%d cubbyhole entries=%d",
-                    done.tokens,
-                    done.accessors,
-                    done.children,
-                    done.cubbyholes,
-                )
-            except (BackendError, DecryptionFailed, msgspec.MsgspecError) as error:
-                # One unreadable entry is no reason to stop serving; whoever reads it next is told.
-                log.error("tidy gave up: %s", type(error).__name__)
-            finally:
-                self._tidy_asked.clear()
-                self._tidy_done.set()
+        try:
+            await self._abandoned.sweep()
+            await logged_tidy(self._sealed)
+        except BackendError as error:
+            log.error("tidy gave up: %s", type(error).__name__)
 
     async def sweep(self) -> None:
-        """One pass of what :meth:`run` repeats."""
-        await self._sweep.sweep()
+        """One pass over revocations that were cut short; :meth:`run` repeats it."""
+        await self._abandoned.sweep()
 
     # -- creation
 
@@ -199,7 +192,7 @@ class TokenStore:
         """``entry`` has been committed: cache it and watch its expiry."""
         self._remember(entry)
         if entry.expires_s:
-            self._sweep.add(entry.expires_s // BUCKET_S)
+            self.schedule.add(entry.expires_s)
 
     async def create_root(self, token: str | None = None) -> IssuedToken:
         """A root token that never expires; ``token`` is a custom id (as for a development server)."""
@@ -210,28 +203,8 @@ class TokenStore:
         )
 
     def _entry(self, spec: CreateToken, id_hash: str, accessor: str, ttl_s: int) -> TokenEntry:
-        now_s = int(self._now())
-        return TokenEntry(
-            id_hash=id_hash,
-            accessor=accessor,
-            policies=tuple(normalize_policies(spec.policies, default=False)),
-            path=spec.path,
-            created_s=now_s,
-            display_name=spec.display_name,
-            meta=dict(spec.meta) if spec.meta else None,
-            num_uses=spec.num_uses,
-            parent=spec.parent.id_hash if spec.parent is not None else "",
-            type=spec.type,
-            expires_s=now_s + ttl_s if ttl_s else 0,
-            ttl_s=ttl_s,
-            explicit_max_ttl_s=spec.explicit_max_ttl_s,
-            max_ttl_s=spec.max_ttl_s,
-            period_s=spec.period_s,
-            renewable=spec.renewable and ttl_s > 0 and spec.type == SERVICE,
-            entity_id=spec.entity_id,
-            bound_cidrs=tuple(spec.bound_cidrs),
-            role=spec.role,
-        )
+        policies = tuple(normalize_policies(spec.policies, default=False))
+        return new_entry(spec, policies, id_hash, accessor, ttl_s, int(self._now()))
 
     def _create_batch(self, spec: CreateToken) -> IssuedToken:
         """A batch token is its own storage."""
@@ -270,7 +243,7 @@ class TokenStore:
 
     async def finish(self, entry: TokenEntry) -> None:
         """Remove a spent token, with its children and cubbyhole."""
-        await self._revoke_hash(entry.id_hash)
+        await self.revoke_hash(entry.id_hash)
 
     async def lookup_accessor(self, accessor: str) -> TokenEntry | None:
         """The entry that ``accessor`` stands for."""
@@ -321,10 +294,10 @@ class TokenStore:
             expires_s, warnings = renewed_expiry(current, increment_s, now_s)
             renewed = msgspec.structs.replace(current, expires_s=expires_s, last_renewal_s=now_s)
             writes = [store(renewed)]
-            if expiry_key(renewed) != expiry_key(current):
-                writes += [Write(expiry_key(current), None), Write(expiry_key(renewed), b"")]
+            if expires_s != current.expires_s:
+                writes += [Write(expiry(current).key, None), expiry(renewed)]
             await self._change(renewed, writes)
-            self._sweep.add(expires_s // BUCKET_S)
+            self.schedule.add(expires_s)
             return Renewed(renewed, warnings)
 
     # -- revocation
@@ -340,7 +313,7 @@ class TokenStore:
         if entry.type == BATCH:
             raise InvalidRequest("batch tokens cannot be revoked")
         with METRICS.timer("token.revoke"):
-            await self._revoke_hash(entry.id_hash)
+            await self.revoke_hash(entry.id_hash)
 
     async def revoke_accessor(self, accessor: str) -> None:
         """:meth:`revoke` by accessor. Raises InvalidRequest ``invalid accessor`` for an unknown one."""
@@ -357,7 +330,7 @@ class TokenStore:
         async with self._locks.hold(entry.id_hash):
             for name in await self._sealed.list(f"{TOKEN_PARENTS}{entry.id_hash}/"):
                 await self._orphan(name)
-        await self._revoke_hash(entry.id_hash)
+        await self.revoke_hash(entry.id_hash)
 
     async def take(
         self,
@@ -380,8 +353,9 @@ class TokenStore:
             await self._drop(entry, [*deletes, *also(values)])
             return values
 
-    async def _revoke_hash(self, id_hash: str) -> None:
-        """Leaves first, with the root unusable from the start; the mark it gets lets a restart finish the work."""
+    async def revoke_hash(self, id_hash: str) -> None:
+        """:meth:`revoke` by hash, also of a token that cannot be used any more: leaves first, with the root unusable
+        from the start; the mark it gets lets a restart finish the work."""
         pending = [id_hash]
         while pending:
             children = await self._revoke_one(pending[-1])
@@ -399,13 +373,16 @@ class TokenStore:
                 return None
             children = await self._sealed.list(folder)
             kept = await walk(self._sealed, cubbyhole_folder(id_hash), WRITES_MAX + 1)
-            if not children and len(kept) <= WRITES_MAX:
+            leased = bool(await self._sealed.list(f"{LEASES_BY_TOKEN}{id_hash}/"))
+            if not children and not leased and len(kept) <= WRITES_MAX:
                 await self._drop(entry, [Write(key, None) for key in kept])
                 return None
             if not entry.spent:
                 mark = Write(TOKEN_REVOKING + id_hash, str(int(self._now())).encode())
                 spent = msgspec.structs.replace(entry, spent=True)
                 await self._change(spent, [store(spent), mark])
+            if leased:
+                await self._release(id_hash)
             while len(kept) > WRITES_MAX:
                 await self._sealed.commit([Write(key, None) for key in kept[:WRITES_MAX]])
                 kept = await walk(self._sealed, cubbyhole_folder(id_hash), WRITES_MAX + 1)
@@ -427,14 +404,36 @@ class TokenStore:
             raise InvalidRequest("invalid accessor")
         return entry
 
-    async def _expire(self, id_hash: str, bucket: int) -> bool:
-        """Remove the token if it has expired. False where nothing expires in this minute: the index entry is stale."""
-        entry = await self._load(id_hash)
-        if entry is None or entry.expires_s // BUCKET_S != bucket:
-            return False
-        if self._now() >= entry.expires_s:
-            await self._revoke_hash(id_hash)
-        return True
+    async def expire(self, due: Due) -> None:
+        """What is due for a token: remove it with everything that ends with it."""
+        entry = await self._load(due.subject)
+        if entry is None or entry.expires_s != due.at_s:
+            await self._sealed.delete(due.key)
+        elif self._now() >= entry.expires_s:
+            METRICS.increment("expire.lease_expiration")
+            await self.revoke_hash(due.subject)
+
+    # -- what ends with a token
+
+    async def attach(self, entry: TokenEntry, writes: Sequence[Write]) -> bool:
+        """Commit writes that end with the token of ``entry``, as leases do. False, and nothing was written, where it
+        cannot be used any more."""
+        guard = entry.parent if entry.type == BATCH else entry.id_hash
+        if not guard:
+            alive = entry.alive(self._now())
+            if alive:
+                await self._sealed.commit(writes)
+            return alive
+        # A revocation either sees what is attached, or is seen here.
+        async with self._locks.share(guard):
+            if not entry.alive(self._now()) or await self._live(guard) is None:
+                return False
+            await self._sealed.commit(writes)
+            return True
+
+    async def by_hash(self, id_hash: str) -> TokenEntry | None:
+        """The entry that a lease id names, if the token may be used now."""
+        return await self._live(id_hash)
 
     # -- the cache
 

@@ -82,6 +82,7 @@ class Answer:
     data: dict[str, Any] | None = field(default=None, repr=False)
     auth: dict[str, Any] | None = field(default=None, repr=False)
     warnings: list[str] = field(default_factory=list)
+    lease_id: str = ""
     lease_duration_s: int = 0
     renewable: bool = False
     status: int = 200
@@ -96,7 +97,13 @@ class Answer:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to put in an envelope."""
-        return self.data is None and self.auth is None and not self.warnings and not self.lease_duration_s
+        return (
+            self.data is None
+            and self.auth is None
+            and not self.warnings
+            and not self.lease_duration_s
+            and not self.lease_id
+        )
 
 
 class Backend(Protocol):

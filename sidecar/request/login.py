@@ -7,6 +7,7 @@ from collections.abc import Callable
 from plugin_api.engine import MountInfo
 from plugin_api.errors import InvalidRequest, PluginError
 from plugin_api.request import Auth
+from sidecar.core.metrics import METRICS
 from sidecar.core.policies import normalize_policies
 from sidecar.core.token_entry import BATCH, ROOT_POLICY, SERVICE, CreateToken
 from sidecar.core.tokens import TokenStore
@@ -35,23 +36,23 @@ async def log_in(tokens: TokenStore, call: Call, mount: MountInfo, auth: Auth, n
         raise InvalidRequest("request originated from invalid CIDR")
     max_ttl_s = min(auth.max_ttl_s or mount.max_lease_ttl_s, mount.max_lease_ttl_s)
     is_batch = _TYPES[auth.token_type] == BATCH
-    issued = await tokens.create(
-        CreateToken(
-            policies=policies,
-            path=call.path,
-            display_name=_display_name(mount, auth),
-            meta=dict(auth.metadata) or None,
-            ttl_s=auth.ttl_s,
-            explicit_max_ttl_s=0 if is_batch else auth.explicit_max_ttl_s,
-            max_ttl_s=max_ttl_s,
-            default_ttl_s=min(mount.default_lease_ttl_s, max_ttl_s),
-            period_s=0 if is_batch else auth.period_s,
-            num_uses=0 if is_batch else auth.num_uses,
-            renewable=auth.renewable,
-            type=_TYPES[auth.token_type],
-            bound_cidrs=auth.bound_cidrs,
-        )
+    spec = CreateToken(
+        policies=policies,
+        path=call.path,
+        display_name=_display_name(mount, auth),
+        meta=dict(auth.metadata) or None,
+        ttl_s=auth.ttl_s,
+        explicit_max_ttl_s=0 if is_batch else auth.explicit_max_ttl_s,
+        max_ttl_s=max_ttl_s,
+        default_ttl_s=min(mount.default_lease_ttl_s, max_ttl_s),
+        period_s=0 if is_batch else auth.period_s,
+        num_uses=0 if is_batch else auth.num_uses,
+        renewable=auth.renewable,
+        type=_TYPES[auth.token_type],
+        bound_cidrs=auth.bound_cidrs,
     )
+    with METRICS.timer("expire.register-auth"):
+        issued = await tokens.create(spec)
     return Answer(auth=auth_of(issued.entry, issued.token, now()), warnings=list(issued.warnings))
 
 

@@ -7,16 +7,20 @@ hides nothing else.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 from plugin_api.engine import Engine, EngineContext, MountInfo
-from plugin_api.errors import PluginError
-from plugin_api.request import Auth, Caller, Operation, Request, Response
+from plugin_api.errors import PluginError, Unavailable
+from plugin_api.request import Auth, Caller, Lease, Operation, Request, Response
+from sidecar.core.leases import Granted
 from sidecar.core.mounts import AUTH, SECRETS, MountEntry, MountTable
 from sidecar.core.store_view import SealedStore, View
 from sidecar.request.call import Answer, Backend, Call, matches_any
+from sidecar.request.errors import UnknownMount
 from sidecar.request.plugins import AUTH as AUTH_PLUGINS
 from sidecar.request.plugins import SECRETS as SECRETS_PLUGINS
 from sidecar.request.plugins import PluginNotFound, PluginRegistry
@@ -25,6 +29,15 @@ from sidecar.request.router import Router
 log = logging.getLogger("core")
 
 LogIn = Callable[[Call, MountInfo, Auth], Awaitable[Answer]]
+"""Makes the token of a login that succeeded."""
+
+KeepLease = Callable[[Call, MountInfo, Lease], Awaitable[Granted]]
+"""Keeps the lease of an answer that has one, or has the secret taken back and raises."""
+
+Guard = Callable[[MountEntry, str], AbstractAsyncContextManager[Callable[[], None]]]
+"""Holds one login of an identity: refuses it, or counts how it ends; what it gives is called for a success."""
+
+DRAIN_S_MAX = 10.0
 GROUPS = {SECRETS: SECRETS_PLUGINS, AUTH: AUTH_PLUGINS}
 BUILT_IN = frozenset({"system", "cubbyhole", "token"})
 
@@ -52,13 +65,25 @@ def mount_info(entry: MountEntry, defaults: TtlDefaults) -> MountInfo:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the core does with answers of engines."""
+
+    log_in: LogIn
+    keep_lease: KeepLease
+    guard: Guard
+
+
 class EngineBackend:
     """One mounted engine as the pipeline sees it."""
 
-    def __init__(self, entry: MountEntry, engine: Engine, log_in: LogIn) -> None:
+    def __init__(self, entry: MountEntry, engine: Engine, hooks: Hooks) -> None:
         self.entry = entry
         self.engine = engine
-        self._log_in = log_in
+        self._hooks = hooks
+        self._running = 0
+        self._closed = False
+        self._drained = asyncio.Event()
 
     @property
     def type_name(self) -> str:
@@ -73,18 +98,68 @@ class EngineBackend:
     async def exists(self, call: Call, rest: str) -> bool | None:
         return await self.engine.exists(self._request(call, rest))
 
+    @asynccontextmanager
+    async def closed(self) -> AsyncIterator[None]:
+        """Within the block no request reaches the engine: what it has issued can be revoked, and nothing comes after.
+        Raises Unavailable where requests under way do not end in time."""
+        if self._closed:
+            raise Unavailable(f"the mount at {self.entry.full_path} is being changed already")
+        self._closed = True
+        try:
+            await self._drain()
+            yield
+        finally:
+            self._closed = False
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(DRAIN_S_MAX):
+                while self._running:
+                    self._drained.clear()
+                    await self._drained.wait()
+        except TimeoutError:
+            raise Unavailable(f"requests to {self.entry.full_path} are still under way; try again") from None
+
     async def handle(self, call: Call, rest: str) -> Answer | None:
-        response = await self.engine.handle(self._request(call, rest))
+        if self._closed:
+            raise UnknownMount(call.path)
+        self._running += 1
+        try:
+            return await self._handle(call, self._request(call, rest))
+        finally:
+            self._running -= 1
+            self._drained.set()
+
+    async def _handle(self, call: Call, request: Request) -> Answer | None:
+        if call.identity is not None or self.entry.table != AUTH:
+            return await self._finished(call, await self.engine.handle(request))
+        identity = await self.engine.login_identity(request)
+        if not identity:
+            return await self._finished(call, await self.engine.handle(request))
+        async with self._hooks.guard(self.entry, identity) as succeeded:
+            response = await self.engine.handle(request)
+            if response is not None and response.auth is not None:
+                succeeded()
+        return await self._finished(call, response)
+
+    async def _finished(self, call: Call, response: Response | None) -> Answer | None:
+        """The answer, with the token or the lease that goes with it."""
         if response is None:
             return None
         answer = self._answer(response)
-        if response.auth is None:
-            return answer
-        if self.entry.table != AUTH or response.status >= 400:
-            raise PluginError("the engine answered with a login where none can be")
-        issued = await self._log_in(call, self.engine.context.mount, response.auth)
-        answer.auth = issued.auth
-        answer.warnings = [*response.warnings, *issued.warnings]
+        mount = self.engine.context.mount
+        if response.auth is not None:
+            if self.entry.table != AUTH or response.status >= 400 or response.lease is not None:
+                raise PluginError("the engine answered with a login where none can be")
+            issued = await self._hooks.log_in(call, mount, response.auth)
+            answer.auth = issued.auth
+            answer.warnings = [*response.warnings, *issued.warnings]
+        elif response.lease is not None:
+            granted = await self._hooks.keep_lease(call, mount, response.lease)
+            answer.lease_id = granted.entry.id
+            answer.lease_duration_s = granted.entry.ttl_s
+            answer.renewable = granted.entry.renewable
+            answer.warnings = [*response.warnings, *granted.warnings]
         return answer
 
     def help(self, rest: str) -> str:
@@ -150,7 +225,7 @@ class MountView:
         plugins: PluginRegistry,
         built_in: Mapping[str, Backend],
         *,
-        log_in: LogIn,
+        hooks: Hooks,
         writable: Callable[[], bool],
         now: Callable[[], float],
         defaults: TtlDefaults,
@@ -159,7 +234,7 @@ class MountView:
         self._sealed = sealed
         self._plugins = plugins
         self._built_in = dict(built_in)
-        self._log_in = log_in
+        self._hooks = hooks
         self._writable = writable
         self._now = now
         self.defaults = defaults
@@ -202,6 +277,21 @@ class MountView:
         self._mounted, self._by_path = mounted, by_path
         self._router = Router({**routes, **self._built_in})
 
+    def engine(self, mount_uuid: str) -> Engine | None:
+        """The engine of a mount, None where none is mounted or it could not be loaded."""
+        backend = self._mounted.get(mount_uuid)
+        return backend.engine if isinstance(backend, EngineBackend) else None
+
+    @asynccontextmanager
+    async def closed(self, entry: MountEntry) -> AsyncIterator[None]:
+        """:meth:`EngineBackend.closed` of a mount, where it has an engine."""
+        backend = self._mounted.get(entry.uuid)
+        if not isinstance(backend, EngineBackend):
+            yield
+            return
+        async with backend.closed():
+            yield
+
     async def invalidate(self, keys: Iterable[str]) -> None:
         """Tell engines which paths of their storage replication changed."""
         for key in keys:
@@ -217,7 +307,7 @@ class MountView:
         except (PluginNotFound, PluginError) as error:
             log.error("mount not available: path=%s type=%s error=%s", entry.full_path, entry.type, error)
             return BrokenMount(entry, str(error))
-        return EngineBackend(entry, engine, self._log_in)
+        return EngineBackend(entry, engine, self._hooks)
 
     def _context(self, entry: MountEntry) -> EngineContext:
         if entry.local:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from plugin_api.errors import InvalidRequest, PermissionDenied, UnsupportedOperation, UnsupportedPath
 from plugin_api.request import Operation
+from sidecar.core.metrics import METRICS
 from sidecar.core.policies import normalize_policies
 from sidecar.core.token_entry import ROOT_POLICY, SYSTEM_MAX_TTL_S, CreateToken, Renewed, TokenEntry
 from sidecar.core.token_roles import TokenRole, TokenRoles
@@ -194,16 +195,19 @@ class TokenPaths:
     async def _renew(self, call: Call) -> Answer:
         fields = Fields(call.data)
         token = fields.string("token") or call.known.token
-        return self._renewed(await self._tokens.renew(token, fields.duration_s("increment")), token)
+        with METRICS.timer("expire.renew-token"):
+            return self._renewed(await self._tokens.renew(token, fields.duration_s("increment")), token)
 
     async def _renew_self(self, call: Call) -> Answer:
         increment_s = Fields(call.data).duration_s("increment")
-        return self._renewed(await self._tokens.renew(call.known.token, increment_s), call.known.token)
+        with METRICS.timer("expire.renew-token"):
+            return self._renewed(await self._tokens.renew(call.known.token, increment_s), call.known.token)
 
     async def _renew_accessor(self, call: Call) -> Answer:
         fields = Fields(call.data)
         accessor = _required(fields, "accessor")
-        return self._renewed(await self._tokens.renew_accessor(accessor, fields.duration_s("increment")), "")
+        with METRICS.timer("expire.renew-token"):
+            return self._renewed(await self._tokens.renew_accessor(accessor, fields.duration_s("increment")), "")
 
     def _renewed(self, renewed: Renewed, token: str) -> Answer:
         return Answer(auth=auth_of(renewed.entry, token, self._now()), warnings=list(renewed.warnings))

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from consul_backend.wal import Write
 from sidecar.core.barrier import Barrier
+from sidecar.core.expiration import Expiration
 from sidecar.core.keyring import Keyring
 from sidecar.core.store_view import SealedStore
+from sidecar.core.tokens import TokenStore
 
 
 @dataclass(frozen=True)
@@ -109,3 +111,10 @@ def make_barrier(seed: int = 1) -> Barrier:
 def make_sealed() -> tuple[MemoryLogicalStore, SealedStore]:
     store = MemoryLogicalStore()
     return store, SealedStore(store, make_barrier())
+
+
+async def expire(tokens: TokenStore) -> None:
+    """Everything that is due for tokens, as a node that runs does it; the schedule is read as after a start."""
+    await tokens.schedule.load()
+    await tokens.sweep()
+    await Expiration(tokens.schedule, tokens.expire).sweep()

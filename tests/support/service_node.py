@@ -22,8 +22,10 @@ from sidecar.api.service import Service, ServiceOptions
 from sidecar.core.audit.options import LocalRules
 from sidecar.core.barrier import load_barrier
 from sidecar.core.init import Genesis, build_genesis
+from sidecar.core.lockout_rules import LockoutSettings
 from sidecar.core.seal import UnsealAttempt, combine
 from sidecar.core.seal_record import SealRecord, open_root_key
+from sidecar.request.plugins import PluginRegistry
 from sidecar.request.types import ForwardedAuth, HttpRequest, HttpResponse
 
 API_ADDR = "http://127.0.0.1:8200"
@@ -266,6 +268,8 @@ async def running(
     api_addr: str = API_ADDR,
     audit: LocalRules | None = None,
     prometheus: bool = True,
+    plugins: PluginRegistry | None = None,
+    lockout: LockoutSettings | None = None,
 ) -> AsyncIterator[Harness]:
     """A started service behind an HTTP server on a free port."""
     clock = SettableClock()
@@ -282,11 +286,17 @@ async def running(
         store,
         barrier,
         genesis.cluster,
-        ServiceOptions(api_addr=api_addr, audit=audit or LocalRules(timeout_s=0.3), prometheus=prometheus),
+        ServiceOptions(
+            api_addr=api_addr,
+            audit=audit or LocalRules(timeout_s=0.3),
+            prometheus=prometheus,
+            lockout=lockout or LockoutSettings(),
+        ),
         node=node,
         replication=replication,
         now=clock,
         gate=lambda: gate[0] if gate else None,
+        plugins=plugins,
     )
     node.service = service
     await service.start()

@@ -21,6 +21,7 @@ from sidecar.config import (
     EmbeddedStorage,
     ForwardedForSettings,
     InmemStorage,
+    LockoutStanza,
     ReplicationSettings,
     ServerConfig,
     load,
@@ -327,3 +328,46 @@ def test_what_audit_devices_may_do_is_configured_here_alone():
 
 def test_every_exported_name_exists():
     assert all(hasattr(config, name) for name in config.__all__)
+
+
+LOCKOUT = """
+user_lockout "all" {
+  lockout_duration = "10m"
+  lockout_counter_reset = "10m"
+}
+user_lockout "userpass" {
+  lockout_threshold = "25"
+  lockout_duration = "5m"
+}
+user_lockout "ldap" {
+  disable_lockout = "true"
+}
+"""
+
+
+def test_user_lockout() -> None:
+    found = load_text(MINIMAL + LOCKOUT).user_lockout
+    assert found == {
+        "all": LockoutStanza(duration_s=600, counter_reset_s=600),
+        "userpass": LockoutStanza(threshold=25, duration_s=300),
+        "ldap": LockoutStanza(disable=True),
+    }
+    assert load_text(MINIMAL).user_lockout == {}
+    for stanza, text in (
+        ('user_lockout "github" {}', "expected user_lockout"),
+        ("user_lockout {}", "expected user_lockout"),
+        ('user_lockout "all" {}\nuser_lockout "all" {}', "two stanzas"),
+        ('user_lockout "all" { lockout_treshold = 2 }', "lockout_threshold"),
+        ('user_lockout "all" { lockout_threshold = "many" }', "whole number"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            load_text(MINIMAL + stanza)
+
+
+def test_the_environment_turns_lockouts_off() -> None:
+    for name in ("VAULT_DISABLE_USER_LOCKOUT", "OUTRIDER_DISABLE_USER_LOCKOUT"):
+        assert load_text(MINIMAL, environ={name: "true"}).disable_user_lockout
+        assert not load_text(MINIMAL, environ={name: "0"}).disable_user_lockout
+        with pytest.raises(ConfigError, match="DISABLE_USER_LOCKOUT"):
+            load_text(MINIMAL, environ={name: "perhaps"})
+    assert not load_text(MINIMAL).disable_user_lockout

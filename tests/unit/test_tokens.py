@@ -15,13 +15,15 @@ from consul_backend.errors import OutcomeUnknown, Unavailable
 from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, PermissionDenied
 from sidecar.core.batch_tokens import BatchTokens
+from sidecar.core.expiration import Expiration
 from sidecar.core.keys import CUBBYHOLES, TOKEN_IDS, TOKEN_SALT
 from sidecar.core.locks import KeyedLocks
+from sidecar.core.schedule import due_key, due_name
 from sidecar.core.store_view import SealedStore
 from sidecar.core.token_entry import SYSTEM_MAX_TTL_S, TokenEntry, format_duration, renewed_expiry
 from sidecar.core.token_ids import AccessorEntry, base62
 from sidecar.core.tokens import CreateToken, TokenStore, cubbyhole
-from tests.support.logical_store import FakeTime, MemoryLogicalStore, make_barrier, make_sealed
+from tests.support.logical_store import FakeTime, MemoryLogicalStore, expire, make_barrier, make_sealed
 
 
 async def make(**options) -> tuple[MemoryLogicalStore, SealedStore, FakeTime, TokenStore]:
@@ -49,7 +51,7 @@ async def test_a_token_is_one_commit_and_no_secret_is_stored():
     parent = await tokens.create(CreateToken(policies=["b", "a"], ttl_s=100))
     child = await tokens.create(CreateToken(policies=["a"], ttl_s=50, parent=parent.entry))
     assert len(store.commits) == before + 2
-    assert len(store.commits[-1]) == 4
+    assert len(store.commits[-1]) == 5
     assert parent.token.startswith("hvs.")
     assert len(parent.token) == 28
     assert parent.entry.policies == ("a", "b")
@@ -157,10 +159,10 @@ async def test_expired_tokens_are_gone_at_once_and_swept_later():
     now.advance(1)
     assert await tokens.lookup(issued.token) is None
     assert await tokens.lookup_accessor(issued.entry.accessor) is None
-    await tokens.sweep()
+    await expire(tokens)
     now.advance(120)
     tokens = await restarted(sealed, now)
-    await tokens.sweep()
+    await expire(tokens)
     await tokens.revoke(forever.token)
     assert left(store) == []
 
@@ -173,19 +175,18 @@ async def test_a_renewed_token_is_not_swept():
     assert renewed.entry.expires_s == now() + 500
     assert renewed.entry.last_renewal_s == now()
     now.advance(200)
-    await tokens.sweep()
+    await expire(tokens)
     assert await tokens.lookup(issued.token) == renewed.entry
     now.advance(500)
-    await tokens.sweep()
+    await expire(tokens)
     assert left(store) == []
 
 
 async def test_a_stale_expiry_is_tidied_up():
     store, sealed, now, tokens = await make()
-    bucket = int(now()) // 60 - 5
-    await sealed.put(f"l/token/expiry/{bucket:012d}/feedface", b"")
+    await sealed.put(due_key(int(now()) - 300, due_name("token", "feedface")), b"")
     tokens = await restarted(sealed, now)
-    await tokens.sweep()
+    await expire(tokens)
     assert left(store) == []
 
 
@@ -194,7 +195,7 @@ async def test_a_child_expires_with_its_parent():
     parent = await tokens.create(CreateToken(policies=["a"], ttl_s=60))
     child = await tokens.create(CreateToken(policies=["a"], ttl_s=10_000, parent=parent.entry))
     now.advance(180)
-    await tokens.sweep()
+    await expire(tokens)
     assert await tokens.lookup(child.token) is None
     assert left(store) == []
 
@@ -220,10 +221,10 @@ async def test_a_spent_token_that_nobody_finished_is_removed():
     for _ in range(2):
         issued = await tokens.create(CreateToken(policies=["a"], num_uses=1))
         assert (await tokens.use(issued.token)).spent
-    await tokens.sweep()
+    await expire(tokens)
     assert left(store) != [], "its request may still run"
     now.advance(200)
-    await tokens.sweep()
+    await expire(tokens)
     assert left(store) == []
 
 
@@ -233,7 +234,7 @@ async def test_an_interrupted_revocation_is_finished_at_the_next_start():
     assert (await tokens.use(issued.token)).spent
     tokens = await restarted(sealed, now)
     assert await tokens.lookup(issued.token) is None
-    await tokens.sweep()
+    await expire(tokens)
     assert left(store) == []
 
 
@@ -466,7 +467,7 @@ async def test_a_revocation_that_is_cut_short_ends_all_the_same(crash_after: int
     tokens = await restarted(sealed, now)
     if crash_after == 0:
         await tokens.revoke(root.token)
-    await tokens.sweep()
+    await expire(tokens)
     assert left(store) == []
 
 
@@ -611,7 +612,7 @@ async def test_tidy_removes_what_leads_nowhere_and_nothing_else():
 
 
 async def test_run_survives_a_store_that_cannot_write(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sidecar.core.token_expiry.RETRY_S", 0.0)
+    monkeypatch.setattr("sidecar.core.expiration.RETRY_S", 0.0)
     store, _, now, tokens = await make()
     await tokens.create(CreateToken(policies=["a"], ttl_s=60))
     now.advance(180)
@@ -625,7 +626,7 @@ async def test_run_survives_a_store_that_cannot_write(monkeypatch: pytest.Monkey
         return head
 
     store.commit = watched
-    task = asyncio.create_task(tokens.run())
+    task = asyncio.create_task(Expiration(tokens.schedule, tokens.expire).run())
     async with asyncio.timeout(5):
         await tidy.wait()
     task.cancel()

@@ -18,7 +18,7 @@ from sidecar.core.keys import JWT_KEY, TOKEN_SALT
 from sidecar.core.store_view import SealedStore
 from sidecar.core.tokens import CreateToken, TokenStore
 from sidecar.core.wrapping import Wrapping
-from tests.support.logical_store import FakeTime, MemoryLogicalStore, make_sealed
+from tests.support.logical_store import FakeTime, MemoryLogicalStore, expire, make_sealed
 
 INVALID = "^wrapping token is not valid or does not exist$"
 PAYLOAD = {"data": {"secret": "s3cr3t", "n": 1}, "lease_duration": 0}
@@ -132,7 +132,7 @@ async def test_rewrap(it: Setup):
 async def test_an_expired_payload_is_swept(it: Setup):
     await it.wrapping.wrap(PAYLOAD, 60, "p")
     it.now.advance(200)
-    await it.tokens.sweep()
+    await expire(it.tokens)
     assert it.left() == []
 
 
