@@ -277,3 +277,42 @@ def test_kv_metadata(server, run):
     assert deleted[:2] == (0, "Success! Data deleted (if it existed) at: secret/metadata/app/db\n")
     assert run("kv", "metadata", "get", "secret/app/none")[0] == 2
     assert run("kv", "metadata", "explode")[0] == 127
+
+
+# --- leases ---------------------------------------------------------------------------------------------------------
+
+
+def test_leases(server, run):
+    lease_id = "db/creds/app/abc"
+    found = {"id": lease_id, "ttl": 60, "expire_time": "2024-01-01T00:00:00Z", "last_renewal": None, "renewable": True}
+    server.answer("PUT", "sys/leases/lookup", (200, envelope(found)))
+    code, out, _ = run("lease", "lookup", f"/{lease_id}/")
+    assert (code, server.last["body"]) == (0, {"lease_id": lease_id})
+    assert "expire_time     2024-01-01T00:00:00Z\n" in out
+    assert run("lease", "lookup", "-field=ttl", lease_id)[1].strip() == "60"
+    answer = {**envelope(None), "lease_id": lease_id, "lease_duration": 300, "renewable": True}
+    server.answer("PUT", "sys/leases/renew", (200, answer))
+    code, out, _ = run("lease", "renew", "-increment=5m", lease_id)
+    assert (code, server.last["body"]) == (0, {"lease_id": lease_id, "increment": "5m"})
+    assert "lease_duration     5m\n" in out
+    assert json.loads(run("lease", "renew", "-format=json", lease_id)[1])["lease_duration"] == 300
+
+
+def test_revoking_leases(server, run):
+    for path in ("sys/leases/revoke", "sys/leases/revoke-prefix/db/creds", "sys/leases/revoke-force/db"):
+        server.answer("PUT", path, (204, None))
+    queued = "All revocation operations queued successfully!\n"
+    assert run("lease", "revoke", "db/creds/app/abc")[:2] == (0, queued)
+    assert server.last["body"] == {"lease_id": "db/creds/app/abc", "sync": False}
+    assert run("lease", "revoke", "-sync", "db/x/abc")[1] == "Success! Revoked lease: db/x/abc\n"
+    assert run("lease", "revoke", "-prefix", "db/creds/")[1] == queued
+    assert run("lease", "revoke", "-prefix", "-sync", "db/creds/")[1] == (
+        "Success! Revoked any leases with prefix: db/creds\n"
+    )
+    assert run("lease", "revoke", "-f", "-prefix", "db")[1].endswith(
+        "Success! Force revoked any leases with prefix: db\n"
+    )
+    before = len(server.requests)
+    for arguments in ((), ("-force", "db"), ("-prefix",), ("a", "b"), ("/",)):
+        assert run("lease", "revoke", *arguments)[0] == 1
+    assert len(server.requests) == before
