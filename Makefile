@@ -6,7 +6,7 @@ PYTHON  ?= python3
 STORAGE ?= embedded
 BIN     := $(VENV)/bin
 
-.PHONY: setup demo test check bench soak mutants clean
+.PHONY: setup demo test check bench soak mutants soak-faults clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -41,6 +41,11 @@ soak: setup
 
 mutants: setup
 	nice $(BIN)/python scripts/mutants.py $(if $(LIMIT),--limit $(LIMIT))
+
+# The fault tests on real processes and a real Consul, each fault many times over.
+soak-faults: setup
+	OUTRIDER_FAULT_ROUNDS=25 $(BIN)/python -m pytest -q -s -o timeout=3600 tests/integration/test_faults.py \
+	  tests/integration/test_consul_cluster.py tests/integration/test_store_changed.py tests/integration/test_failpoints.py
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist

@@ -32,6 +32,7 @@ from consul_backend.errors import (
     PermissionDenied,
     Unavailable,
 )
+from consul_backend.failpoint import failpoint
 from consul_backend.lease import Action, Event, Phase, step
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, Item, PhysicalStore
 from consul_backend.read_lease import ReadLease
@@ -169,8 +170,10 @@ class Election:
         epoch = Cas(EPOCH_KEY, msgspec.json.encode(mine), found.modify_index if found else 0)
         self._move(Event.LOCK_FREE)
         sent_at = self._clock.monotonic()
+        failpoint("election:before-acquire")
         try:
             result = await self._physical.txn([lock, epoch])
+            failpoint("election:after-acquire")
         except Conflict as refusal:
             self._move(Event.REFUSED)
             gone = any(
@@ -305,6 +308,7 @@ class Election:
         value = msgspec.json.encode(LeaderInfo("", "", ""))
         try:
             await self._physical.txn([Unlock(LOCK_KEY, value, held.tenure.session)])
+            failpoint("election:after-release")
             self._move(Event.RELEASED)
         except BackendError as error:
             log.warning("the lock could not be released cleanly, its session is destroyed instead: %s", error)

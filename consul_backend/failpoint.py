@@ -33,8 +33,8 @@ POINTS: tuple[str, ...] = (
     "recovery:before-tenure",
     "recovery:after-tenure",
 )
-"""Every point of this package but those of large batches and of a reindex, so that a test can visit each; a test
-compares the list with the sources."""
+"""Every point of this package but those of large batches, the election and a reindex, so that a test can visit each;
+a test compares the list with the sources."""
 
 LARGE_POINTS: tuple[str, ...] = (
     "large:after-part",
@@ -49,9 +49,16 @@ LARGE_POINTS: tuple[str, ...] = (
 )
 """The same for large batches: ``tests/unit/test_large_crashes.py`` dies at each."""
 
+ELECTION_POINTS: tuple[str, ...] = (
+    "election:before-acquire",
+    "election:after-acquire",
+    "election:after-release",
+)
+"""The same for the election: ``tests/integration/test_failpoints.py`` dies at each."""
+
 REINDEX_POINTS: tuple[str, ...] = ("reindex:before-repair",)
 
-_known: list[str] = [*POINTS, *LARGE_POINTS, *REINDEX_POINTS]
+_known: list[str] = [*POINTS, *LARGE_POINTS, *ELECTION_POINTS, *REINDEX_POINTS]
 
 _SPEC = re.compile(r"(?P<name>[a-z:-]+)=(?P<action>kill|raise|stop)(?::(?P<hit>[1-9][0-9]*))?\Z")
 

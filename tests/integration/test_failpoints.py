@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import http.client
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from consul_backend.failpoint import LARGE_POINTS, REINDEX_POINTS
+from consul_backend.failpoint import ELECTION_POINTS, LARGE_POINTS, REINDEX_POINTS
 from consul_backend.failpoint import POINTS as STORE_POINTS
 from sidecar.failpoints import POINTS as DAEMON_POINTS
 from sidecar.replication.intake import KEYRING_KEY
@@ -32,6 +33,7 @@ from tests.support.faults import (
     await_killed,
     check_embedded,
     mount_load,
+    rounds,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,11 +56,13 @@ COMMON = {
     "recovery:before-tenure": 1,
     "recovery:after-tenure": 1,
     "lead:before-serving": 1,
+    "election:before-acquire": 1,
+    "election:after-acquire": 1,
 }
 PRIMARY = {"ship:before-send": 10}
 SECONDARY = {"applier:before-commit": 10, "applier:after-commit": 10, "applier:before-ack": 10}
 COLLECT = ("collect:before-send", "collect:after-reply")
-LEAVING = ("lead:before-release",)
+LEAVING = ("lead:before-release", "election:after-release")
 INIT = ("init:before-genesis", "init:after-genesis")
 ROLE = ("role:before-commit", "role:after-commit")
 # While a cluster becomes a secondary: the point and whether its store is the new one afterwards.
@@ -107,7 +111,8 @@ def test_every_failpoint_in_the_tree_is_declared_and_visited_here() -> None:
                     assert isinstance(name, ast.Constant), f"{path}: a failpoint's name is a literal"
                     found.append(str(name.value))
     assert len(found) == len(set(found)), "a name is one place"
-    assert set(found) == {*STORE_POINTS, *LARGE_POINTS, *REINDEX_POINTS, *DAEMON_POINTS}
+    assert set(found) == {*STORE_POINTS, *LARGE_POINTS, *ELECTION_POINTS, *REINDEX_POINTS, *DAEMON_POINTS}
+    assert len(found) >= 40
     visited = {*COMMON, *PRIMARY, *SECONDARY, *COLLECT, *LEAVING, *INIT, *ROLE, *ACTIVATION, *ACTIVATION_PRIMARY}
     visited |= {*LARGE, *ELSEWHERE}
     assert set(found) == visited, "every point is killed at by a test of this file"
@@ -184,23 +189,32 @@ def test_killed_under_load(pair: dict[str, Cluster], roles: tuple[str, ...], poi
     load.judge(primary.nodes[0])
 
 
-def test_killed_again_and_again_while_it_recovers(pair: dict[str, Cluster]) -> None:
+RECOVERY = [point for point in COMMON if point.startswith("recovery:")]
+NESTED = list(itertools.product(RECOVERY, repeat=3))
+STRIDE = 21
+"""Of the 125 ways to die three times in one recovery a test run takes six, which have every point at every depth; a
+soak takes more, or all."""
+
+
+def test_killed_three_deep_while_it_recovers(pair: dict[str, Cluster]) -> None:
+    """F13: a recovery that dies leaves what the next one needs."""
     primary = pair["primary"]
     with Writers(primary.nodes, primary.root_token, "again") as load:
         load.wait_acked(100)
-    for point in [point for point in COMMON if point.startswith("recovery:")]:
-        restart(*pair.values(), spec=f"{point}=kill")
-        for cluster in pair.values():
-            await_killed(cluster.nodes[0])
-    for cluster in pair.values():
-        stored(cluster)
+    chosen = NESTED[:: max(1, STRIDE // rounds())]
+    assert all({sequence[depth] for sequence in chosen} == set(RECOVERY) for depth in range(3))
+    for sequence in chosen:
+        for point in sequence:
+            restart(primary, spec=f"{point}=kill")
+            await_killed(primary.nodes[0])
+        stored(primary)
     restart(*pair.values())
     wait_in_step(*pair.values())
     load.judge(primary.nodes[0])
 
 
-@pytest.mark.parametrize(("first", "second"), [COLLECT, COLLECT[::-1]])
-def test_killed_while_collecting_the_log(pair: dict[str, Cluster], first: str, second: str) -> None:
+def test_killed_while_collecting_the_log(pair: dict[str, Cluster]) -> None:
+    first, second = COLLECT
     primary, secondary = pair["primary"], pair["secondary"]
     restart(secondary, spec=f"{second}=kill")
     restart(primary, spec=f"{first}=kill")
@@ -291,9 +305,9 @@ def test_killed_at_every_step_of_a_large_batch(pair: dict[str, Cluster], role: s
         stored(cluster)
 
 
-def test_killed_while_it_leaves(pair: dict[str, Cluster]) -> None:
+@pytest.mark.parametrize("point", LEAVING)
+def test_killed_while_it_leaves(pair: dict[str, Cluster], point: str) -> None:
     primary = pair["primary"]
-    (point,) = LEAVING
     restart(primary, spec=f"{point}=kill")
     with Writers(primary.nodes, primary.root_token, "leaving") as load:
         load.wait_acked(20)

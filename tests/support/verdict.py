@@ -248,7 +248,8 @@ class _Judge:
         elif not step.session:
             self._found.append(Violation("fence", f"{node} sent an unfenced transaction: {step.ops[:2]}"))
         elif not step.record and not any(
-            isinstance(op, Lock | Unlock) or (isinstance(op, CheckIndex) and op.key == EPOCH_KEY) for op in step.ops
+            isinstance(op, Lock | Unlock) or (isinstance(op, CheckIndex | Cas) and op.key == EPOCH_KEY)
+            for op in step.ops
         ):
             self._found.append(Violation("fence", f"{node} sent a transaction without record or epoch check"))
         for op in step.ops:

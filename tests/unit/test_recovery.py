@@ -10,7 +10,7 @@ import pytest
 
 from consul_backend.checkpoint import checkpoint_key, decode_checkpoint
 from consul_backend.errors import Corrupt, FenceLost, OutcomeUnknown, StoreWentBack, TooLarge, Unavailable
-from consul_backend.failpoint import LARGE_POINTS, POINTS, REINDEX_POINTS, FailpointHit, arm, disarm
+from consul_backend.failpoint import ELECTION_POINTS, LARGE_POINTS, POINTS, REINDEX_POINTS, FailpointHit, arm, disarm
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY
 from consul_backend.recovery import CASES, Action, Facts, classify
 from consul_backend.replicated import StoreOptions
@@ -553,7 +553,7 @@ def test_every_failpoint_is_in_the_code_and_the_other_way_round():
 
     folder = pathlib.Path(consul_backend.__file__).parent
     used = [name for file in folder.glob("*.py") for name in re.findall(r'failpoint\("([^"]+)"\)', file.read_text())]
-    assert sorted(used) == sorted([*POINTS, *LARGE_POINTS, *REINDEX_POINTS])
+    assert sorted(used) == sorted([*POINTS, *LARGE_POINTS, *ELECTION_POINTS, *REINDEX_POINTS])
 
 
 @pytest.mark.parametrize("spec", ["nowhere=raise", "commit:before-send", "commit:before-send=burn", "flush:=kill"])
