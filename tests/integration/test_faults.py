@@ -348,7 +348,10 @@ def test_the_whole_history_is_judged(site_of_all: Site) -> None:
 
 def test_a_history_that_did_not_happen_is_not_believed(site_of_all: Site) -> None:
     """The control of the test above: one lost write, one stale read, one transaction of a node that did not lead."""
-    history, taps = site_of_all.histories[0], site_of_all.taps
+    site_of_all.whole()
+    with site_of_all.traffic() as traffic:
+        traffic.wait_acked(FLOOR)
+    history, taps = traffic.history, site_of_all.taps
     path = next(iter(history.writes[0].entries))
     first = next(write for write in history.writes if write.outcome == "ok" and path in write.entries)
     now_s = time.monotonic()
