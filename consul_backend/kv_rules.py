@@ -1,8 +1,8 @@
 """What Consul decides inside a transaction, over any table of rows, in plain synchronous code.
 
 The embedded store keeps the rows in SQLite (``embedded_engine.py``), the simulated Consul in a dict (``testing.py``):
-the rules are written once, and one contract suite holds both against a real server. Sessions and lock-delays live in
-memory, as the processes they protect do.
+the rules are written once, and one contract suite holds both against a real server. Sessions, lock-delays and
+LockIndexes live in memory, as the processes they protect do.
 """
 
 from __future__ import annotations
@@ -80,10 +80,20 @@ class _Work:
     """One transaction in progress."""
 
     index: int
-    now_s: float
     written_index: int = 0
     items: list[Item] = field(default_factory=list)
     touched: dict[str, None] = field(default_factory=dict)
+    lock_indexes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSnapshot:
+    """Sessions and what belongs to locks, as a snapshot of the store holds them (not the lock-delays: those are the
+    leader's own)."""
+
+    sessions: dict[str, _Session]
+    lock_indexes: dict[str, int]
+    deleted_at: int
 
 
 class _Refused(Exception):
@@ -107,6 +117,7 @@ class Rules:
         self._new_session_id = new_session_id
         self._sessions: dict[str, _Session] = {}
         self._lock_delays: dict[str, float] = {}
+        self._lock_indexes: dict[str, int] = {}
         self._deleted_at = 0
 
     # -- reading
@@ -131,8 +142,11 @@ class Rules:
     def txn(self, ops: Sequence[Op], now_s: float) -> TxnResult:
         """Apply all or none. Raises Conflict with every refused operation, and what the table raises."""
         self.expire(now_s)
-        work = _Work(index=self.index + 1, now_s=now_s)
+        delayed = self._delayed(ops, now_s)
+        if delayed:
+            raise Conflict(_conflict_text(delayed), delayed)
         failures: list[OpFailure] = []
+        work = _Work(index=self.index + 1)
         self._table.begin()
         for position, op in enumerate(ops):
             try:
@@ -143,9 +157,19 @@ class Rules:
             self._table.rollback()
         else:
             self._commit(work.index, list(work.touched))
+            self._keep_lock_indexes(work)
         if failures:
             raise Conflict(_conflict_text(failures), tuple(failures))
         return TxnResult(work.written_index, tuple(work.items))
+
+    def _delayed(self, ops: Sequence[Op], now_s: float) -> tuple[OpFailure, ...]:
+        """Locks in their delay. Consul looks at these before anything else and then names no other refusal (its leader
+        knows the delays, the replicated log does not)."""
+        return tuple(
+            OpFailure(position, f"failed to lock key {op.key!r} due to lock delay")
+            for position, op in enumerate(ops)
+            if isinstance(op, Lock) and self._lock_delays.get(op.key, _NEVER) > now_s
+        )
 
     def _commit(self, index: int, touched: Sequence[str]) -> None:
         self._table.commit(index)
@@ -183,6 +207,18 @@ class Rules:
     def release_every_lock(self) -> None:
         """As when the sessions of every lock are long gone: no delay follows."""
         self._release(self._table.locked())
+
+    def snapshot(self) -> SessionSnapshot:
+        """What :meth:`restore` takes; the rows are the table's."""
+        return SessionSnapshot(dict(self._sessions), dict(self._lock_indexes), self._deleted_at)
+
+    def restore(self, snapshot: SessionSnapshot, touched: Sequence[str]) -> None:
+        """Put the sessions back, after the rows. The store's index goes on: only rows go back to lower ones. Watchers
+        of ``touched`` keys are told."""
+        self._sessions, self._lock_indexes = dict(snapshot.sessions), dict(snapshot.lock_indexes)
+        self._deleted_at = snapshot.deleted_at
+        self.index += 1
+        self._on_change(touched)
 
     def _invalidate(self, session: str, ended: _Session, now_s: float) -> None:
         held = [item for item in self._table.locked() if item.session == session]
@@ -231,39 +267,43 @@ class Rules:
 
     def _do_set(self, work: _Work, op: Set) -> None:
         existing = self._table.read(op.key)
-        self._put(work, op.key, op.value, existing, existing.session if existing else "")
+        # Whoever writes plainly resets the LockIndex, and so moves the ModifyIndex even with the value that is there.
+        self._put(work, op.key, op.value, existing, existing.session if existing else "", 0)
 
     def _do_cas(self, work: _Work, op: Cas) -> None:
         existing = self._table.read(op.key)
         if (existing.modify_index if existing else 0) != op.index:
             raise _Refused(f"failed to set key {op.key!r}, index is stale")
-        self._put(work, op.key, op.value, existing, existing.session if existing else "")
+        # Whoever writes plainly resets the LockIndex, and so moves the ModifyIndex even with the value that is there.
+        self._put(work, op.key, op.value, existing, existing.session if existing else "", 0)
 
     def _do_lock(self, work: _Work, op: Lock) -> None:
-        if self._lock_delays.get(op.key, _NEVER) > work.now_s:
-            raise _Refused(f"failed to lock key {op.key!r} due to lock delay")
         if op.session not in self._sessions:
             raise _Refused("invalid session")
         existing = self._table.read(op.key)
         if existing is not None and existing.session not in ("", op.session):
             raise _Refused(f"failed to lock key {op.key!r}, lock is already held")
-        self._put(work, op.key, op.value, existing, op.session)
+        held = existing is not None and existing.session == op.session
+        self._put(work, op.key, op.value, existing, op.session, self._lock_index(work, op.key) + (not held))
 
     def _do_unlock(self, work: _Work, op: Unlock) -> None:
         existing = self._table.read(op.key)
         if existing is None or existing.session != op.session:
             raise _Refused(f"failed to unlock key {op.key!r}, lock isn't held, or is held by another session")
-        self._put(work, op.key, op.value, existing, "")
+        self._put(work, op.key, op.value, existing, "", self._lock_index(work, op.key))
 
     def _do_delete(self, work: _Work, op: Delete) -> None:
         if self._table.delete(op.key):
             work.touched[op.key] = None
+            self._set_lock_index(work, op.key, 0)
             self._deleted_at = work.index
 
     def _do_delete_tree(self, work: _Work, op: DeleteTree) -> None:
         keys = self._table.delete_tree(op.prefix)
         if keys:
             work.touched.update(dict.fromkeys(keys))
+            for key in keys:
+                self._set_lock_index(work, key, 0)
             self._deleted_at = work.index
 
     def _do_check_index(self, op: CheckIndex) -> None:
@@ -284,13 +324,31 @@ class Rules:
         if self._table.read(op.key) is not None:
             raise _Refused(f"key {op.key!r} exists")
 
-    def _put(self, work: _Work, key: str, value: bytes, existing: Item | None, session: str) -> None:
-        if existing is not None and existing.value == value and existing.session == session:
+    def _lock_index(self, work: _Work, key: str) -> int:
+        """How often the key was locked since it was written plainly: part of what makes two writes the same."""
+        found = work.lock_indexes.get(key)
+        return self._lock_indexes.get(key, 0) if found is None else found
+
+    def _set_lock_index(self, work: _Work, key: str, lock_index: int) -> None:
+        if lock_index or key in self._lock_indexes or key in work.lock_indexes:
+            work.lock_indexes[key] = lock_index
+
+    def _keep_lock_indexes(self, work: _Work) -> None:
+        for key, lock_index in work.lock_indexes.items():
+            if lock_index:
+                self._lock_indexes[key] = lock_index
+            else:
+                self._lock_indexes.pop(key, None)
+
+    def _put(self, work: _Work, key: str, value: bytes, existing: Item | None, session: str, lock_index: int) -> None:
+        same = existing is not None and existing.value == value and existing.session == session
+        if existing is not None and same and self._lock_index(work, key) == lock_index:
             work.written_index = max(work.written_index, existing.modify_index)
             return
         self._table.put(Item(key, value, work.index, session))
         work.written_index = work.index
         work.touched[key] = None
+        self._set_lock_index(work, key, lock_index)
 
 
 def _conflict_text(failures: Sequence[OpFailure]) -> str:

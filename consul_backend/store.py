@@ -196,7 +196,8 @@ class ConsulStore:
         for failure in refused.failures:
             if not failure.what.endswith("exist") and not failure.what.endswith("exists"):
                 raise Unavailable(f"Consul could not read a key: {failure.what}")
-            absent ^= {keys[failure.op_index]}  # a get found nothing, or what was absent has appeared
+        # A get found nothing, or what was absent has appeared; a key that was asked for twice is refused twice.
+        absent ^= {keys[failure.op_index] for failure in refused.failures}
 
     async def _read(
         self,

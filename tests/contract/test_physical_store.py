@@ -330,6 +330,12 @@ async def test_list_shows_one_level_sorted_by_bytes(store: PhysicalStore) -> Non
     assert await store.list("nowhere/") == []
 
 
+async def test_a_key_may_be_asked_for_twice(store: PhysicalStore) -> None:
+    await store.txn([Set("a", b"1")])
+    found = await store.get_many(["a", "nothing", "a", "nothing"])
+    assert [item.value if item is not None else None for item in found] == [b"1", None, b"1", None]
+
+
 async def test_list_of_a_long_folder(store: PhysicalStore) -> None:
     names = [f"{n:04}" for n in range(600)]
     for start in range(0, 600, 60):
