@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from consul_backend.errors import Corrupt
+from consul_backend.fenced import require_tenure
 from consul_backend.keys import decode_path, decode_segment, encode_partition, encode_path
 from consul_backend.lazy_index import LazyIndex, Name
 from consul_backend.merkle import BUCKETS, SUBPAGES, Forest, bucket_of, count_entries, entry_digest, unpack_entries
@@ -125,7 +126,7 @@ Collect = Callable[[Name, int, str, bytes], None]
 async def check(
     parts: Inspected, progress: Progress, *, extents: bool = True, collect: Collect | None = None
 ) -> CheckReport:
-    """Compare data keys and, if asked for, stored extents with the index. Raises what reading raises."""
+    """Compare data keys and, if asked for, stored extents with the index. Raises FenceLost, and what reading raises."""
     report = CheckReport()
     await parts.lazy.load_undamaged()
     for (cls, partition, page), problem in parts.lazy.damaged.items():
@@ -141,6 +142,8 @@ async def check(
     if extents:
         for name in parts.table.names:
             await _check_extents(parts, name, report)
+    if report.findings or report.problems:
+        await require_tenure(parts.physical, parts.tenure)  # or else what looks like damage is a successor's work
     return report
 
 

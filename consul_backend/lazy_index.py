@@ -8,7 +8,8 @@ that the rest, at a bounded share of the event loop's time. A page that was load
 What is loaded is proved: a page's extents, repeated up to its head's record, must give the head's digest. A page that
 fails is *damaged*: whoever needs it gets IndexDamaged, everything else goes on, and a reindex repairs it.
 
-Nobody but this tenure writes extents, and a flush touches loaded pages only, so what is cold cannot change underneath.
+Nobody but this tenure writes extents, and a flush touches loaded pages only, so what is cold cannot change underneath;
+unless the tenure is over: before a page is called damaged it is proved that this tenure still leads.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
 from consul_backend.digesting import compute_digests
-from consul_backend.errors import Corrupt, IndexDamaged, PermissionDenied, Unavailable
+from consul_backend.errors import Corrupt, FenceLost, IndexDamaged, NotApplied, PermissionDenied, Unavailable
 from consul_backend.heads import Heads
 from consul_backend.keys import encode_partition
 from consul_backend.merkle import SUBPAGES, Forest, bucket_of
@@ -76,7 +77,10 @@ class LazyIndex:
         table: ExtentTable,
         heads: Mapping[Name, Heads],
         redo_from: int,
+        *,
+        prove_tenure: Callable[[], Awaitable[None]],
     ) -> None:
+        self._prove_tenure = prove_tenure
         self._physical = physical
         self._generation = generation
         self._forest = forest
@@ -134,7 +138,8 @@ class LazyIndex:
     # -- waiting
 
     async def need(self, keys: Iterable[str]) -> None:
-        """Load what the entries of ``keys`` are looked up in. Raises IndexDamaged, and what reading raises."""
+        """Load what the entries of ``keys`` are looked up in. Raises IndexDamaged, FenceLost, and what reading
+        raises."""
         for number, key in enumerate(keys, 1):
             cls, partition, path = key.split("/", 2)
             page = bucket_of(path) // SUBPAGES
@@ -142,6 +147,14 @@ class LazyIndex:
                 await self._load((cls, partition), page)
             if number % _KEYS_BETWEEN_TURNS == 0:
                 await asyncio.sleep(0)
+
+    async def need_to_write(self, keys: Iterable[str]) -> None:
+        """As :meth:`need`, for a commit: what keeps it from loading means that nothing was written. Raises NotApplied,
+        IndexDamaged, PermissionDenied."""
+        try:
+            await self.need(keys)
+        except (FenceLost, Unavailable) as error:
+            raise NotApplied(f"nothing was written: the index could not be read ({error})") from error
 
     async def load_all(self, cls: str | None = None) -> None:
         """Load everything, or one class, without pauses. Raises IndexDamaged, and what reading raises."""
@@ -266,23 +279,27 @@ class LazyIndex:
                 self._table.set_loaded(*name, depth, start, extent)
             except Corrupt as error:
                 problem = str(error)
-        for page in range(low, high):
-            if page in self._cold.get(name, ()):
-                self._finish(name, page, scratch, problem or "its stored entries do not have its digest")
+        pages = [page for page in range(low, high) if page in self._cold.get(name, ())]
+        unproven = [page for page in pages if not self._finish(name, page, scratch)]
+        if unproven:
+            await self._prove_tenure()  # or else it is a successor's page that was read
+        for page in unproven:
+            if (*name, page) not in self.damaged:
+                found = problem or "its stored entries do not have its digest"
+                log.error("page %d of the index of class %s, partition %s is damaged: %s", page, *name, found)
+                self.damaged[*name, page] = found
 
-    def _finish(self, name: Name, page: int, scratch: Forest, problem: str) -> None:
-        """Prove a page and take it over, with the records that waited for it."""
+    def _finish(self, name: Name, page: int, scratch: Forest) -> bool:
+        """Prove a page and take it over, with the records that waited for it; whether it was proved."""
         heads = self._heads[name]
         waiting = self._pending.get(name, {}).get(page, [])
         for index, path, digest in waiting:
             if heads.lsn >= index > self._table.lsn_of(*name, bucket_of(path)):
                 scratch.change(*name, path, digest)
-        if scratch.page_digest(*name, page) != heads.pages.get(page, (None, 0))[0]:
-            if (*name, page) not in self.damaged:
-                log.error("page %d of the index of class %s, partition %s is damaged: %s", page, *name, problem)
-            self.damaged[*name, page] = problem
-            return
-        self._take_over(name, page, scratch)
+        proved = scratch.page_digest(*name, page) == heads.pages.get(page, (None, 0))[0]
+        if proved:
+            self._take_over(name, page, scratch)
+        return proved
 
     def _take_over(self, name: Name, page: int, scratch: Forest) -> None:
         heads = self._heads[name]

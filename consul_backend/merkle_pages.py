@@ -153,6 +153,7 @@ class ExtentTable:
     def __init__(self, generation: str) -> None:
         self._generation = generation
         self._layouts: dict[tuple[str, str], _Layout] = {}
+        self._in_flight: FlushPlan | None = None
         self.count = 0
         self._sum = 0
 
@@ -275,7 +276,10 @@ class ExtentTable:
         return sorted(where for where in found if where in layout.stored)
 
     def stored_checksum(self, cls: str, partition: str, depth: int, start: int) -> bytes | None:
-        """The checksum of a clean leaf's stored extent; None when it is dirty, no leaf, or nothing is stored."""
+        """The checksum of a clean leaf's stored extent; None when it is dirty or being flushed, no leaf, or nothing is
+        stored."""
+        if self._being_flushed(cls, partition, depth, start):
+            return None
         layout = self._layouts.get((cls, partition))
         stored = layout.stored.get((depth, start)) if layout is not None else None
         if layout is None or stored is None or start in layout.dirty or layout.depths.get(start) != depth:
@@ -288,7 +292,12 @@ class ExtentTable:
         if layout is None:
             return []
         leaves = [(depth, start) for start, depth in layout.depths.items() if start not in layout.dirty]
-        return [where for where in leaves if where in layout.stored]
+        return [where for where in leaves if where in layout.stored and not self._being_flushed(cls, partition, *where)]
+
+    def _being_flushed(self, cls: str, partition: str, depth: int, start: int) -> bool:
+        """Whether the last plan writes this extent: until it is known what became of it, either may be stored."""
+        plan = self._in_flight
+        return plan is not None and (depth, start) in plan.changes.get((cls, partition), ())
 
     def keeps_extents(self, plan: FlushPlan, name: tuple[str, str]) -> bool:
         """Whether any extent of a (class, partition) will be stored once the plan is applied."""
@@ -312,7 +321,7 @@ class ExtentTable:
 
         The plan's leaves are clean from now on: call :meth:`flushed` or :meth:`failed` with it.
         """
-        plan = FlushPlan(lsn)
+        plan = self._in_flight = FlushPlan(lsn)
         for leaf in self.oldest(extents_max):
             if forest.cold_between(leaf.cls, leaf.partition, leaf.start, leaf.start + _width(leaf.depth)):
                 continue  # shares its extent with a damaged page: only a repair can write it
@@ -408,6 +417,7 @@ class ExtentTable:
 
     def flushed(self, plan: FlushPlan) -> None:
         """The plan's transaction was applied."""
+        self._in_flight = None
         self.count, total = self.total_after(plan)
         self._sum = int.from_bytes(total, "big")
         for name, changes in plan.changes.items():
@@ -431,6 +441,7 @@ class ExtentTable:
 
     def failed(self, plan: FlushPlan) -> None:
         """The plan's transaction was certainly not applied: its leaves are dirty as before."""
+        self._in_flight = None
         for leaf in plan.leaves:
             self._layouts[leaf.cls, leaf.partition].dirty[leaf.start] = leaf.first
 

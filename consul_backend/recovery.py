@@ -33,6 +33,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from enum import Enum
+from functools import partial
 
 from consul_backend.checkpoint import Checkpoint, checkpoint_key, decode_checkpoint
 from consul_backend.digesting import compute_digests
@@ -217,7 +218,7 @@ async def _recover(
         found.extents, found.checkpoint, found.checkpoint_index = [], None, 0
         found.heads, found.heads_match, found.lazy = {}, True, False
         table = ExtentTable(generation)
-    recovered = await _redo(physical, generation, segment_records, found, table, case)
+    recovered = await _redo(physical, generation, tenure, segment_records, found, table, case)
     failpoint("recovery:after-redo")
     return recovered
 
@@ -338,7 +339,13 @@ async def _find_extents(physical: PhysicalStore, generation: str, found: _Found)
 
 
 async def _redo(
-    physical: PhysicalStore, generation: str, segment_records: int, found: _Found, table: ExtentTable, case: Case
+    physical: PhysicalStore,
+    generation: str,
+    tenure: Tenure,
+    segment_records: int,
+    found: _Found,
+    table: ExtentTable,
+    case: Case,
 ) -> Recovered:
     checkpoint = found.checkpoint
     redo_from = checkpoint.redo_from if checkpoint is not None else GENESIS_INDEX
@@ -352,7 +359,9 @@ async def _redo(
         heads.checksums = {name: head.checksum for name, head in found.heads.items()}
     else:
         heads.stale = {*found.heads, *found.heads_damaged, *table.names}
-    lazy = LazyIndex(physical, generation, forest, table, found.heads if found.lazy else {}, redo_from)
+    proof = partial(require_tenure, physical, tenure)
+    cold = found.heads if found.lazy else {}
+    lazy = LazyIndex(physical, generation, forest, table, cold, redo_from, prove_tenure=proof)
     sizes: dict[int, int] = {}
     if checkpoint is not None:
         kept = found.oldest // segment_records

@@ -36,6 +36,7 @@ from consul_backend.merkle import entry_digest
 from consul_backend.physical import Item
 from consul_backend.txn import CheckIndex, CheckNotExists, Delete, Op, Set
 from consul_backend.wal import Write
+from consul_backend.wal_reader import RecordGone
 
 log = logging.getLogger("core.reindex")
 
@@ -103,7 +104,7 @@ class _Pages:
 
 
 async def reindex(parts: Inspected, options: ReindexOptions, progress: Progress) -> ReindexReport:
-    """Check everything, then repair what can be repaired. Raises FenceLost and what reading raises."""
+    """Check everything, then repair what can be repaired. Raises FenceLost, and what reading raises."""
     pages = _Pages()
     checked = await check(parts, progress, extents=options.diff, collect=pages.collect)
     report = ReindexReport(keys=checked.keys)
@@ -131,7 +132,11 @@ async def _from_log(parts: Inspected, wanted: dict[str, bytes]) -> dict[str, byt
     found: dict[str, bytes] = {}
     index = parts.oldest()
     while index <= parts.head().index:
-        records = await parts.records(index, _RECORDS_AT_ONCE)
+        try:
+            records = await parts.records(index, _RECORDS_AT_ONCE)
+        except RecordGone:
+            index = max(index + 1, parts.oldest())  # collected meanwhile
+            continue
         if not records:
             break
         for record in records:

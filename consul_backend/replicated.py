@@ -19,6 +19,7 @@ from consul_backend.clock import Clock
 from consul_backend.digesting import keep_digested
 from consul_backend.errors import ForeignWrite
 from consul_backend.failpoint import failpoint
+from consul_backend.fenced import require_tenure
 from consul_backend.generation import drop_generation, physical_key, read_entry
 from consul_backend.genesis import genesis
 from consul_backend.group_commit import CommitOptions, Committed, GroupCommit
@@ -291,7 +292,7 @@ class ReplicatedStore:
         if not writes and not positions:
             return self.head
         if self._lazy.cold:
-            await self._lazy.need([write.key for write in writes])
+            await self._lazy.need_to_write([write.key for write in writes])
         if len(writes) <= self._group_commit.budget.ops_max:
             try:
                 return await self._group_commit.commit(writes, positions)
@@ -353,22 +354,21 @@ class ReplicatedStore:
     async def records(self, start: int, limit: int, *, bytes_max: int = 4 * _MIB) -> list[Record]:
         """Up to ``limit`` records from ``start`` on, about ``bytes_max`` bytes of them; empty beyond the head.
 
-        Raises RecordGone when ``start`` was collected, and what reading raises.
+        Raises RecordGone when ``start`` was collected, FenceLost, and what reading raises.
         """
         if start > self.head.index or limit < 1:
             return []
-        found = self._ring.read(start, limit, bytes_max)
-        if found:
+        if found := self._ring.read(start, limit, bytes_max):
             return found
         if start < self.oldest_index:
             raise RecordGone(f"record {start} was collected, the oldest is {self.oldest_index}")
-        stop = min(start + limit - 1, self.head.index)
-        segment_records = self._options.segment_records
+        stop, segment_records = min(start + limit - 1, self.head.index), self._options.segment_records
         try:
             return await read_stored(self._physical, self.generation, start, stop, segment_records, bytes_max)
         except CorruptRecord:
             if start < self.oldest_index:
                 raise RecordGone(f"record {start} was collected, the oldest is {self.oldest_index}") from None
+            await require_tenure(self._physical, self.tenure)  # or else a successor collected it
             raise
 
     def hold(self, name: str, index: int) -> None:

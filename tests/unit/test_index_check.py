@@ -6,7 +6,7 @@ import random
 import msgspec
 import pytest
 
-from consul_backend.errors import ForeignWrite, IndexDamaged
+from consul_backend.errors import FenceLost, ForeignWrite, IndexDamaged, OutcomeUnknown
 from consul_backend.failpoint import FailpointHit, arm, disarm
 from consul_backend.index_check import Kind, Progress, check
 from consul_backend.merkle import SUBPAGES, bucket_of
@@ -237,6 +237,51 @@ async def test_a_reindex_cut_short_is_finished_by_the_next(cluster):
         assert (await repaired(store)).restored == 3
         assert len(await quarantined(cluster)) == 6
         await cluster.check(store)
+
+
+async def test_a_reindex_goes_on_where_the_log_is_left(cluster):
+    """The log is collected between the check and the reading of it."""
+    async with cluster.running(FORGET) as store:
+        data = await entries(store)
+        victim = max(data)
+        for number in range(40):
+            await store.commit([Write(key("other"), b"%d" % number)])
+        await store.commit([Write(victim, b"newest")])
+        await cluster.inner.txn([Set(where(victim), b"foreign")])
+        parts = store.inspected()
+        oldest = iter([1])
+        parts.oldest = lambda: next(oldest, store.oldest_index)
+        await store.flush()
+        assert await store.collect()
+        report = await reindex(parts, ReindexOptions(), Progress())
+        assert report.clean
+        assert await store.get(victim) == b"newest"
+
+
+async def test_a_flush_without_an_answer_is_no_damage(cluster):
+    """The extent may be stored as it was or as it shall be, until that is resolved."""
+    async with cluster.running(FORGET) as store:
+        await entries(store)
+        await store.flush()
+        await store.commit([Write(key("f0/k0", "l"), b"changed")])
+        for fate in ("lose-before", "lose-after"):
+            cluster.physical.fault = lambda ops, fate=fate: fate
+            with pytest.raises(OutcomeUnknown):
+                await store._flusher.flush()
+            cluster.physical.fault = lambda ops: None
+            report = await checked(store)
+            assert not report.corrupted, report.problems
+        await store.flush()
+        assert not (await checked(store)).corrupted
+
+
+async def test_a_deposed_node_reports_no_damage(cluster):
+    """To it, what its successor writes looks like damage."""
+    old = await cluster.recover(KEEP)
+    async with cluster.running(KEEP) as store:
+        await entries(store)
+        with pytest.raises(FenceLost):
+            await checked(old)
 
 
 async def test_progress_moves(cluster):

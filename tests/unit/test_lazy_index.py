@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from consul_backend.errors import IndexDamaged, NotLoaded, Unavailable
+from consul_backend.errors import FenceLost, IndexDamaged, NotApplied, NotLoaded, Unavailable
 from consul_backend.failpoint import disarm
 from consul_backend.heads import Heads, decode_heads, encode_heads, heads_key, heads_prefix
 from consul_backend.merkle import SUBPAGES, Forest, bucket_of
@@ -244,6 +244,21 @@ async def test_a_store_that_cannot_be_read_for_a_while_is_asked_again(cluster):
     async with ran(store):
         await asyncio.wait_for(store.rooted(), 10)
     assert failures < 0
+
+
+async def test_a_deposed_node_does_not_take_its_successor_s_flush_for_damage(cluster):
+    names = sorted(name for name in await fill(cluster, 30, tail=3) if name.startswith("r/"))
+    old = await cluster.recover(LAZY)
+    async with cluster.running(EAGER) as successor:
+        for start in range(0, len(names), 50):
+            await successor.commit([Write(name, b"newer") for name in names[start : start + 50]])
+        await successor.flush()
+    name = next(name for name in names if old._lazy.lacks("r", PARTITION, page_of(name)))
+    with pytest.raises(NotApplied):
+        await old.commit([Write(name, b"of a deposed node")])
+    with pytest.raises(FenceLost):
+        await old._lazy.need([name])
+    assert not old._lazy.damaged
 
 
 def test_heads_say_what_the_forest_is():

@@ -265,6 +265,20 @@ async def test_collected_records_are_said_to_be_gone(cluster):
     assert (await again.records(again.oldest_index, 5))[0].index == again.oldest_index
 
 
+async def test_what_a_successor_collected_is_no_damage_to_a_deposed_node(cluster):
+    options = StoreOptions(
+        segment_records=8, wal_keep_records=8, ring_records_max=1, flush_interval_s=3600, collect_interval_s=3600
+    )
+    async with cluster.running(options) as old:
+        for number in range(40):
+            await old.commit([Write(key(f"{number}"), b"")])
+    async with cluster.running(options) as store:
+        await store.flush()
+        assert await store.collect()
+    with pytest.raises(FenceLost):
+        await old.records(2, 5)
+
+
 async def test_a_log_bounded_by_bytes_only(cluster):
     options = StoreOptions(segment_records=8, wal_keep_bytes=9_000, flush_interval_s=3600, collect_interval_s=3600)
     async with cluster.running(options) as store:
