@@ -258,7 +258,9 @@ class Forest:
         tree = self._find(cls, partition)
         if tree is None:
             return
-        for number in range(start >> 8, (stop + 0xFF) >> 8):
+        wanted = range(start >> 8, (stop + 0xFF) >> 8)
+        few = len(tree.pages) < len(wanted)
+        for number in sorted([page for page in tree.pages if page in wanted]) if few else wanted:
             page = tree.pages.get(number)
             if page is None:
                 continue
