@@ -26,6 +26,12 @@ class MemoryTable:
         other._items, other._keys = dict(self._items), list(self._keys)
         return other
 
+    def restore(self, other: MemoryTable) -> list[str]:
+        """Take over the rows of a :meth:`copy`; the keys of all rows before and after."""
+        touched = sorted({*self._items, *other._items})
+        self._items, self._keys = dict(other._items), list(other._keys)
+        return touched
+
     def items(self, prefix: str = "") -> list[Item]:
         """Every row below ``prefix``, in order of its key."""
         first, stop = self._range(prefix)

@@ -22,7 +22,7 @@ from typing import Any
 
 from consul_backend.clock import Clock
 from consul_backend.errors import BackendError, OutcomeUnknown, SentinelMissing, Unavailable
-from consul_backend.kv_rules import Beat, Rules
+from consul_backend.kv_rules import Beat, Rules, SessionSnapshot
 from consul_backend.limits import Limits, require_fit, require_key, require_prefix
 from consul_backend.memory_table import MemoryTable
 from consul_backend.physical import SENTINEL_KEY, Item, TxnResult, writes_sentinel
@@ -50,6 +50,14 @@ class Applied:
     ops: Sequence[Op]
     index: int
     at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole store at one moment, as ``consul snapshot save`` keeps it."""
+
+    table: MemoryTable
+    sessions: SessionSnapshot
 
 
 class _NoAnswer(Exception):
@@ -141,6 +149,18 @@ class SimulatedConsul:
     def end_session(self, session: str) -> None:
         """An operator destroys a session; also what a missed beat does."""
         self.rules.destroy_session(session, self.now())
+
+    def snapshot(self) -> Snapshot:
+        """``consul snapshot save``."""
+        return Snapshot(self.table.copy(), self.rules.snapshot())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """``consul snapshot restore``, under whoever runs: rows and sessions as they were, the store's index goes on,
+        watchers wake."""
+        touched = self.table.restore(snapshot.table)
+        self.rules.restore(snapshot.sessions, touched)
+        self._deposed = None
+        self._arm_expiry()
 
     def has_leader(self) -> bool:
         """Whether transactions are served now."""

@@ -11,7 +11,7 @@ import time
 
 from tests.sim.bugs import BUGS, planted
 from tests.sim.plan import make_plan
-from tests.sim.runs import Totals, catch, failure_text, replay, run_seed, shrink
+from tests.sim.runs import Totals, catch, failure_text, replay, run_seeds, shrink
 
 REPORT_EVERY_S = 10.0
 BUG_SEEDS_MAX = 60
@@ -67,8 +67,7 @@ def run_many(seeds: itertools.islice[int] | itertools.count[int]) -> int:
     totals, started_s = Totals(), time.perf_counter()
     reported_s = started_s
     try:
-        for seed in seeds:
-            outcome = run_seed(seed)
+        for outcome in run_seeds(seeds):
             totals.add(outcome)
             if outcome.violations:
                 print(failure_text(outcome))

@@ -1,4 +1,6 @@
-"""Judges of a finished run: what clients were told against the log the witness kept.
+"""Judges of a finished run: what clients were told against the log the witness kept. P1 :func:`landed`,
+P3 :func:`linearizable`, P4 and P2 :func:`data_is_fold`, P8 :func:`index_is_exact` and :func:`stored_index_reaches`. At
+every transaction P2, P4, P11 and P13 are judged (``witness.py``), P14 and F46 by the world (``world.py``).
 
 Each takes what it needs and returns violations; none of them trusts anything that the tested code computed.
 """
@@ -15,7 +17,6 @@ from consul_backend.lazy_index import put_extent
 from consul_backend.memory_table import MemoryTable
 from consul_backend.merkle import Forest
 from consul_backend.merkle_pages import Extent, decode_extent, merkle_prefix, parse_extent_name, parse_partition_name
-from consul_backend.replicated import physical_key
 from consul_backend.wal import record_key
 from tests.sim.history import NEVER, History, Listing, Read, Write
 from tests.sim.witness import Violation, Witness
@@ -80,10 +81,12 @@ def _whole(
 
 @dataclass(frozen=True, slots=True)
 class Exemption:
-    """Reads that overlap this time are not judged: the fault at its beginning is outside what reads promise."""
+    """Reads, or lists only, that overlap this time are not judged: the fault at its beginning is outside what they
+    promise."""
 
     start_s: float
     stop_s: float
+    lists_only: bool = False
 
 
 class _Register:
@@ -175,7 +178,11 @@ def linearizable(
         return registers[key]
 
     def judged(operation: Read | Listing) -> bool:
-        return not any(operation.invoked_s <= it.stop_s and operation.completed_s >= it.start_s for it in exempt)
+        return not any(
+            operation.invoked_s <= it.stop_s and operation.completed_s >= it.start_s
+            for it in exempt
+            if isinstance(operation, Listing) or not it.lists_only
+        )
 
     for write in history.writes:
         if write.number in at:
@@ -199,11 +206,11 @@ def data_is_fold(witness: Witness, table: MemoryTable, generation: str, segment_
     """P4 and P2 on what is stored at the end: data = fold of the log, and the log is all there from its oldest on."""
     found: list[Violation] = []
     state = witness.fold.state_at(len(witness.records))
-    names = {physical_key(generation, key) for key in state}
-    settled = [key for key in state if key not in witness.fold.unrolled]
+    names = {witness.where(key) for key in state}
+    settled = [key for key in state if key not in witness.fold.unrolled and key not in witness.beyond_repair]
     differing = [key for key in settled if witness.stored_value(key) != state[key]]
     foreign = [item.key for item in table.items(f"g/{generation}/d/") if item.key not in names]
-    foreign = [key for key in foreign if key not in {physical_key(generation, key) for key in witness.fold.unrolled}]
+    foreign = [key for key in foreign if key not in {witness.where(key) for key in witness.fold.unrolled}]
     if differing or foreign:
         what = f"{len(differing) + len(foreign)} keys differ from the fold of the log"
         found.append(Violation("P4", f"{what}, first {min(differing + foreign)}"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.sim.plan import CALM_S, Event, Plan, make_plan
 
-DURATION_S = 30.0
+DURATION_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,12 @@ def focused(seed: int, focus: Focus) -> Plan:
     rnd = random.Random(f"focus {seed}")
     events = []
     at_s = CALM_S
-    while (at_s := at_s + rnd.expovariate(1 / focus.every_s)) < CALM_S + DURATION_S:
+    while focus.kinds and (at_s := at_s + rnd.expovariate(1 / focus.every_s)) < CALM_S + DURATION_S:
         node = -1 if rnd.random() < 0.8 else rnd.randrange(plan.nodes)
         events.append(Event(at_s, rnd.choice(focus.kinds), node, focus.for_s * rnd.random()))
     store = {"resolve_timeout_s": 5.0, "queue_batches_max": 4096, **focus.store}
-    fields = {"clients": 4, "think_s": 0.05, "usual_s": 0.003, "late_s_max": 3.0, "large_share": 0.0, **focus.plan}
+    fields = {"clients": 4, "think_s": 0.05, "usual_s": 0.003, "late_s_max": 3.0, "large_share": 0.0}
+    fields |= {"snapshot_at_s": None, **focus.plan}
     return replace(
         plan,
         events=tuple(events),
@@ -58,6 +59,28 @@ SMALL_LOG = {
 EAGER = {"index_eager_keys": 10_000}
 
 ANY = Focus()
+CALM = Focus(kinds=(), store=EAGER)
+CALM_COLLECTING = Focus(kinds=(), store=SMALL_LOG)
+RESTORED = Focus(kinds=("step-down",), plan={"snapshot_at_s": CALM_S + 0.7 * DURATION_S}, every_s=5.0)
+RESTORED_QUIET = Focus(
+    kinds=(),
+    plan={"snapshot_at_s": CALM_S + 0.9 * DURATION_S, "quiet_after_restore": True},
+    store={**EAGER, "flush_interval_s": 5.0},
+)
+FOREIGN = Focus(
+    kinds=("foreign-write",), every_s=4.0, plan={"read_share": 0.8, "keys": 4}, store={"cache_bytes_max": 0}
+)
+CHECKING = Focus(kinds=("reindex",), every_s=0.5, plan={"clients": 6, "think_s": 0.02, "usual_s": 0.02})
+CHECKING_LOST = Focus(
+    kinds=("reindex",),
+    every_s=0.3,
+    faults={"answer:reset": 0.1},
+    plan={"think_s": 0.02},
+    store={**EAGER, "flush_interval_s": 0.05, "flush_extents_per_s": 1000.0},
+)
+CHECKING_DEPOSED = Focus(
+    kinds=("reindex", "cut-and-depose", "pause-and-depose"), every_s=0.7, for_s=4.0, plan={"usual_s": 0.02, "keys": 60}
+)
 LATE = Focus(faults={"request:late": 0.01, "request:duplicated": 0.02, "answer:reset": 0.01})
 LATE_AND_COLLECTED = replace(LATE, faults={"request:duplicated": 0.1}, store=SMALL_LOG, kinds=("step-down",))
 LOST = Focus(faults={"answer:reset": 0.03, "request:late": 0.01}, kinds=("step-down", "kill"))
@@ -90,6 +113,13 @@ PARTIAL_FLUSH = replace(
     RECOVERY, plan={"keys": 60}, store={**EAGER, "flush_interval_s": 0.3, "flush_extents_per_s": 4.0}
 )
 LAZY = replace(RECOVERY, plan={"keys": 60, "marker_share": 0.5}, store={"index_eager_keys": 0, "flush_interval_s": 1.0})
+LAZY_DEPOSED = Focus(
+    kinds=("cut-and-depose", "pause-and-depose"),
+    every_s=1.5,
+    for_s=4.0,
+    plan={"keys": 60, "usual_s": 0.02, "marker_share": 0.5},
+    store={"index_eager_keys": 0, "flush_interval_s": 0.05, "flush_extents_per_s": 1000.0},
+)
 COLLECTING = Focus(kinds=("kill", "pause"), every_s=2.0, for_s=1.0, store=SMALL_LOG)
 SLOW_RECOVERY = Focus(
     kinds=("cut-and-depose", "step-down"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 NEVER = float("inf")
 
@@ -50,6 +50,21 @@ class History:
     writes: list[Write] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     listings: list[Listing] = field(default_factory=list)
+
+    def until(self, stop_s: float) -> History:
+        """What was over by then; a write that was not is unknown, whatever it was told later."""
+        writes = [
+            replace(write, outcome="unknown", completed_s=NEVER, index=0)
+            if write.outcome == "ok" and write.completed_s > stop_s
+            else write
+            for write in self.writes
+            if write.invoked_s <= stop_s
+        ]
+        return History(
+            writes,
+            [read for read in self.reads if read.completed_s <= stop_s],
+            [listing for listing in self.listings if listing.completed_s <= stop_s],
+        )
 
     def acknowledged(self) -> int:
         """Writes that were acknowledged."""

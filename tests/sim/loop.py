@@ -12,7 +12,7 @@ import contextvars
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any
 
 STEPS_WITHOUT_TIME_MAX = 200_000
@@ -55,25 +55,77 @@ PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("PROCES
 
 
 class _Numbered:
-    """Hashed by number of creation: asyncio keeps tasks and futures in sets, whose order must depend neither
-    on memory nor on the runs before."""
+    """Hashed by a number, given when it is first asked for: asyncio keeps tasks and futures in sets, whose order must
+    depend neither on memory nor on the runs before."""
 
     numbers = itertools.count()
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.number = next(self.numbers)
-        super().__init__(*args, **kwargs)
+    __slots__ = ()
 
     def __hash__(self) -> int:
-        return self.number
+        try:
+            return self.number  # type: ignore[has-type, no-any-return]  # a slot of the classes below
+        except AttributeError:
+            self.number = next(_Numbered.numbers)
+            return self.number
 
 
 class SimTask(_Numbered, asyncio.Task):  # type: ignore[type-arg]  # the result's type is the coroutine's
     """A task with a number."""
 
+    __slots__ = ("number",)
+
 
 class SimFuture(_Numbered, asyncio.Future):  # type: ignore[type-arg]  # the result's type is the caller's
     """A future with a number."""
+
+    __slots__ = ("number",)
+
+
+class SimHandle(asyncio.Handle):
+    """A callback; asyncio's, without what only its debug mode needs."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        callback: Callable[..., object],
+        args: Sequence[Any],
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context | None,
+    ) -> None:
+        self._callback: Any = callback
+        self._args: Any = args
+        self._loop = loop
+        self._context = context if context is not None else contextvars.copy_context()
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._callback = self._args = None
+
+
+class SimTimer(asyncio.TimerHandle):
+    """A callback for later; as :class:`SimHandle`."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        args: Sequence[Any],
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context | None,
+    ) -> None:
+        SimHandle.__init__(self, callback, args, loop, context)  # type: ignore[arg-type]  # the same slots
+        self._when = when
+        self._scheduled = True
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._callback = self._args = None
 
 
 class SimLoop(asyncio.BaseEventLoop):
@@ -86,7 +138,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._now = 0.0
         self._random = random.Random(f"loop {seed}")
         self._shuffle = shuffle
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, SimTimer]] = []
         self._timer_numbers = itertools.count()
         self.steps = 0
         self._idle_steps = 0
@@ -100,15 +152,23 @@ class SimLoop(asyncio.BaseEventLoop):
     def create_future(self) -> SimFuture:
         return SimFuture(loop=self)
 
+    def call_soon(
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> SimHandle:
+        handle = SimHandle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> SimTimer:
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
     def call_at(
-        self,
-        when: float,
-        callback: Callable[..., object],
-        *args: Any,
-        context: contextvars.Context | None = None,
-    ) -> asyncio.TimerHandle:
+        self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> SimTimer:
         """As asyncio's; timers of one moment run in the order in which they were set."""
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        timer = SimTimer(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._timer_numbers), timer))
         return timer
 
@@ -123,32 +183,34 @@ class SimLoop(asyncio.BaseEventLoop):
         self._ready.extend(process.resume())
 
     def _run_once(self) -> None:
-        ready, timers = self._ready, self._timers
-        while timers and timers[0][2]._cancelled:
-            heapq.heappop(timers)
-        if not ready:
-            if not timers:
-                raise Deadlock("every task waits and no timer is set")
-            self._now = max(self._now, timers[0][0])
-            self._idle_steps = 0
-        while timers and timers[0][0] <= self._now:
-            ready.append(heapq.heappop(timers)[2])
-        batch = list(ready)
-        ready.clear()
-        if self._shuffle and len(batch) > 1:
-            self._random.shuffle(batch)
-        self.steps += len(batch)
-        self._idle_steps += 1
-        if self._idle_steps > STEPS_WITHOUT_TIME_MAX:
-            raise Livelock(f"{self._idle_steps} rounds at time {self._now}")
-        for handle in batch:
-            if handle._cancelled:
-                continue
-            process = handle._context.get(PROCESS)
-            if process is not None and (process.paused or process.killed):
-                process.park(handle)
-            else:
-                handle._run()
+        """Rounds until the loop is to stop: a round is every callback that is ready when it begins."""
+        ready, timers, shuffle = self._ready, self._timers, self._random.shuffle if self._shuffle else None
+        while not self._stopping:
+            while timers and timers[0][2]._cancelled:
+                heapq.heappop(timers)
+            if not ready:
+                if not timers:
+                    raise Deadlock("every task waits and no timer is set")
+                self._now = max(self._now, timers[0][0])
+                self._idle_steps = 0
+            while timers and timers[0][0] <= self._now:
+                ready.append(heapq.heappop(timers)[2])
+            batch = list(ready)
+            ready.clear()
+            if shuffle is not None and len(batch) > 1:
+                shuffle(batch)
+            self.steps += len(batch)
+            self._idle_steps += 1
+            if self._idle_steps > STEPS_WITHOUT_TIME_MAX:
+                raise Livelock(f"{self._idle_steps} rounds at time {self._now}")
+            for handle in batch:
+                if handle._cancelled:
+                    continue
+                process = handle._context.get(PROCESS)
+                if process is not None and (process.paused or process.killed):
+                    process.park(handle)
+                else:
+                    handle._run()
 
     def _process_events(self, event_list: list[Any]) -> None:
         raise AssertionError("a simulated loop has no files")

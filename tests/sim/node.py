@@ -22,13 +22,20 @@ from consul_backend.errors import (
     TooLarge,
     Unavailable,
 )
+from consul_backend.index_check import Progress
+from consul_backend.reindex import ReindexOptions, ReindexReport, reindex
 from consul_backend.replicated import ReplicatedStore, StoreOptions, Write
 from consul_backend.testing import SimulatedStore
+from consul_backend.wal import Record
+from consul_backend.wal_reader import RecordGone
 from tests.sim.loop import NodeClock, Process
 from tests.sim.witness import Violation
 
 HALTING = (SentinelMissing, StoreWentBack, Corrupt, PermissionDenied)
 ENDING = (FenceLost, OutcomeUnknown, Unavailable, NotApplied, Conflict)
+
+FOLLOWED = 5
+"""Records that are read from the log at once."""
 
 DRAIN_S = 1.0
 DRAIN_ROUNDS = 20
@@ -43,13 +50,28 @@ class World(Protocol):
 
     def recovered(self, node: Node, store: ReplicatedStore) -> None: ...
 
+    def halted(self, node: Node, error: BaseException) -> None: ...
+
+    def reindexed(self, node: Node, report: ReindexReport) -> None: ...
+
+    def foreign(self, node: Node, key: str, error: ForeignWrite) -> None: ...
+
 
 class Reply:
-    """What a client is told: ``outcome`` is ok, fail, unknown, standby or error."""
+    """What a client is told: ``outcome`` is ok, fail, unknown, standby, foreign, gone or error."""
 
-    __slots__ = ("index", "names", "outcome", "value")
+    __slots__ = ("index", "names", "outcome", "records", "value")
 
-    def __init__(self, outcome: str, *, index: int = 0, value: bytes | None = None, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        outcome: str,
+        *,
+        index: int = 0,
+        value: bytes | None = None,
+        names: Sequence[str] = (),
+        records: Sequence[Record] = (),
+    ) -> None:
+        self.records = records
         self.outcome = outcome
         self.index = index
         self.value = value
@@ -86,6 +108,12 @@ class Node:
         self._random_bytes = random_bytes
         self._asked = asyncio.Event()
         self._running = 0
+        self._seen_index = 0
+
+    @property
+    def knows(self) -> int:
+        """The newest record that this process knows to have been committed."""
+        return max(self._seen_index, self.store.head.index if self.store is not None else 0)
 
     def start(self) -> asyncio.Task[None]:
         """Begin, in this node's process."""
@@ -112,7 +140,7 @@ class Node:
                 await self._lead(election, held)
         except HALTING as error:
             self.halted = True
-            self._world.report(Violation("halt", f"{self.process.name} halted: {type(error).__name__}: {error}"))
+            self._world.halted(self, error)
         except Exception as error:  # whatever it is, production code let it out
             self.halted = True
             self._world.report(Violation("crash", f"{self.process.name} crashed: {error!r}"))
@@ -141,12 +169,13 @@ class Node:
                     clock=self.clock,
                     lease=held.lease,
                     random_bytes=self._random_bytes,
+                    seen_index=self._seen_index,
                 )
                 self._world.recovered(self, store)
                 running = tasks.create_task(store.run(), name="store")
                 self.store = store
                 await self._asked.wait()
-                self.store = None
+                self._leave()
                 await self._drain()
                 running.cancel()
                 keeping.cancel()
@@ -155,7 +184,7 @@ class Node:
         except* HALTING as group:
             lost = group
         finally:
-            self.store = None
+            self._leave()
             if lost is None:
                 await election.release(held)
             else:
@@ -164,6 +193,10 @@ class Node:
         error = _first(lost)
         if isinstance(error, HALTING):
             raise error
+
+    def _leave(self) -> None:
+        self._seen_index = self.knows
+        self.store = None
 
     async def _drain(self) -> None:
         for _ in range(DRAIN_ROUNDS):
@@ -200,7 +233,8 @@ class Node:
         try:
             return Reply("ok", value=await store.get(key))
         except ForeignWrite as error:
-            self._world.report(Violation("foreign", f"{self.process.name}: {error}"))
+            self._world.foreign(self, key, error)
+            return Reply("foreign")
         except (FenceLost, Unavailable):
             pass
         return Reply("error")
@@ -214,6 +248,30 @@ class Node:
             return Reply("ok", names=await store.list(prefix))
         except (FenceLost, Unavailable):
             return Reply("error")
+
+    async def follow(self, start: int) -> Reply:
+        """Records from ``start`` on, as whoever ships the log reads them."""
+        store = self.store
+        if store is None:
+            return Reply("standby")
+        try:
+            return Reply("ok", records=await store.records(start, FOLLOWED))
+        except (RecordGone, FenceLost, Unavailable) as error:
+            return Reply("gone" if isinstance(error, RecordGone) else "error")
+
+    async def reindex(self) -> None:
+        """Compare everything stored with the index, and repair."""
+        store = self.store
+        if store is None:
+            return
+        try:
+            report = await reindex(store.inspected(), ReindexOptions(diff=True, skip_flush=True), Progress())
+        except (FenceLost, Unavailable, OutcomeUnknown, NotApplied, Overloaded) as error:
+            self._world.log(f"{self.process.name} could not reindex: {error!r}")
+        except Exception as error:  # whatever it is, production code let it out
+            self._world.report(Violation("crash", f"{self.process.name} crashed reindexing: {error!r}"))
+        else:
+            self._world.reindexed(self, report)
 
 
 def _first(error: BaseException | None) -> BaseException | None:

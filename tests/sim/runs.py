@@ -4,46 +4,63 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from consul_backend.testing_faults import FAULTS
 from tests.sim.bugs import BUGS, planted
 from tests.sim.focus import focused
 from tests.sim.loop import PROCESS
-from tests.sim.plan import Plan, make_plan
+from tests.sim.plan import EVENTS, Plan, make_plan
 from tests.sim.world import Outcome, World, simulate
+
+COLLECT_EVERY = 10
+"""Seeds between two collections of garbage."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the store's log, and without the garbage collector between callbacks."""
+    """Without the store's log, and without the garbage collector between callbacks. Worth it for many seeds together:
+    what is there already is not looked through again."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         logging.disable(disabled)
+        gc.unfreeze()
         if collecting:
             gc.enable()
-        gc.collect()
+
+
+def run_seeds(seeds: Iterable[int]) -> Iterator[Outcome]:
+    """One outcome per seed, silently."""
+    with quiet():
+        for count, seed in enumerate(seeds, 1):
+            yield simulate(make_plan(seed))
+            if count % COLLECT_EVERY == 0:
+                gc.collect()
 
 
 def run_seed(seed: int) -> Outcome:
     """One seed, silently."""
-    with quiet():
-        return simulate(make_plan(seed))
+    return next(iter(list(run_seeds([seed]))))
 
 
-def catch(name: str, seeds_max: int) -> Outcome | None:
-    """The first run that fails with this bug planted, or None: the simulation is blind to it."""
-    for seed in range(seeds_max):
-        with planted(name), quiet():
-            outcome = simulate(focused(seed, BUGS[name].focus))
-        if outcome.violations:
-            return outcome
+def catch(name: str, seeds_max: int, *, muted: str = "") -> Outcome | None:
+    """The first run that fails with this bug planted, or None: the simulation is blind to it. ``muted``: without what
+    that checker says."""
+    with planted(name), quiet():
+        for seed in range(seeds_max):
+            outcome = simulate(replace(focused(seed, BUGS[name].focus), muted=frozenset({muted})))
+            if outcome.violations:
+                return outcome
     return None
 
 
@@ -63,7 +80,7 @@ class Totals:
     reads: int = 0
     tenures: int = 0
     steps: int = 0
-    faults: int = 0
+    happened: Counter[str] = field(default_factory=Counter)
 
     def add(self, outcome: Outcome) -> None:
         """One more."""
@@ -73,7 +90,12 @@ class Totals:
         self.reads += outcome.reads
         self.tenures += outcome.tenures
         self.steps += outcome.steps
-        self.faults += sum(outcome.faults.values())
+        self.happened.update(outcome.happened)
+
+    @property
+    def faults(self) -> int:
+        """Acts of the nemesis and faults of single calls."""
+        return sum(self.happened[kind] for kind in (*EVENTS, *FAULTS, "restore"))
 
     def text(self, elapsed_s: float) -> str:
         """In one line."""

@@ -23,6 +23,32 @@ def test_a_planted_bug_is_caught(name: str) -> None:
     assert outcome is not None, f"{name} ({BUGS[name].text}) is not caught within {SEEDS_MAX} seeds"
 
 
+ONLY_BY = {
+    "P1": "deposed-means-not-applied",
+    "P2": "log-is-read-one-off",
+    "P3": "reads-without-lease",
+    "P4": "data-before-record",
+    "P8": "root-is-not-computed-anew",
+    "P11": "collection-without-guards",
+    "P13": "collection-from-the-new-end",
+    "P14": "session-kept-after-lost-acquire",
+    "F46": "newest-record-is-not-watched",
+}
+"""For each checker that a single cluster has, a bug that would escape without it."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("checker", ONLY_BY)
+def test_every_checker_is_needed(checker: str) -> None:
+    """It catches a bug that no other checker sees in the same runs."""
+    name = ONLY_BY[checker]
+    outcome = catch(name, SEEDS_MAX)
+    assert outcome is not None
+    assert outcome.violations[0].checker == checker
+    without = catch(name, outcome.seed + 1, muted=checker)
+    assert without is None, f"{checker} is silent and yet: {failure_text(without)}"
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(FOCUSES))
 def test_without_a_bug_the_same_plan_passes(name: str) -> None:
@@ -33,5 +59,5 @@ def test_without_a_bug_the_same_plan_passes(name: str) -> None:
 
 
 def test_there_are_enough() -> None:
-    assert len(BUGS) >= 15
+    assert len(BUGS) >= 40
     assert all(bug.text for bug in BUGS.values())

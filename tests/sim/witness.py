@@ -54,6 +54,10 @@ class Witness:
         self.fold = Fold()
         self.checkpoint: Checkpoint | None = None
         self.oldest_index = 1
+        self.counts: dict[str, int] = {}
+        self.damaged: set[str] = set()
+        """Keys that the nemesis changed behind everyone's back."""
+        self.beyond_repair: set[str] = set()
         self.digest = hashlib.blake2b(digest_size=8)
         self._generation = generation
         self._table = table
@@ -66,17 +70,25 @@ class Witness:
         self._merkle = f"g/{generation}/merkle/"
         self._checkpoint_key = f"g/{generation}/checkpoint"
         self._digests: dict[tuple[str, bytes], bytes] = {}
+        self._places: dict[str, str] = {}
 
     # -- what was
 
     def stored_value(self, key: str) -> bytes | None:
         """What a logical key's data key stands for in the store, chunks put together."""
-        item = self._table.read(physical_key(self._generation, key))
+        item = self._table.read(self.where(key))
         manifest = decode_manifest(item.value) if item is not None else None
         if item is None or manifest is None:
             return item.value if item is not None else None
         pieces = self._table.items(f"{self._chunks}{manifest.name}/0")
         return b"".join(piece.value for piece in pieces)
+
+    def where(self, key: str) -> str:
+        """A logical key's data key."""
+        found = self._places.get(key)
+        if found is None:
+            found = self._places[key] = physical_key(self._generation, key)
+        return found
 
     def digest_of(self, key: str, value: bytes) -> bytes:
         """The index's digest of an entry, computed once."""
@@ -103,7 +115,7 @@ class Witness:
                     elif key.startswith((self._merkle, self._chunks)):
                         upkeep.append("flush" if key.startswith(self._merkle) else "chunk")
                     elif key == self._checkpoint_key:
-                        upkeep.append("flush")
+                        upkeep.append("checkpoint")
                         self._checkpointed(value)
                 case Delete(key):
                     if key.startswith(self._data):
@@ -124,8 +136,12 @@ class Witness:
                     pass
         if record is not None:
             self._recorded(applied, *record, data)
+        elif data and self._repairs(data):
+            upkeep.append("repair")
         elif data:
             self._violated("P4", f"{applied.node} changed data without a record: {sorted(data)[:3]}")
+        for what in dict.fromkeys(upkeep):
+            self.counts[what] = self.counts.get(what, 0) + 1
         for what in upkeep[:1]:
             self._require_holder(applied, what)
 
@@ -144,6 +160,8 @@ class Witness:
         if last is not None and record.header.epoch < last.header.epoch:
             self._violated("P2", f"record {record.index} has epoch {record.header.epoch} after {last.header.epoch}")
         self.records.append(record)
+        kind = f"{record.header.kind} record"
+        self.counts[kind] = self.counts.get(kind, 0) + 1
         try:
             said = self.fold.feed(record)
         except BadLog as error:
@@ -151,14 +169,31 @@ class Witness:
             return
         if said is None:
             self._rolled(record, data)
-        elif {physical_key(self._generation, key): value for key, value in said.items()} != data:
+        elif {self.where(key): value for key, value in said.items()} != data:
             self._violated("P4", f"record {record.index} says other changes than its transaction made")
         if applied.node != GENESIS_NODE:
             self._require_holder(applied, f"record {record.index}", epoch=record.header.epoch)
 
+    def _repairs(self, data: dict[str, bytes | None]) -> bool:
+        """Whether data without a record puts right what the nemesis changed, and nothing else."""
+        names = {self.where(key): key for key in self.damaged}
+        return all(where in names and self.stored_value(names[where]) == self.newest(names[where]) for where in data)
+
+    def newest(self, key: str) -> bytes | None:
+        """What the log says a key has now."""
+        versions = self.fold.versions.get(key)
+        return versions[-1][1] if versions else None
+
+    def repaired(self, oldest_index: int) -> None:
+        """Everything was repaired that can be from records ``oldest_index`` on: what is older than these is lost."""
+        for key in self.damaged:
+            versions = self.fold.versions.get(key)
+            if versions and versions[-1][0] < oldest_index:
+                self.beyond_repair.add(key)
+
     def _rolled(self, record: Record, data: dict[str, bytes | None]) -> None:
         """Data keys of a large batch: each gets the value that its commit record made true."""
-        names = {physical_key(self._generation, key): key for key in self.fold.unrolled}
+        names = {self.where(key): key for key in self.fold.unrolled}
         for where in data:
             key = names.get(where)
             if key is None or self.stored_value(key) != self.fold.unrolled[key]:

@@ -18,12 +18,13 @@ from typing import Any
 from unittest.mock import patch
 
 from consul_backend import lazy_index
-from consul_backend.errors import Conflict
-from consul_backend.physical import LOCK_KEY, SENTINEL_KEY
+from consul_backend.errors import Corrupt, ForeignWrite, StoreWentBack
+from consul_backend.physical import SENTINEL_KEY
+from consul_backend.reindex import ReindexReport
 from consul_backend.replicated import ReplicatedStore, genesis
 from consul_backend.replicated import Write as StoreWrite
-from consul_backend.testing import Applied, SimulatedConsul
-from consul_backend.txn import Cas, Delete
+from consul_backend.testing import Applied, SimulatedConsul, Snapshot
+from consul_backend.txn import Cas
 from tests.sim.checkers import (
     Exemption,
     data_is_fold,
@@ -35,20 +36,23 @@ from tests.sim.checkers import (
 from tests.sim.client import Client
 from tests.sim.history import History
 from tests.sim.loop import Deadlock, Livelock, NodeClock, Process, SimLoop
+from tests.sim.nemesis import Nemesis
 from tests.sim.network import SwarmNetwork
 from tests.sim.node import Node, Reply
-from tests.sim.plan import CALM_S, Event, Plan
+from tests.sim.plan import CALM_S, Plan
 from tests.sim.witness import GENESIS_NODE, Violation, Witness
 
 GENERATION = "g1"
 HEAL_S = 60.0
 CALM_WRITES_MIN = 1
-HUNG_S = 60.0
+DETECTION_S = 5.0
+"""How long a node may take to notice that the store went back, besides two looks at the newest record."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """A finished run. ``trace`` is equal for equal runs."""
+    """A finished run. ``trace`` is equal for equal runs; ``happened`` counts acts of the nemesis, faults of calls, and
+    what the store was seen to do, by kind."""
 
     seed: int
     violations: list[Violation]
@@ -59,8 +63,36 @@ class Outcome:
     reads: int
     tenures: int
     healed_after_s: float
-    faults: dict[str, int] = field(default_factory=dict)
+    happened: dict[str, int] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
+
+
+class AfterRestore:
+    """What holds once an old snapshot was put back: a process that knew of records which are gone now writes and serves
+    no more. Others may go on with what is there."""
+
+    def __init__(self, world: World, at_s: float, records: int) -> None:
+        self.at_s = at_s
+        self._world = world
+        self._ahead = {node.process.name for node in world.nodes if node.knows > records}
+
+    def halted(self, error: BaseException) -> bool:
+        """Whether a node may stop for this reason now."""
+        return isinstance(error, StoreWentBack | Corrupt)
+
+    def applied(self, applied: Applied) -> None:
+        """A transaction on the store that went back."""
+        records = [op.key for op in applied.ops if isinstance(op, Cas) and "/wal/" in op.key]
+        if applied.node in self._ahead and records:
+            what = f"{applied.node} wrote {records[0]} into a store that went back behind what it knows"
+            self._world.report(Violation("F46", what))
+
+    def judge(self) -> None:
+        """Time enough has passed to notice."""
+        for node in self._world.nodes:
+            if node.process.name in self._ahead and node.store is not None:
+                what = f"{node.process.name} still serves from a store that went back behind what it knows"
+                self._world.report(Violation("F46", what))
 
 
 class World:
@@ -74,7 +106,7 @@ class World:
         self.healed_s: float | None = None
         self.nodes: list[Node] = []
         self.lines: list[str] = []
-        self.faults: dict[str, int] = {}
+        self.happened: dict[str, int] = {}
         self.tenures = 0
         self._verbose = verbose
         self._over = asyncio.Event()
@@ -83,7 +115,8 @@ class World:
         self._graveyard: list[tuple[Node, asyncio.Task[None]]] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._expected: dict[Process, list[asyncio.Future[Reply]]] = {}
-        self._exempt: list[Exemption] = []
+        self.exempt: list[Exemption] = []
+        self._after_restore: AfterRestore | None = None
         self._recoveries = 0
         self._outside: set[asyncio.Task[Any]] = set()
         self.network = SwarmNetwork(
@@ -109,6 +142,9 @@ class World:
         )
 
     def _applied(self, applied: Applied) -> None:
+        if self._after_restore is not None:
+            self._after_restore.applied(applied)
+            return
         before = self.witness.checkpoint
         self.witness.applied(applied)
         checkpoint = self.witness.checkpoint
@@ -120,9 +156,19 @@ class World:
 
     def report(self, violation: Violation) -> None:
         """Something does not hold; the run ends."""
+        if violation.checker in self.plan.muted:
+            return
         self.violations.append(violation)
         self.log(f"VIOLATION {violation}")
         self._over.set()
+
+    def halted(self, node: Node, error: BaseException) -> None:
+        """A node refuses to go on with the store as it is."""
+        self.count("halt")
+        self.log(f"{node.process.name} halted: {error!r}")
+        if self._after_restore is None or not self._after_restore.halted(error):
+            what = f"{node.process.name} halted: {type(error).__name__}: {error}"
+            self.report(Violation("halt", what))
 
     def log(self, text: str) -> None:
         """For whoever replays the seed; part of the trace."""
@@ -140,11 +186,45 @@ class World:
         self._recoveries += 1
         case = store.statistics()["recovery_records_redone"]
         self.log(f"{node.process.name} recovered at record {store.head.index}, {case} redone")
+        if self._after_restore is not None:
+            return  # the witness knows the store as it was before
         if self.plan.store.index_eager_keys == 0:
             return  # a page of a lazy index cannot be looked at before it is loaded: the audit looks at all
         roots = self._recoveries % 8 == 1
         for violation in index_is_exact(self.witness, store.forest, store.head.index, roots=roots):
             self.report(Violation(violation.checker, f"{node.process.name} after recovery: {violation.text}"))
+
+    def count(self, what: str) -> None:
+        """Something of this kind happened."""
+        self.happened[what] = self.happened.get(what, 0) + 1
+
+    def foreign(self, node: Node, key: str, error: ForeignWrite) -> None:
+        """A read was refused because what is stored is nobody's."""
+        self.count("foreign read")
+        if key not in self.witness.damaged and self._after_restore is None:
+            self.report(Violation("foreign", f"{node.process.name}: {error}"))
+
+    def reindexed(self, node: Node, report: ReindexReport) -> None:
+        """A node has compared everything it stores with its index, and repaired what differed (P8)."""
+        self.count("reindexed")
+        self.log(f"{node.process.name}: {report}")
+        for what in ("restored", "quarantined"):
+            self.happened[what] = self.happened.get(what, 0) + getattr(report, what)
+        if self._after_restore is not None:
+            return
+        wrong = report.pages or report.extents or report.dropped
+        if wrong or (not self.witness.damaged and (not report.clean or report.quarantined or report.restored)):
+            self.report(Violation("P8", f"{node.process.name} finds damage where none was done: {report}"))
+
+    @property
+    def restored(self) -> bool:
+        """Whether the store was put back: the witness knows it as it was before."""
+        return self._after_restore is not None
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nobody is to write any more."""
+        return self._after_restore is not None and self.plan.quiet_after_restore
 
     def expect(self, process: Process, answer: asyncio.Future[Reply]) -> None:
         """A client waits for a process; if it dies the client is told."""
@@ -202,6 +282,8 @@ class World:
 
     async def run(self) -> None:
         """Genesis to healing; the verdict comes after."""
+        if self.plan.same_name:
+            self.count("same name")
         founder = self.consul.client(GENESIS_NODE)
         await founder.open()
         await genesis(
@@ -220,7 +302,7 @@ class World:
             for number in range(self.plan.clients)
         ]
         tasks = [self._spawn(client.run()) for client in clients]
-        tasks.append(self._spawn(self._nemesis(clients)))
+        tasks.append(self._spawn(self._trouble(clients)))
         await self._over.wait()
         for task in tasks:
             task.cancel()
@@ -234,21 +316,30 @@ class World:
         task.add_done_callback(self._outside.discard)
         return task
 
-    async def _nemesis(self, clients: list[Client]) -> None:
+    async def _trouble(self, clients: list[Client]) -> None:
         await asyncio.sleep(CALM_S)
         while self.history.acknowledged() < CALM_WRITES_MIN:
             await asyncio.sleep(0.1)
             if self.loop.time() > HEAL_S:
                 self.report(Violation("P14", f"no work was done in the first {HEAL_S:.0f} s, without any fault"))
+                self._over.set()
                 return
         self.network.calm = False
+        nemesis = Nemesis(self)
         start_s = self.loop.time() - CALM_S
+        snapshots: list[tuple[Snapshot, int]] = []
+        if self.plan.snapshot_at_s is not None:
+            take = lambda: snapshots.append((self.consul.snapshot(), len(self.witness.records)))  # noqa: E731
+            self.loop.call_at(start_s + self.plan.snapshot_at_s, take)
         for number, event in enumerate(self.plan.events):
             await asyncio.sleep(max(0.0, start_s + event.at_s - self.loop.time()))
             if number not in self.plan.skipped:
-                self._act(event)
+                nemesis.act(event)
         await asyncio.sleep(max(0.0, start_s + CALM_S + self.plan.duration_s - self.loop.time()))
-        self._heal()
+        nemesis.heal()
+        if snapshots:
+            await self._restore(snapshots[0])
+            return
         self.healed_s = self.loop.time()
         self.log("healed")
         while self.loop.time() < self.healed_s + HEAL_S:
@@ -263,120 +354,40 @@ class World:
                 "P14", f"{HEAL_S:.0f} s after the last fault {stuck} have not written and read; serving: {serving}"
             )
         )
+        self._over.set()
 
-    def _act(self, event: Event) -> None:
-        number = event.node if event.node >= 0 else self._leader()
-        node = self.nodes[number]
-        self.faults[event.what] = self.faults.get(event.what, 0) + 1
-        self.log(f"nemesis: {event.what} {node.process.name} for {event.for_s:.2f} s")
-        actions: dict[str, Callable[[], None]] = {
-            "pause": lambda: self._pause(node, event.for_s),
-            "kill": lambda: self._kill_and_restart(number, event.for_s),
-            "cut": lambda: self._cut(self.network.cut, node, event.for_s),
-            "cut-refused": lambda: self._cut(self.network.refused, node, event.for_s),
-            "clock": lambda: self._step_clock(node, event),
-            "destroy-session": self._destroy_session,
-            "pause-and-depose": lambda: self._pause_and_depose(node, event.for_s),
-            "cut-and-depose": lambda: self._cut_and_depose(node, event.for_s),
-            "delete-lock": self._delete_lock,
-            "step-down": node.step_down,
-            "leader-change": lambda: self.consul.change_leader(min(event.for_s, 2.0), stale_s=event.for_s / 4),
-            "quorum-lost": lambda: self.consul.change_leader(event.for_s),
-            "storm": lambda: self._storm(event.for_s),
-        }
-        actions[event.what]()
-
-    def _leader(self) -> int:
-        """Who holds the lock, serving or still recovering; the first node if nobody does."""
-        lock = self.consul.table.read(LOCK_KEY)
-        holder = self.consul.session_owners.get(lock.session) if lock is not None else None
-        return next((number for number, node in enumerate(self.nodes) if node.process.name == holder), 0)
-
-    def _later(self, after_s: float, action: Callable[[], None]) -> None:
-        self.loop.call_later(after_s, action)
-
-    def _pause(self, node: Node, for_s: float) -> None:
-        if not node.process.killed:
-            node.process.paused = True
-            self._later(for_s, lambda: self._unpause(node))
-
-    def _unpause(self, node: Node) -> None:
-        if node.process.paused and not node.process.killed:
-            self.log(f"{node.process.name} goes on")
-            self.loop.unpause(node.process)
-
-    def _kill_and_restart(self, number: int, after_s: float) -> None:
-        node = self.nodes[number]
-        if node.process.killed:
-            return
-        self.kill(node)
-        self._later(after_s, lambda: self._restart(number, node))
-
-    def _restart(self, number: int, dead: Node) -> None:
-        if self.nodes[number] is dead:
-            self.start_node(number)
-
-    def _cut(self, links: set[str], node: Node, for_s: float) -> None:
-        links.add(node.process.name)
-        self._later(for_s, lambda: links.discard(node.process.name))
-
-    def _step_clock(self, node: Node, event: Event) -> None:
-        node.clock.step_ms += int((event.for_s - 7.0) * 1_000_000)
-
-    def _destroy_session(self) -> None:
-        lock = self.consul.table.read(LOCK_KEY)
-        if lock is not None and lock.session:
-            self.consul.end_session(lock.session)
-
-    def _cut_and_depose(self, node: Node, for_s: float) -> None:
-        """The leader loses its session and cannot learn of it."""
-        self._cut(self.network.cut, node, for_s)
-        self._destroy_session()
-
-    def _pause_and_depose(self, node: Node, for_s: float) -> None:
-        """The leader sleeps through the end of its tenure; what was on its way to it comes when it wakes."""
-        self._pause(node, for_s)
-        self._destroy_session()
-
-    def _delete_lock(self) -> None:
-        """Deleting the lock skips the lock-delay, which is the read lease: reads of that long are not judged."""
-        now_s = self.loop.time()
-        self._exempt.append(Exemption(now_s, now_s + self.plan.election.lock_delay_s))
-        try:
-            self.consul.rules.txn([Delete(LOCK_KEY)], self.consul.now())
-        except Conflict as error:
-            raise AssertionError("a deletion is never refused") from error
-
-    def _storm(self, for_s: float) -> None:
-        self.network.stormy = True
-
-        def calm() -> None:
-            self.network.stormy = False
-
-        self._later(for_s, calm)
-
-    def _heal(self) -> None:
-        self.network.heal()
-        for number, node in enumerate(self.nodes):
-            if node.process.killed:
-                self.start_node(number)
-            self._unpause(node)
+    async def _restore(self, snapshot: tuple[Snapshot, int]) -> None:
+        """An operator puts an old snapshot of the store back under everybody (F46); the run ends with what follows."""
+        while not self.consul.has_leader():
+            await asyncio.sleep(0.1)
+        self.count("restore")
+        self.log(f"the store is put back to record {snapshot[1]}")
+        self._after_restore = AfterRestore(self, self.loop.time(), snapshot[1])
+        self.consul.restore(snapshot[0])
+        await asyncio.sleep(DETECTION_S + 2.2 * self.plan.store.tip_interval_s)
+        self._after_restore.judge()
+        self._over.set()
 
     # -- the verdict
 
     async def judge(self) -> None:
         """After the run: stop everything, recover once more, and let the checkers judge."""
         self._judge_hung()
+        if self._after_restore is None:
+            self._judge_indexes()
         for node in self.nodes:
             self.kill(node)
-        if not self.violations:
+        history = self.history
+        if self._after_restore is not None:
+            history = history.until(self._after_restore.at_s)
+        elif not self.violations:
             await self._audit()
-        at, found = landed(self.history, self.witness)
-        found += linearizable(self.history, self.witness, at, self._exempt)
-        found += data_is_fold(self.witness, self.consul.table, GENERATION, self.plan.store.segment_records)
-        self.violations += found
+        at, found = landed(history, self.witness)
+        found += linearizable(history, self.witness, at, self.exempt)
+        if self._after_restore is None:
+            found += data_is_fold(self.witness, self.consul.table, GENERATION, self.plan.store.segment_records)
         for violation in found:
-            self.log(f"VIOLATION {violation}")
+            self.report(violation)
         self._trace.update(self.witness.digest.digest())
 
     def _judge_hung(self) -> None:
@@ -385,6 +396,15 @@ class World:
             waiting = self._expected.get(node.process, [])
             if self.healed_s is not None and len(waiting) > 2 * self.plan.clients:
                 self.report(Violation("P14", f"{node.process.name} answers {len(waiting)} requests never"))
+
+    def _judge_indexes(self) -> None:
+        """The index of whoever serves is exact after every commit, roots included (P8)."""
+        for node in self.nodes:
+            store = node.store
+            if store is None or self.plan.store.index_eager_keys == 0 or store.head.index > len(self.witness.records):
+                continue
+            for violation in index_is_exact(self.witness, store.forest, store.head.index, roots=True):
+                self.report(Violation(violation.checker, f"{node.process.name} at the end: {violation.text}"))
 
     async def _audit(self) -> None:
         self.network.heal()
@@ -401,7 +421,11 @@ class World:
             return
         await auditor.process.spawn(auditor.store.load_index())
         found = index_is_exact(self.witness, auditor.store.forest, auditor.store.head.index, roots=True)
-        self.violations += found
+        for violation in found:
+            self.report(violation)
+        if not found:
+            await auditor.process.spawn(auditor.reindex())
+            self.witness.repaired(auditor.store.oldest_index)
         self.kill(auditor)
 
     def outcome(self) -> Outcome:
@@ -417,7 +441,7 @@ class World:
             reads=len(self.history.reads) + len(self.history.listings),
             tenures=self.tenures,
             healed_after_s=self.loop.time() - healed_s,
-            faults={**self.faults, **self.network.counts},
+            happened={**self.happened, **self.network.counts, **self.witness.counts},
             log=self.lines,
         )
 

@@ -1,0 +1,11 @@
+"""Share 3 of the seeds (``seeds.py``)."""
+
+import pytest
+
+from tests.sim.seeds import chunks, run_chunk
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("first", chunks(2))
+def test_seeds(first: int) -> None:
+    run_chunk(first)
