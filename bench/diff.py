@@ -23,6 +23,7 @@ from consul_backend.merkle import Forest, entry_digest
 from sidecar.replication import protocol as wire
 from sidecar.replication.answers import answer_diff, answer_fetch
 from sidecar.replication.hello import Source
+from sidecar.replication.modes import PERFORMANCE
 from sidecar.replication.states import Event
 from sidecar.replication.sync import Syncer
 from tests.support.replication import MemoryStore
@@ -67,7 +68,9 @@ class Wire:
         """First round trip."""
         raw = wire.encode(request)
         started = time.process_time()
-        reply = wire.encode(await answer_diff(self._primary, SOURCE, wire.decode_diff_request(raw), hold_as="bench"))
+        reply = wire.encode(
+            await answer_diff(self._primary, SOURCE, wire.decode_diff_request(raw), mode=PERFORMANCE, hold_as="bench")
+        )
         self._traffic.primary_cpu_s += time.process_time() - started
         self._traffic.request += len(raw)
         self._traffic.reply += len(reply)
@@ -78,7 +81,9 @@ class Wire:
         raw = wire.encode(request)
         self._traffic.fetch += len(raw)
         started = time.process_time()
-        chunks = [chunk async for chunk in answer_fetch(self._primary, wire.decode_fetch_request(raw))]
+        chunks = [
+            chunk async for chunk in answer_fetch(self._primary, wire.decode_fetch_request(raw), mode=PERFORMANCE)
+        ]
         self._traffic.primary_cpu_s += time.process_time() - started
         for chunk in chunks:
             self._traffic.answer += len(chunk)
@@ -112,6 +117,7 @@ async def run(keys: int, differing: int, partitions: int) -> dict[str, float | i
         return None
 
     syncer = Syncer(
+        PERFORMANCE,
         secondary,
         link.request,
         link.fetch,

@@ -49,15 +49,19 @@ def role_gauges(*, unsealed: bool, active: bool, performance_mode: str, dr_mode:
     }
 
 
-def store_gauges(statistics: Mapping[str, float], performance_mode: str, remote_index: int | None) -> dict[str, float]:
-    """The store of an active node; ``remote_index`` is the primary's WAL index that a secondary has applied."""
+def store_gauges(statistics: Mapping[str, float], modes: tuple[str, str], remote_index: int | None) -> dict[str, float]:
+    """The store of an active node. ``modes``: performance and DR mode; ``remote_index``: the primary's WAL index that a
+    secondary has applied."""
     found = {name: float(statistics[key]) for key, name in _OF_STORE.items() if key in statistics}
     head, oldest = statistics.get("wal_head_index", 0), statistics.get("wal_oldest_index", 0)
     found["replication.wal.last_wal"] = found["replication.merkle.commit_index"] = float(head)
     found["wal.gc.total"] = float(max(head - oldest + 1, 0))
-    if performance_mode == "primary":
+    performance_mode, dr_mode = modes
+    if performance_mode == "primary" and dr_mode != "secondary":
         found["replication.wal.last_performance_wal"] = float(head)
-    if performance_mode == "secondary" and remote_index is not None:
+    if dr_mode == "primary":
+        found["replication.wal.last_dr_wal"] = float(head)
+    if "secondary" in modes and remote_index is not None:
         found["replication.fsm.last_remote_wal"] = float(remote_index)
     return found
 

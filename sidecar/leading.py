@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,23 +25,29 @@ from consul_backend.errors import BackendError, Conflict, OutcomeUnknown
 from consul_backend.failpoint import failpoint
 from consul_backend.physical import PhysicalStore
 from consul_backend.replicated import ReplicatedStore, StoreOptions, drop_generation, genesis
+from consul_backend.wal import Write
 from plugin_api.errors import Unavailable
+from sidecar.api.mirror_service import MirrorService
 from sidecar.api.service import Service, ServiceOptions
 from sidecar.config import ConsulStorage, EmbeddedStorage, ServerConfig
 from sidecar.core.audit.options import LocalRules
-from sidecar.core.barrier import load_barrier
+from sidecar.core.barrier import Barrier, load_barrier
 from sidecar.core.cluster import ClusterInfo
-from sidecar.core.init import build_secondary_genesis
-from sidecar.core.keys import LEASES, REPLICATED_KEYRING, SEAL
+from sidecar.core.init import build_mirror_genesis, build_secondary_genesis
+from sidecar.core.keys import CLUSTER, LEASES, PRIVATE_CLUSTER, REPLICATED_KEYRING, SEAL
 from sidecar.core.lockout_rules import LockoutSettings, LockoutTuning
+from sidecar.core.rotation import keep_keys
 from sidecar.core.seal_record import root_fingerprint
 from sidecar.core.store_view import SealedStore
+from sidecar.core.write_gate import GatedStore, WriteGate
 from sidecar.forwarding import LEADER_KEY, ForwardingServer, TenureCredentials, from_message
 from sidecar.gauges import store_gauges, store_totals
 from sidecar.generation import Generation, flip_generation, read_generation
 from sidecar.node import ActiveRole, Node
 from sidecar.replication.activation import ActivationResult
-from sidecar.replication.manager import PerformanceReplication
+from sidecar.replication.manager import Replication
+from sidecar.replication.modes import DR, PERFORMANCE
+from sidecar.replication.roles import SecondaryRole, decode_role
 from sidecar.replication.sync import Staging
 from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
 from sidecar.request.types import ForwardedAuth
@@ -152,6 +158,7 @@ class ActiveScope:
         self._store_options = store_options
         self._tasks: list[asyncio.Task[None]] = []
         self._gate: str | None = None
+        self._writes = WriteGate()
         self._recovered: ReplicatedStore | None = None
         self.restart_asked = asyncio.Event()
 
@@ -171,10 +178,12 @@ class ActiveScope:
         self._spawn(tasks, store.run(), "replicated store")
         barrier = await load_barrier(store.get, self._opened.root_key)
         sealed = SealedStore(store, barrier)
-        cluster = await ClusterInfo.load(sealed)
+        self._sealed = sealed
+        mirror = isinstance(decode_role(await sealed.get(DR.role_key)), SecondaryRole)
+        cluster = await ClusterInfo.load(sealed, mirror=mirror)
         await sealed.put(LEADER_KEY, msgspec.msgpack.encode(self._credentials.record(cluster)))
         identity = self._node.identity
-        self._replication = PerformanceReplication(
+        self._replication = Replication(
             store=store,
             sealed=sealed,
             listener=self._listener,
@@ -191,21 +200,18 @@ class ActiveScope:
                 secret_material=self._secret_material,
                 flip=self._flip,
                 execute=self._execute,
+                restart=self.restart_asked.set,
+                keep_keys=self._keep_keys,
+                root_key=barrier.root_key,
+                open_entry=barrier.open_value,
+                standalone=self._standalone,
+                gate=self._writes,
             ),
             clock=self._clock,
             options=self._parts.replication,
         )
         await self._replication.load()
-        self._service = Service(
-            store,
-            barrier,
-            cluster,
-            self._parts.service,
-            node=self._node,
-            replication=self._replication,
-            now=lambda: self._clock.time_ms() / 1000,
-            gate=lambda: self._gate,
-        )
+        self._service = self._make_service(GatedStore(store, self._writes), barrier, cluster)
         await self._service.start()
         role = ActiveRole(self._service, self, cluster, time.time(), standbys=lambda: forwarding.standbys())
         forwarding = ForwardingServer(
@@ -218,9 +224,26 @@ class ActiveScope:
         )
         self._listener.add(forwarding.purpose())
         self._spawn(tasks, self._service.run(), "service")
-        self._spawn(tasks, self._replication.run(), "performance replication")
+        self._spawn(tasks, self._replication.run(), "replication")
         self._spawn(tasks, self._drop_old_generations(), "drop old generations")
         return role
+
+    def _make_service(self, store: GatedStore, barrier: Barrier, cluster: ClusterInfo) -> Service | MirrorService:
+        def now() -> float:
+            return self._clock.time_ms() / 1000
+
+        if self._replication.mirrors:
+            return MirrorService(store, barrier, cluster, node=self._node, replication=self._replication, now=now)
+        return Service(
+            store,
+            barrier,
+            cluster,
+            self._parts.service,
+            node=self._node,
+            replication=self._replication,
+            now=now,
+            gate=lambda: self._gate,
+        )
 
     def _spawn(self, tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, None], name: str) -> None:
         self._tasks.append(tasks.create_task(work, name=name))
@@ -243,14 +266,15 @@ class ActiveScope:
         return self._store.head.index
 
     def modes(self) -> tuple[str, str]:
-        return self._replication.mode, "disabled"
+        return self._replication.modes()
 
     def gauges(self) -> dict[str, float]:
-        position = self._store.positions.get("performance")
+        mode = DR if self._replication.mirrors else PERFORMANCE
+        position = self._store.positions.get(mode.name)
         remote_index = None if position is None else position.index
-        gauges = store_gauges(self._store.statistics(), self._replication.mode, remote_index) | self._service.gauges()
+        gauges = store_gauges(self._store.statistics(), self.modes(), remote_index) | self._service.gauges()
         leases = self._store.forest.count(*LEASES.rstrip("/").split("/"))
-        return gauges | {"expire.num_leases": leases - gauges["expire.num_irrevocable_leases"]}
+        return gauges | {"expire.num_leases": leases - gauges.get("expire.num_irrevocable_leases", 0)}
 
     def totals(self) -> dict[str, float]:
         return store_totals(self._store.statistics())
@@ -269,11 +293,20 @@ class ActiveScope:
     def _set_gate(self, reason: str | None) -> None:
         self._gate = reason
 
-    async def _secret_material(self) -> SecretMaterial:
-        keyring, seal = await self._store.get(REPLICATED_KEYRING), await self._store.get(SEAL)
-        if keyring is None or seal is None:
-            raise Unavailable("this cluster's keyring or seal record is missing")
-        return SecretMaterial(self._opened.root_key, keyring, seal)
+    async def _secret_material(self, keyrings: Collection[str]) -> SecretMaterial:
+        seal = await self._store.get(SEAL)
+        found = {key: raw for key in keyrings if (raw := await self._store.get(key)) is not None}
+        if len(found) != len(keyrings) or seal is None:
+            raise Unavailable("a keyring or the seal record of this cluster is missing")
+        return SecretMaterial(self._opened.root_key, found, seal)
+
+    async def _keep_keys(self) -> None:
+        await keep_keys(self._sealed, self._clock.time_ms() / 1000)
+
+    async def _standalone(self) -> Sequence[Write]:
+        """The identity that a mirror has had of its own becomes the cluster's."""
+        own = await self._sealed.get(PRIVATE_CLUSTER)
+        return [] if own is None else [Write(CLUSTER, own)]
 
     async def _execute(self, message: ForwardRequest) -> Executed:
         """Run a secondary's request here: its identity is what the message says, whatever its headers hold."""
@@ -303,15 +336,7 @@ class ActiveScope:
         if found is None or found[0] != self._opened.generation:
             raise Unavailable("the store's generation changed during the activation; nothing was changed here")
         target = Generation(os.urandom(4).hex(), str(uuid.uuid4()), root_fingerprint(result.root_key))
-        writes = build_secondary_genesis(
-            root_key=result.root_key,
-            replicated_keyring_raw=result.keyring,
-            seal_raw=result.seal,
-            now_s=self._clock.time_ms() / 1000,
-            random_bytes=os.urandom,
-            extra=result.entries,
-            cluster_name=self._parts.cluster_name or None,
-        )
+        writes = self._genesis_of(result)
         await genesis(
             self._physical,
             target.id,
@@ -325,10 +350,32 @@ class ActiveScope:
         failpoint("activation:after-genesis")
         await self._point_at(target, found[1])
         failpoint("activation:after-flip")
-        log.warning("this cluster is now a performance secondary; its previous store is being deleted")
+        log.warning("this cluster is now a %s secondary; its previous store is being deleted", result.mode.name)
         # What is still admitted would be written to the store that was just given up.
         self._gate = "this cluster is becoming a replication secondary; try again shortly"
         self._node.sealing.install(Opened(target, result.root_key))
+
+    def _genesis_of(self, result: ActivationResult) -> list[Write]:
+        now_s, cluster_name = self._clock.time_ms() / 1000, self._parts.cluster_name or None
+        if result.mode is DR:
+            return build_mirror_genesis(
+                root_key=result.root_key,
+                keyrings=result.keyrings,
+                seal_raw=result.seal,
+                now_s=now_s,
+                random_bytes=os.urandom,
+                extra=result.entries,
+                cluster_name=cluster_name,
+            )
+        return build_secondary_genesis(
+            root_key=result.root_key,
+            replicated_keyring_raw=result.keyrings[REPLICATED_KEYRING],
+            seal_raw=result.seal,
+            now_s=now_s,
+            random_bytes=os.urandom,
+            extra=result.entries,
+            cluster_name=cluster_name,
+        )
 
     async def _point_at(self, target: Generation, expected_index: int) -> None:
         try:

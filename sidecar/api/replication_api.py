@@ -7,6 +7,7 @@ the returned :class:`~plugin_api.request.Response`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from plugin_api.request import Response
@@ -55,3 +56,30 @@ class ReplicationAPI(Upstream, Protocol):
 
     async def secondary_disable(self, mode: str) -> Response:
         """Stop being a secondary; the data stays (contract 1.11)."""
+
+    async def primary_demote(self, mode: str) -> Response:
+        """Become a secondary that follows nobody yet (contract 1.4)."""
+
+    async def secondary_promote(self, mode: str, primary_cluster_addr: str, *, force: bool, preview: bool) -> Response:
+        """Become the set's primary (contract 1.10); with ``preview`` say only what may be lost."""
+
+    async def secondary_update_primary(
+        self,
+        mode: str,
+        token: str,
+        *,
+        primary_api_addr: str = "",
+        ca_file: str = "",
+        ca_path: str = "",
+        addresses: Sequence[str] = (),
+    ) -> Response:
+        """Follow another primary of the set; nothing is wiped (contract 1.12)."""
+
+    async def lost_writes(self, mode: str) -> Response:
+        """What this cluster held that its new primary never had: counts and ranges of each record."""
+
+    async def lost_writes_read(self, mode: str, name: str, page: str, *, values: bool) -> Response:
+        """One page of such a record: keys, with ``values`` also what they held."""
+
+    async def lost_writes_delete(self, mode: str, name: str) -> None:
+        """Forget such a record."""

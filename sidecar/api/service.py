@@ -45,6 +45,7 @@ from sidecar.core.keys import REPLICATED_KEYRING
 from sidecar.core.leasing import Leasing
 from sidecar.core.metrics import METRICS
 from sidecar.core.mounts import AUTH, SECRETS, MountTable
+from sidecar.core.operation_tokens import OperationTokens
 from sidecar.core.policies import PolicyStore
 from sidecar.core.quotas import Exceeded, Quotas
 from sidecar.core.rotation import maintain_keyrings
@@ -267,7 +268,7 @@ class Service:
         """Whether ``work`` succeeded. A store that cannot write now is for those who run it; here it is for later."""
         try:
             await work()
-        except BackendError as error:
+        except (BackendError, ReadOnlyStorage) as error:  # the second: this cluster became a secondary meanwhile
             log.warning("%s: waiting for the store: %s", name, type(error).__name__)
             return False
         return True
@@ -437,7 +438,7 @@ def _over_quota(request: HttpRequest, exceeded: Exceeded) -> HttpResponse:
 def sys_backend(core: SysCore, quotas: Quotas) -> SysBackend:
     """The table of every ``sys/`` endpoint that needs a tenure."""
     parts = (
-        SysReplication(core),
+        SysReplication(core, OperationTokens(core.sealed, core.policies, core.now, core.random_bytes)),
         SysAudit(core),
         SysMounts(core),
         SysLeases(core),

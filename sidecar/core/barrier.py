@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from sidecar.core.keyring import KEY_ID_BYTES, Keyring
-from sidecar.core.keys import LOCAL_KEYRING, REPLICATED_KEYRING, keyring, partition_of
+from sidecar.core.keys import LOCAL_KEYRING, PRIVATE_KEYRING, REPLICATED_KEYRING, keyring, partition_of
 from sidecar.core.seal_record import NONCE_BYTES, root_fingerprint
 
 VERSION = 1
@@ -54,19 +54,24 @@ class _Ring:
 
 
 class Barrier:
-    """Class ``r`` is sealed with the replicated ring, ``l`` and ``c`` with the local one. Holds keys; never printed."""
+    """Class ``r`` is sealed with the replicated ring, ``l`` with the local one, and ``c`` with the private ring, or the
+    local one where there is none. The private ring also opens what the others no longer can: it keeps this cluster's
+    own keys when rings of another cluster replace its own. Holds keys; never printed."""
 
     def __init__(
         self,
         root_key: bytes,
         replicated: Keyring,
         local: Keyring,
+        private: Keyring | None = None,
         *,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._root_key = root_key
         self._random_bytes = random_bytes
         self._rings = {"r": _Ring(replicated), "l": _Ring(local)}
+        if private is not None:
+            self._rings["c"] = _Ring(private)
         self.root_fingerprint = root_fingerprint(root_key)
 
     def __repr__(self) -> str:
@@ -89,7 +94,7 @@ class Barrier:
         """The plaintext of what is stored at logical ``key``. Raises DecryptionFailed."""
         if len(blob) < OVERHEAD_BYTES or blob[0] != VERSION:
             raise DecryptionFailed(f"an entry in {partition_of(key)} is not a sealed value")
-        cipher = self._ring(key).ciphers.get(blob[1 : 1 + KEY_ID_BYTES])
+        cipher = self._cipher(key, blob[1 : 1 + KEY_ID_BYTES])
         if cipher is None:
             raise UnknownKey(f"an entry in {partition_of(key)} is sealed with a key that is not in the keyring")
         try:
@@ -112,19 +117,21 @@ class Barrier:
 
     def ring(self, storage_class: str) -> Keyring:
         """The keyring that seals ``storage_class``."""
-        return self._rings["r" if storage_class == "r" else "l"].keyring
+        return self._rings[self._name(storage_class)].keyring
 
     def encryptions(self, storage_class: str) -> int:
         """An upper bound of the uses of the active key, over all tenures."""
-        ring = self._rings["r" if storage_class == "r" else "l"]
+        ring = self._rings[self._name(storage_class)]
         return ring.floor + ring.used
 
     def install(self, storage_class: str, keyring: Keyring, *, fresh: bool = False) -> None:
         """Use ``keyring`` from now on; it must be committed. The same active key goes on counting; ``fresh`` says that
         the active key has sealed nothing yet."""
-        name = "r" if storage_class == "r" else "l"
-        old, new = self._rings[name], _Ring(keyring)
-        if old.keyring.active_id == keyring.active_id:
+        name = storage_class
+        old, new = self._rings.get(name), _Ring(keyring)
+        if old is None:
+            new.floor = 0
+        elif old.keyring.active_id == keyring.active_id:
             new.floor, new.used = old.floor, old.used
         elif fresh:
             new.floor = 0
@@ -148,8 +155,30 @@ class Barrier:
         ring.used += 1
         return ring
 
+    def private_ring(self, now_s: float) -> Keyring:
+        """A private ring that holds every key of every ring in use now, not yet in use itself."""
+        private = self._rings.get("c")
+        own = private.keyring if private is not None else Keyring.generate(now_s, self._random_bytes)
+        keys = {key_id: entry for ring in self._rings.values() for key_id, entry in ring.keyring.keys.items()}
+        return Keyring({**keys, **own.keys}, own.active_id)
+
     def _ring(self, key: str) -> _Ring:
-        return self._rings["r" if key.startswith("r/") else "l"]
+        return self._rings[self._name(key[:1])]
+
+    def _name(self, storage_class: str) -> str:
+        """The ring that seals a class."""
+        if storage_class == "r":
+            return "r"
+        return "c" if storage_class == "c" and "c" in self._rings else "l"
+
+    def _cipher(self, key: str, key_id: bytes) -> AESGCM | None:
+        """The class's own ring first, then the private one; an older entry of class ``c`` is the local ring's."""
+        names = {"r": ("r", "c"), "l": ("l", "c")}.get(key[:1], ("c", "l"))
+        for name in names:
+            ring = self._rings.get(name)
+            if ring is not None and key_id in ring.ciphers:
+                return ring.ciphers[key_id]
+        return None
 
 
 def _seal(ring: _Ring, nonce: bytes, key: str, plaintext: bytes) -> bytes:
@@ -164,4 +193,6 @@ async def load_barrier(read_raw: Callable[[str], Awaitable[bytes | None]], root_
         if raw is None:
             raise BarrierMissing(f"there is no keyring at {storage_key}")
         rings.append(Keyring.decode(raw, root_key, storage_key))
-    return Barrier(root_key, rings[0], rings[1])
+    raw = await read_raw(PRIVATE_KEYRING)
+    private = Keyring.decode(raw, root_key, PRIVATE_KEYRING) if raw is not None else None
+    return Barrier(root_key, rings[0], rings[1], private)

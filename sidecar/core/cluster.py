@@ -1,4 +1,5 @@
-"""Who this cluster is. Class ``l``: a DR secondary that is promoted takes over the identity."""
+"""Who this cluster is. Class ``l``: a DR secondary that is promoted takes over the identity of its primary; until then
+it has one of its own, class ``c``."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from sidecar.core.keys import CLUSTER
+from sidecar.core.keys import CLUSTER, PRIVATE_CLUSTER
 from sidecar.core.store_view import SealedStore
 
 
@@ -28,9 +29,12 @@ class ClusterInfo(msgspec.Struct, frozen=True):
         return msgspec.json.encode(self)
 
     @classmethod
-    async def load(cls, sealed: SealedStore) -> ClusterInfo:
-        """Raises LookupError where the store holds none: it was not initialised by this program."""
-        raw = await sealed.get(CLUSTER)
+    async def load(cls, sealed: SealedStore, *, mirror: bool = False) -> ClusterInfo:
+        """``mirror``: of a DR secondary. Raises LookupError where the store holds none: it was not initialised by this
+        program."""
+        raw = await sealed.get(PRIVATE_CLUSTER) if mirror else None
+        if raw is None:
+            raw = await sealed.get(CLUSTER)
         if raw is None:
             raise LookupError("the store holds no cluster identity")
         return msgspec.json.decode(raw, type=cls)

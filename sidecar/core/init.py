@@ -10,7 +10,16 @@ from consul_backend.wal import Write
 from sidecar.core.barrier import Barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.keyring import KEY_BYTES, Keyring
-from sidecar.core.keys import CLUSTER, LOCAL_KEYRING, POLICIES, REPLICATED_KEYRING, SEAL, TOKEN_SALT
+from sidecar.core.keys import (
+    CLUSTER,
+    LOCAL_KEYRING,
+    POLICIES,
+    PRIVATE_CLUSTER,
+    PRIVATE_KEYRING,
+    REPLICATED_KEYRING,
+    SEAL,
+    TOKEN_SALT,
+)
 from sidecar.core.mounts import built_in_cubbyhole, built_in_mounts, encode_mount
 from sidecar.core.policies import DEFAULT, DEFAULT_POLICY
 from sidecar.core.rotation import FIRST_RESERVATION
@@ -97,6 +106,35 @@ def build_secondary_genesis(
         Write(SEAL, seal_raw),
         Write(REPLICATED_KEYRING, replicated_keyring_raw),
         Write(LOCAL_KEYRING, barrier.encode_ring("l", local)),
+        *_sealed([Write(key, value) for key, value in plain.items()], barrier),
+    ]
+
+
+def build_mirror_genesis(
+    *,
+    root_key: bytes,
+    keyrings: Mapping[str, bytes],
+    seal_raw: bytes,
+    now_s: float,
+    random_bytes: Callable[[int], bytes],
+    extra: Mapping[str, bytes],
+    cluster_name: str | None = None,
+) -> list[Write]:
+    """A cluster that becomes a DR secondary: everything of classes ``r`` and ``l`` is the primary's and will arrive;
+    its own are a private keyring, and under it an identity and ``extra``, plaintext entries of class ``c``.
+    ``keyrings`` are the primary's as they arrived. Raises WrongKey where they and the root key do not belong
+    together."""
+    if any(not key.startswith("c/") for key in extra):
+        raise ValueError("a DR secondary makes no entries that its primary has too")
+    replicated, local = (Keyring.decode(keyrings[name], root_key, name) for name in (REPLICATED_KEYRING, LOCAL_KEYRING))
+    private = Keyring.generate(now_s, random_bytes)
+    barrier = Barrier(root_key, replicated, local, private, random_bytes=random_bytes)
+    plain = {PRIVATE_CLUSTER: ClusterInfo.generate(cluster_name, random_bytes).encode(), **extra}
+    return [
+        Write(SEAL, seal_raw),
+        Write(REPLICATED_KEYRING, keyrings[REPLICATED_KEYRING]),
+        Write(LOCAL_KEYRING, keyrings[LOCAL_KEYRING]),
+        Write(PRIVATE_KEYRING, barrier.encode_ring("c", private)),
         *_sealed([Write(key, value) for key, value in plain.items()], barrier),
     ]
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 SEAL = "c/core/seal"
 REPLICATED_KEYRING = "r/core/keyring"
 LOCAL_KEYRING = "l/core/keyring"
+PRIVATE_KEYRING = "c/core/keyring"
 CLUSTER = "l/core/cluster"
+PRIVATE_CLUSTER = "c/core/cluster"
 JWT_KEY = "r/core/jwtkey"
 QUOTAS = "r/quota/rate-limit/"
 VERSIONS = "l/core/versions/"
 
 # These entries protect themselves with the root key or the unseal key: the barrier cannot open what it is made from.
-RAW_KEYS = frozenset({SEAL, REPLICATED_KEYRING, LOCAL_KEYRING})
+RAW_KEYS = frozenset({SEAL, REPLICATED_KEYRING, LOCAL_KEYRING, PRIVATE_KEYRING})
 
 POLICIES = "r/policy/acl/"
 
@@ -37,8 +39,8 @@ AUDIT_TABLES = ("r/core/audit/", "l/core/audit/")
 
 
 def keyring(storage_class: str) -> str:
-    """Where the ring that seals ``storage_class`` is kept."""
-    return REPLICATED_KEYRING if storage_class == "r" else LOCAL_KEYRING
+    """Where the ring of ``storage_class`` is kept; that of ``c`` need not exist."""
+    return {"r": REPLICATED_KEYRING, "c": PRIVATE_KEYRING}.get(storage_class, LOCAL_KEYRING)
 
 
 def partition_of(key: str) -> str:

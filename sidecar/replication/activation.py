@@ -1,10 +1,11 @@
-"""Activation: how a cluster becomes a performance secondary with nothing but one token.
+"""Activation: how a cluster becomes a secondary, or finds another primary, with nothing but one token.
 
 On the primary, :func:`build_bundle` makes a client certificate for the new secondary; the bundle goes behind a
 single-use wrapping token and its private key is kept nowhere. On the secondary, :func:`activate` reads the token,
 checks where the wrapped bundle came from, unwraps it (which consumes it), checks that its authority is the one the
-token names, and asks the primary over the cluster port for keyring, root key and seal record. Nothing local changes
-before that succeeded; what it returns is all that a new store generation needs.
+token names, and asks the primary over the cluster port for keyrings, root key and seal record. Nothing local changes
+before that succeeded; what it returns is all that a new store generation needs, or a secondary that is pointed at
+another primary.
 
 The token is a JWT that the secondary has no key to verify. What protects it is TLS to the primary's API during the
 unwrap; what it *says* is nevertheless held to one algorithm, one type and exact claims, so that no other token passes
@@ -29,7 +30,9 @@ import aiohttp
 import msgspec
 
 from plugin_api.errors import InvalidRequest, PluginError, Unavailable
-from sidecar.replication.roles import ALPN, ROLE_KEY, Epoch, SecondaryRole, encode_role, server_name
+from sidecar.replication.history import Epoch, Promotion, epoch_of
+from sidecar.replication.modes import MODES, Mode
+from sidecar.replication.roles import SecondaryRole, encode_role
 from sidecar.transport import certificates
 from sidecar.transport.certificates import Credentials
 from sidecar.transport.forwarding import MalformedMessage, decode, encode
@@ -43,9 +46,12 @@ from sidecar.transport.peer import (
 )
 
 BOOTSTRAP_PATH = "/bootstrap"
-CREATION_PATH = "sys/replication/performance/primary/secondary-token"
-VERSIONS = (1,)
+VERSIONS = (2,)
 LEEWAY_S = 60
+OTHER_SET = (
+    "the token was issued by a primary of another replication set: disable replication here and enable this cluster as "
+    "its secondary, which replaces everything it holds; the token is used up"
+)
 TOKEN_BYTES_MAX = 16 * 1024
 BUNDLE_BYTES_MAX = 256 * 1024
 BOOTSTRAP_BYTES_MAX = 4 * 1024 * 1024
@@ -83,17 +89,18 @@ class BootstrapRequest(msgspec.Struct, frozen=True):
 
 
 class BootstrapReply(msgspec.Struct, frozen=True):
-    """The keys to the primary's data. ``keyring`` and ``seal`` are the raw entries, still wrapped by the root key and
-    by the unseal key; ``root_key`` is bare and travels inside mutual TLS only."""
+    """The keys to the primary's data. ``keyrings`` (by logical key) and ``seal`` are the raw entries, still wrapped by
+    the root key and by the unseal key; ``root_key`` is bare and travels inside mutual TLS only."""
 
     version: int
     set_id: str
     epoch: Epoch
     root_key: bytes
-    keyring: bytes
+    keyrings: dict[str, bytes]
     seal: bytes
     api_addr: str
     cluster_addrs: tuple[str, ...]
+    history: tuple[Promotion, ...]
 
     def __repr__(self) -> str:
         return f"BootstrapReply(set {self.set_id})"
@@ -101,17 +108,20 @@ class BootstrapReply(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class ActivationResult:
-    """All that the secondary's new store generation is made of. ``entries`` are plaintext entries for it by logical
-    key: the secondary's role. ``protected`` says whether the unwrap went over TLS."""
+    """All that the secondary's new store generation is made of: keys, and its role. ``keyrings`` are raw entries by
+    logical key. ``protected`` says whether the unwrap went over TLS."""
 
+    mode: Mode
     root_key: bytes = field(repr=False)
-    keyring: bytes = field(repr=False)
+    keyrings: Mapping[str, bytes] = field(repr=False)
     seal: bytes = field(repr=False)
-    store_id: str
-    secondary_id: str
-    set_id: str
-    entries: Mapping[str, bytes] = field(repr=False)
+    role: SecondaryRole
     protected: bool = True
+
+    @property
+    def entries(self) -> Mapping[str, bytes]:
+        """Plaintext entries of the new store by logical key."""
+        return {self.mode.role_key: encode_role(self.role)}
 
 
 def build_bundle(
@@ -191,6 +201,7 @@ def parse_bundle(data: Any, ca_sha256: str) -> Bundle:
 
 
 async def activate(
+    mode: Mode,
     token: str,
     *,
     primary_api_addr: str,
@@ -199,19 +210,23 @@ async def activate(
     store_id: str,
     now_s: float,
     timeout_s: float = 30.0,
+    set_id: str = "",
 ) -> ActivationResult:
     """From token to everything a new store generation needs.
 
     ``primary_api_addr``, ``ca_file`` and ``ca_path`` are the request's; empty means the token's address and the
-    system's authorities. Raises InvalidRequest (nothing consumed, or the bundle is bad) and Unavailable (the bundle is
-    consumed and the primary's cluster port could not be used: a new token is needed).
+    system's authorities. With ``set_id`` only a primary of that set will do. Raises InvalidRequest (nothing consumed,
+    or the bundle is bad) and Unavailable (the bundle is consumed and the primary's cluster port could not be used: a
+    new token is needed).
     """
     parsed = parse_token(token, now_s=now_s)
     address = api_address(primary_api_addr or parsed.api_addr)
     trust = await asyncio.to_thread(api_trust, address, ca_file, ca_path)
-    data = await unwrap(address, parsed.wrapping_token, trust, timeout_s)
+    data = await unwrap(mode, address, parsed.wrapping_token, trust, timeout_s)
     bundle = await asyncio.to_thread(parse_bundle, data, parsed.ca_sha256)
-    result = await bootstrap(bundle, store_id=store_id, timeout_s=timeout_s)
+    if set_id and bundle.set_id != set_id:
+        raise InvalidRequest(OTHER_SET)
+    result = await bootstrap(mode, bundle, store_id=store_id, timeout_s=timeout_s)
     return replace(result, protected=trust is not None)
 
 
@@ -241,7 +256,7 @@ def api_trust(address: str, ca_file: str, ca_path: str) -> ssl.SSLContext | None
     return context
 
 
-async def unwrap(address: str, wrapping_token: str, trust: ssl.SSLContext | None, timeout_s: float) -> Any:
+async def unwrap(mode: Mode, address: str, wrapping_token: str, trust: ssl.SSLContext | None, timeout_s: float) -> Any:
     """Check that the wrapping token came from ``secondary-token`` and exchange it for the bundle, which consumes it."""
     session = aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=timeout_s),
@@ -250,7 +265,12 @@ async def unwrap(address: str, wrapping_token: str, trust: ssl.SSLContext | None
     )
     async with session:
         found = await _call(session, f"{address}/v1/sys/wrapping/lookup", {}, {"token": wrapping_token})
-        if _data(found).get("creation_path") != CREATION_PATH:
+        path = _data(found).get("creation_path")
+        if path in {other.creation_path for other in MODES.values() if other is not mode}:
+            raise InvalidRequest(
+                f"this activation token is for another mode of replication ({path}); nothing was consumed",
+            )
+        if path != mode.creation_path:
             raise InvalidRequest(
                 "the token was not created by secondary-token: somebody may have unwrapped and re-wrapped it; "
                 "revoke this secondary id on the primary and issue a new token",
@@ -259,11 +279,11 @@ async def unwrap(address: str, wrapping_token: str, trust: ssl.SSLContext | None
         return _data(await _call(session, f"{address}/v1/sys/wrapping/unwrap", headers, {}))
 
 
-async def bootstrap(bundle: Bundle, *, store_id: str, timeout_s: float) -> ActivationResult:
+async def bootstrap(mode: Mode, bundle: Bundle, *, store_id: str, timeout_s: float) -> ActivationResult:
     """Prove to the primary that we are this secondary and receive its keys. Raises Unavailable, InvalidRequest."""
     request = BootstrapRequest(VERSIONS, bundle.secondary_id, bundle.set_id, bundle.epoch, store_id)
     try:
-        client = PeerClient(secondary_identity(bundle), bundle.primary_cluster_addr)
+        client = PeerClient(secondary_identity(mode, bundle), bundle.primary_cluster_addr)
     except ValueError as error:
         raise InvalidRequest(f"the activation bundle's primary_cluster_addr is unusable: {error}") from None
     try:
@@ -280,15 +300,15 @@ async def bootstrap(bundle: Bundle, *, store_id: str, timeout_s: float) -> Activ
         ) from error
     finally:
         await client.close()
-    return _result(bundle, _reply(answer, bundle), store_id)
+    return _result(mode, bundle, _reply(mode, answer, bundle), store_id)
 
 
-def secondary_identity(known: Bundle | SecondaryRole) -> PeerIdentity:
+def secondary_identity(mode: Mode, known: Bundle | SecondaryRole) -> PeerIdentity:
     """How a secondary dials its primary."""
-    return PeerIdentity(server_name(known.set_id), ALPN, known.credentials, known.authority_pem)
+    return PeerIdentity(mode.server_name(known.set_id), mode.alpn, known.credentials, known.authority_pem)
 
 
-def _reply(answer: PeerAnswer, bundle: Bundle) -> BootstrapReply:
+def _reply(mode: Mode, answer: PeerAnswer, bundle: Bundle) -> BootstrapReply:
     if answer.status != 200:
         reason = answer.body[:300].decode("utf-8", "replace")
         if answer.status >= 500:
@@ -300,15 +320,18 @@ def _reply(answer: PeerAnswer, bundle: Bundle) -> BootstrapReply:
         raise Unavailable(f"the primary's answer to the activation was not understood: {error}") from None
     if reply.version not in VERSIONS or reply.set_id != bundle.set_id or reply.epoch != bundle.epoch:
         raise InvalidRequest("the primary answered for another replication set or epoch")
-    if len(reply.root_key) != 32 or not reply.keyring or not reply.seal:
+    if reply.history and epoch_of(reply.history) != reply.epoch:
+        raise InvalidRequest("the primary's answer contradicts itself about its replication epoch")
+    whole = set(reply.keyrings) == mode.keyrings and all(reply.keyrings.values()) and bool(reply.history)
+    if len(reply.root_key) != 32 or not reply.seal or not whole:
         raise InvalidRequest("the primary's answer to the activation is incomplete")
     return reply
 
 
-def _result(bundle: Bundle, reply: BootstrapReply, store_id: str) -> ActivationResult:
+def _result(mode: Mode, bundle: Bundle, reply: BootstrapReply, store_id: str) -> ActivationResult:
     role = SecondaryRole(
         set_id=bundle.set_id,
-        epoch=bundle.epoch,
+        history=reply.history,
         secondary_id=bundle.secondary_id,
         store_id=store_id,
         primary_cluster_addr=bundle.primary_cluster_addr,
@@ -318,15 +341,7 @@ def _result(bundle: Bundle, reply: BootstrapReply, store_id: str) -> ActivationR
         key_pem=bundle.credentials.key_pem,
         addresses=reply.cluster_addrs[:16],
     )
-    return ActivationResult(
-        root_key=reply.root_key,
-        keyring=reply.keyring,
-        seal=reply.seal,
-        store_id=store_id,
-        secondary_id=bundle.secondary_id,
-        set_id=bundle.set_id,
-        entries={ROLE_KEY: encode_role(role)},
-    )
+    return ActivationResult(mode=mode, root_key=reply.root_key, keyrings=reply.keyrings, seal=reply.seal, role=role)
 
 
 async def _call(

@@ -11,7 +11,7 @@ from consul_backend.errors import BackendError
 from consul_backend.wal_reader import RecordGone
 from sidecar.replication.diff import Differences, compare, differing_entries, range_of
 from sidecar.replication.hello import NO_MATCHING_WALS, Source
-from sidecar.replication.intake import KEYRING_KEY, REPLICATED
+from sidecar.replication.modes import Mode
 from sidecar.replication.parts import parts_of
 from sidecar.replication.protocol import (
     DIGEST_BYTES,
@@ -27,6 +27,7 @@ from sidecar.replication.protocol import (
     encode,
     with_length,
 )
+from sidecar.replication.shipped import Shipped, load_indexes
 from sidecar.replication.shipper import frames_of
 from sidecar.replication.store_view import PrimaryStore
 
@@ -40,15 +41,18 @@ _STEPS_BETWEEN_TURNS = 4
 _T = TypeVar("_T")
 
 
-async def answer_diff(store: PrimaryStore, source: Source, request: DiffRequest, *, hold_as: str) -> DiffReply:
+async def answer_diff(
+    store: PrimaryStore, source: Source, request: DiffRequest, *, mode: Mode, hold_as: str
+) -> DiffReply:
     """The answer to the first round trip. From here on the WAL after the base is held for ``hold_as``."""
-    await store.load_index(REPLICATED)
-    head, root = store.head, store.forest.root(REPLICATED)  # no await between: both are of one instant
+    await load_indexes(store, mode)
+    shipped = Shipped(store.forest, mode.classes)
+    head, root, positions = store.head, shipped.root(), store.positions  # no await between: all of one instant
     store.hold(hold_as, head.index)
     found = Differences()
     equal = request.root == root
     if not equal:
-        await last_of(compare(store.forest, request, found))
+        await last_of(compare(shipped, request, found))
     return DiffReply(
         cluster_id=source.cluster_id,
         set_id=source.set_id,
@@ -61,21 +65,23 @@ async def answer_diff(store: PrimaryStore, source: Source, request: DiffRequest,
         whole=found.whole,
         gone=found.gone,
         cells=found.cells,
+        positions=dict(positions),
     )
 
 
-async def answer_fetch(store: PrimaryStore, request: FetchRequest) -> AsyncIterator[bytes]:
+async def answer_fetch(store: PrimaryStore, request: FetchRequest, *, mode: Mode) -> AsyncIterator[bytes]:
     """The streamed body of the second round trip, in chunks of whole frames. When the store fails, the last frame says
     so; the secondary comes again."""
     try:
-        await store.load_index(REPLICATED)
-        async for frame in _fetched_entries(store, request):
+        await load_indexes(store, mode)
+        async for frame in _fetched_entries(store, request, mode):
             yield with_length(encode(frame))
-        guard = Guard(request.base_index, request.base_hash, bytes(DIGEST_BYTES))
+        guard = Guard(request.base_index, request.base_hash, bytes(DIGEST_BYTES), {})
         if request.final:
-            head, root = store.head, store.forest.root(REPLICATED)  # of one instant, as above
-            guard = Guard(head.index, head.chain_hash, root)
-            async for record in _records_since(store, request, head.index):
+            shipped = Shipped(store.forest, mode.classes)
+            head, root, positions = store.head, shipped.root(), store.positions  # of one instant, as above
+            guard = Guard(head.index, head.chain_hash, root, dict(positions))
+            async for record in _records_since(store, request, head.index, mode):
                 yield with_length(encode(record))
         last: Frame = guard
     except RecordGone:
@@ -86,25 +92,27 @@ async def answer_fetch(store: PrimaryStore, request: FetchRequest) -> AsyncItera
     yield with_length(encode(last))
 
 
-async def _fetched_entries(store: PrimaryStore, request: FetchRequest) -> AsyncIterator[Entries]:
-    """The keyring first, and again before any frame that may hold entries under a newer one."""
-    keyring: bytes | None = None
-    async for frame in _differing_entries(store, request):
-        digest = store.forest.digest_of(KEYRING_KEY)
-        if digest != keyring and (value := await store.get(KEYRING_KEY)) is not None:
-            keyring = digest
-            yield Entries([(KEYRING_KEY, value)], [], 0)
+async def _fetched_entries(store: PrimaryStore, request: FetchRequest, mode: Mode) -> AsyncIterator[Entries]:
+    """The keyrings first, and again before any frame that may hold entries under a newer one."""
+    sent: dict[str, bytes] = {}
+    async for frame in _differing_entries(store, request, mode):
+        for key in sorted(mode.keyrings):
+            digest = store.forest.digest_of(key)
+            if digest is not None and digest != sent.get(key) and (value := await store.get(key)) is not None:
+                sent[key] = digest
+                yield Entries([(key, value)], [], 0)
         yield frame
 
 
-async def _differing_entries(store: PrimaryStore, request: FetchRequest) -> AsyncIterator[Entries]:
+async def _differing_entries(store: PrimaryStore, request: FetchRequest, mode: Mode) -> AsyncIterator[Entries]:
     puts: list[tuple[str, bytes]] = []
     dropped: list[tuple[int, bytes]] = []
     size_bytes = 0
+    shipped = Shipped(store.forest, mode.classes)
     for done, extent in enumerate(request.extents):
         part = range_of(request, extent)
-        prefix = f"{REPLICATED}/{part.partition}/"
-        wanted, extra = differing_entries(store.forest, request.salt, part, extent.ids)
+        prefix = f"{part.partition}/"
+        wanted, extra = differing_entries(shipped, request.salt, part, extent.ids)
         for keys in _reads(store, prefix, wanted):
             for key, value in zip(keys, await asyncio.gather(*map(store.get, keys)), strict=True):
                 if value is None:  # deleted since the digest was read: its record follows
@@ -141,14 +149,14 @@ def _reads(store: PrimaryStore, prefix: str, paths: Sequence[str]) -> Iterator[l
         yield keys
 
 
-async def _records_since(store: PrimaryStore, request: FetchRequest, last: int) -> AsyncIterator[LogFrame]:
+async def _records_since(store: PrimaryStore, request: FetchRequest, last: int, mode: Mode) -> AsyncIterator[LogFrame]:
     at = request.base_index
     while at < last:
         records = await store.records(at + 1, min(_RECORDS_AT_ONCE, last - at))
         by_index = {record.index: record for record in records}
-        for frame, covered in frames_of(records):
+        for frame, covered in frames_of(records, mode.classes):
             if isinstance(frame, RecordFrame):
-                async for part in parts_of(store, by_index[covered]):
+                async for part in parts_of(store, by_index[covered], mode.classes):
                     yield part
             yield frame
             at = covered

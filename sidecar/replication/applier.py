@@ -5,7 +5,7 @@ follows. One task reads the connection into a bounded inbox, one applies; the co
 connection: when that breaks, what was received is still applied.
 
 Roots are compared at one exact index: *complete up to n* comes in order, when everything up to n is committed and
-nothing after it, and class ``r`` here is written by nobody else.
+nothing after it, and what travels is written here by nobody else.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from consul_backend.failpoint import failpoint
 from consul_backend.limits import Limits
 from consul_backend.position import Position
 from sidecar.replication.channel import Channel, ChannelClosed
-from sidecar.replication.committer import commit, stored_position
+from sidecar.replication.committer import commit, positions_at, stored_position
 from sidecar.replication.hello import Identity, Source, fork_problem, hello_of, source_of
 from sidecar.replication.inbox import Inbox
-from sidecar.replication.intake import REPLICATED, Batch, Budget, Intake
+from sidecar.replication.intake import Batch, Budget, Intake
+from sidecar.replication.modes import Mode
 from sidecar.replication.progress import ClockOffset, Lag
 from sidecar.replication.protocol import (
     Ack,
@@ -43,6 +44,7 @@ from sidecar.replication.protocol import (
     decode_hello_reply,
     encode,
 )
+from sidecar.replication.shipped import Shipped
 from sidecar.replication.shipper import Advertised
 from sidecar.replication.states import Event
 from sidecar.replication.store_view import SecondaryStore
@@ -82,13 +84,15 @@ class ApplierOptions:
 
 @dataclass(slots=True)
 class Upstream:
-    """The primary as this secondary knows it, for the status."""
+    """The primary as this secondary knows it, for the status. ``head_index``: its newest record heard of, 0 before any.
+    ``complete_at``: (record, source time in unix ms) of the newest moment everything of which is applied here."""
 
     connected: bool = False
     source: Source | None = None
     advertised: Advertised = field(default_factory=Advertised)
     head_index: int = 0
     heard_at_s: float | None = None
+    complete_at: tuple[int, int] | None = None
 
 
 class _NeedDiff(Exception):
@@ -96,10 +100,14 @@ class _NeedDiff(Exception):
 
 
 class Applier:
-    """One per tenure as secondary; :meth:`run` once per connection, again and again."""
+    """One per mode and tenure as secondary; :meth:`run` once per connection, again and again.
+
+    ``on_source`` hears whom a hello was answered by, before anything of it is applied: it may keep what would be lost,
+    and returns who this secondary is from now on."""
 
     def __init__(
         self,
+        mode: Mode,
         store: SecondaryStore,
         position: Position | None,
         on_applied: Callable[[Sequence[str]], Awaitable[None]],
@@ -109,14 +117,17 @@ class Applier:
         identity: Identity,
         advertise: Callable[[], Advertised] = Advertised,
         on_event: Callable[[Event], None] = lambda event: None,
+        on_source: Callable[[Source], Awaitable[Identity]] | None = None,
     ) -> None:
+        self._mode = mode
+        self._on_source = on_source
         self._store = store
         self._on_applied = on_applied
         self._clock = clock
         self._options = options
         self._advertise = advertise
         self._on_event = on_event
-        self._durable = stored_position(store)
+        self._durable = stored_position(store, mode)
         self._position = position if position is not None else self._durable
         self._advanced = asyncio.Event()
         self._lag = Lag()
@@ -156,11 +167,11 @@ class Applier:
 
     async def _take_stock(self) -> None:
         """Make the position and the durable one agree: a hello promises that nothing before it is asked for again."""
-        stored = stored_position(self._store)
+        stored = stored_position(self._store, self._mode)
         if stored != self._durable:  # a sync, or a commit that outlived a cancelled run, moved it
             self._moved(stored)
         elif self._position is not None and self._position != stored:
-            await commit(self._store, [], self._position)
+            await commit(self._store, [], positions_at(self._mode, self._position))
         self._durable = self._position
 
     async def _run(self, channel: Channel) -> Outcome:
@@ -177,6 +188,14 @@ class Applier:
         source = source_of(reply)
         if problem := self._problem(reply, source):
             return problem
+        self.upstream.head_index = reply.head_index
+        if self._on_source is not None:
+            try:
+                self.identity = await self._on_source(source)
+            except ChannelClosed as later:
+                return Outcome(End.LOST, str(later))
+        if reply.mode == "need-diff":
+            return Outcome(End.NEED_DIFF, reply.reason)
         if self._position is None:
             return Outcome(End.LOST, "the primary accepted a stream without a position", alarm=True)
         self.upstream.connected, self.upstream.source = True, source
@@ -189,8 +208,6 @@ class Applier:
             return Outcome(End.REFUSED, fork)
         if reply.mode == "refuse":
             return Outcome(End.REFUSED, reply.reason)
-        if reply.mode == "need-diff":
-            return Outcome(End.NEED_DIFF, reply.reason)
         return None
 
     def _moved(self, position: Position | None) -> None:
@@ -202,7 +219,8 @@ class Applier:
         """Make one batch true here, and then known to the readers. Raises TooLarge when it is not one commit."""
         if batch.writes or durable_now:
             failpoint("applier:before-commit")
-            await commit(self._store, batch.writes, batch.position)
+            positions = positions_at(self._mode, batch.position, batch.source_positions)
+            await commit(self._store, batch.writes, positions)
             failpoint("applier:after-commit")
             self._durable = batch.position
         if batch.writes:
@@ -218,7 +236,7 @@ class _Reception:
         self._channel = channel
         self._clock = applier._clock
         self._options = applier._options
-        self._intake = Intake(position, Budget.of(self._options.limits))
+        self._intake = Intake(applier._mode, position, Budget.of(self._options.limits))
         self._inbox: Inbox[LogFrame | CompleteUpTo | Bye] = Inbox(self._options.queue_bytes_max)
         self._offset = ClockOffset()
         self._echo: tuple[int, float] | None = None
@@ -342,8 +360,9 @@ class _Reception:
         position = self._applier.position
         if position is None or (frame.index, frame.chain_hash) != (position.index, position.chain_hash):
             raise ProtocolViolation(f"complete up to {frame.index} came out of order")
-        if self._applier._store.forest.root(REPLICATED) != frame.root:
+        if Shipped(self._applier._store.forest, self._applier._mode.classes).root() != frame.root:
             raise _NeedDiff(f"roots differ at record {frame.index}")
+        self._applier.upstream.complete_at = (frame.index, frame.source_time_ms)
         self._applier._lag.complete(
             source_time_ms=frame.source_time_ms,
             now_ms=self._clock.time_ms(),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from consul_backend.errors import NotApplied, Overloaded, Unavailable
 from consul_backend.position import Position
 from consul_backend.wal import Write
+from sidecar.replication.modes import Mode
 from sidecar.replication.store_view import Head, SecondaryStore
-
-MODE = "performance"
 
 _SETTLE_S = 10.0
 """How long a cancelled caller waits for its commit: longer than the store needs to resolve an unknown outcome."""
@@ -19,8 +18,8 @@ _RETRY_S_MIN = 0.05
 _RETRY_S_MAX = 2.0
 
 
-async def commit(store: SecondaryStore, writes: Sequence[Write], position: Position) -> None:
-    """Commit ``writes`` and ``position`` together, once. Errors that say *nothing was written, try again* are tried
+async def commit(store: SecondaryStore, writes: Sequence[Write], positions: Mapping[str, Position]) -> None:
+    """Commit ``writes`` and the positions together, once. Errors that say *nothing was written, try again* are tried
     again, for as long as the tenure lasts; raises TooLarge, FenceLost, OutcomeUnknown and what else ends a tenure.
 
     A caller that is cancelled learns of it only after the commit in flight has ended, so that whoever comes next finds
@@ -28,7 +27,7 @@ async def commit(store: SecondaryStore, writes: Sequence[Write], position: Posit
     delay_s = _RETRY_S_MIN
     while True:
         try:
-            await _settled(store, writes, position)
+            await _settled(store, writes, positions)
         except (Overloaded, NotApplied, Unavailable):
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _RETRY_S_MAX)
@@ -36,8 +35,8 @@ async def commit(store: SecondaryStore, writes: Sequence[Write], position: Posit
             return
 
 
-async def _settled(store: SecondaryStore, writes: Sequence[Write], position: Position) -> Head:
-    committing = asyncio.ensure_future(store.commit(writes, positions={MODE: position}))
+async def _settled(store: SecondaryStore, writes: Sequence[Write], positions: Mapping[str, Position]) -> Head:
+    committing = asyncio.ensure_future(store.commit(writes, positions=positions))
     try:
         return await asyncio.shield(committing)
     except asyncio.CancelledError:
@@ -49,6 +48,15 @@ async def _settled(store: SecondaryStore, writes: Sequence[Write], position: Pos
         raise
 
 
-def stored_position(store: SecondaryStore) -> Position | None:
-    """The newest durable position; None when there never was one."""
-    return store.positions.get(MODE)
+def stored_position(store: SecondaryStore, mode: Mode) -> Position | None:
+    """The newest durable position in a mode; None when there never was one."""
+    return store.positions.get(mode.name)
+
+
+def positions_at(mode: Mode, position: Position, source: Mapping[str, Position] | None = None) -> dict[str, Position]:
+    """What a secondary's record says of where it stands: at ``position`` in its own mode; and, where class ``l``
+    travels, wherever the primary itself stood in other modes, as the primary's record says. So a DR secondary can be
+    promoted in the middle of a performance set and goes on where its primary was."""
+    if "l" not in mode.classes:
+        return {mode.name: position}
+    return {name: other for name, other in (source or {}).items() if name != mode.name} | {mode.name: position}

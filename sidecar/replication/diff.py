@@ -13,7 +13,7 @@ A collision hides a difference until the roots are compared in full at the end, 
 
 Both forests may change while this goes on: a digest is read when it is read. That is harmless on the primary, because
 whatever changed there after the base record comes again with the records since the base; and on the secondary nobody
-but the sync itself writes class ``r``. Generators hand back control now and then, so that a caller on an event loop
+but the sync itself writes what travels. Generators hand back control now and then, so that a caller on an event loop
 may let others run.
 """
 
@@ -25,7 +25,6 @@ from hashlib import blake2b
 
 from consul_backend.merkle import BUCKETS, PAGES, SUBPAGES, bucket_of
 from consul_backend.wal import Write
-from sidecar.replication.intake import KEYRING_KEY, REPLICATED
 from sidecar.replication.protocol import (
     FINGERPRINT_BYTES,
     Cells,
@@ -37,9 +36,10 @@ from sidecar.replication.protocol import (
     PartitionDigests,
     ProtocolViolation,
 )
-from sidecar.replication.store_view import Forest
+from sidecar.replication.shipped import Shipped
 
-_, _KEYRING_PARTITION, _KEYRING_PATH = KEYRING_KEY.split("/")
+_KEYRING_PATH = "keyring"
+_KEYRING_PARTITION = "/core"
 
 FINGERPRINTS_MAX = 3_000_000
 """In one answer, 24 MB; groups that differ beyond it are compared entry by entry without looking at cells."""
@@ -56,7 +56,8 @@ _BETWEEN_TURNS = 64
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The buckets of a partition whose number begins with the ``depth`` bits ``prefix``; all of them at depth 0."""
+    """The buckets of a partition (``<class>/<partition>``) whose number begins with the ``depth`` bits ``prefix``; all
+    of them at depth 0."""
 
     partition: str
     depth: int = 0
@@ -74,15 +75,15 @@ def depth_for(entries: int, each: int, depth_max: int) -> int:
     return min(depth_max, max(0, (entries - 1) // each).bit_length())
 
 
-def fingerprint(salt: bytes, forest: Forest, part: Range) -> bytes:
+def fingerprint(salt: bytes, forest: Shipped, part: Range) -> bytes:
     """What a range holds, under a salt; zeros when it is empty."""
     start, stop = part.buckets
     if part.depth <= _PAGE_DEPTH:
-        digests = forest.page_digests(REPLICATED, part.partition)
+        digests = forest.page_digests(part.partition)
         items = [(page, digests[page]) for page in range(start // SUBPAGES, stop // SUBPAGES) if page in digests]
     else:
         page = start // SUBPAGES
-        found = forest.subpage_digests(REPLICATED, part.partition, page)
+        found = forest.subpage_digests(part.partition, page)
         first = start - page * SUBPAGES
         items = [(number, found[number]) for number in range(first, first + stop - start) if number in found]
     if not items:
@@ -96,11 +97,11 @@ def entry_id(salt: bytes, path: str, digest: bytes) -> bytes:
     return blake2b(digest + path.encode(), digest_size=FINGERPRINT_BYTES, key=salt, person=b"entry").digest()
 
 
-def diff_request(forest: Forest, salt: bytes) -> Iterator[DiffRequest | None]:
+def diff_request(forest: Shipped, salt: bytes) -> Iterator[DiffRequest | None]:
     """None now and then, at last the request."""
     partitions: dict[str, PartitionDigests] = {}
-    for partition, root in forest.partitions(REPLICATED).items():
-        depth = depth_for(forest.count(REPLICATED, partition), GROUP_ENTRIES, GROUP_DEPTH_MAX)
+    for partition, root in forest.partitions().items():
+        depth = depth_for(forest.count(partition), GROUP_ENTRIES, GROUP_DEPTH_MAX)
         groups: list[bytes] = []
         for prefix in range(1 << depth if depth else 0):
             groups.append(fingerprint(salt, forest, Range(partition, depth, prefix)))
@@ -108,7 +109,7 @@ def diff_request(forest: Forest, salt: bytes) -> Iterator[DiffRequest | None]:
                 yield None
         partitions[partition] = PartitionDigests(root, depth, b"".join(groups))
         yield None
-    yield DiffRequest(salt, forest.root(REPLICATED), partitions)
+    yield DiffRequest(salt, forest.root(), partitions)
 
 
 @dataclass(slots=True)
@@ -121,9 +122,9 @@ class Differences:
     fingerprints_left: int = FINGERPRINTS_MAX
 
 
-def compare(forest: Forest, request: DiffRequest, found: Differences) -> Iterator[None]:
+def compare(forest: Shipped, request: DiffRequest, found: Differences) -> Iterator[None]:
     """Fill ``found`` with what differs between the primary's forest and the request. Raises ProtocolViolation."""
-    ours = forest.partitions(REPLICATED)
+    ours = forest.partitions()
     found.gone.extend(sorted(request.partitions.keys() - ours.keys()))
     for partition, root in sorted(ours.items()):
         theirs = request.partitions.get(partition)
@@ -135,7 +136,7 @@ def compare(forest: Forest, request: DiffRequest, found: Differences) -> Iterato
 
 
 def _compare_groups(
-    forest: Forest, partition: str, salt: bytes, theirs: PartitionDigests, found: Differences
+    forest: Shipped, partition: str, salt: bytes, theirs: PartitionDigests, found: Differences
 ) -> Iterator[None]:
     depth = theirs.depth
     if len(theirs.groups) != (FINGERPRINT_BYTES << depth if depth else 0):
@@ -146,7 +147,7 @@ def _compare_groups(
             differing.append(prefix)
         if prefix % _BETWEEN_TURNS == 0:
             yield None
-    below = max(depth, depth_for(forest.count(REPLICATED, partition), CELL_ENTRIES, DEPTH_MAX))
+    below = max(depth, depth_for(forest.count(partition), CELL_ENTRIES, DEPTH_MAX))
     split = below - depth
     if split == 0 or (len(differing) << split) > found.fingerprints_left:
         found.cells[partition] = Cells(depth, differing, b"")
@@ -168,7 +169,7 @@ def _part(fingerprints: bytes, number: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SyncPlan:
-    """What a secondary asks for. ``ranges`` begin with the one that holds the replicated keyring, if it differs;
+    """What a secondary asks for. ``ranges`` begin with those that hold a keyring, if they differ;
     ``gone`` are partitions to delete without asking."""
 
     salt: bytes
@@ -176,8 +177,10 @@ class SyncPlan:
     gone: tuple[str, ...]
 
     @classmethod
-    def of(cls, request: DiffRequest, reply: DiffReply, forest: Forest) -> SyncPlan:
+    def of(cls, request: DiffRequest, reply: DiffReply, forest: Shipped) -> SyncPlan:
         """The plan that follows from the primary's answer and this cluster's own forest. Raises ProtocolViolation."""
+        for name in (*reply.whole, *reply.gone):
+            forest.resolve(name)  # refuses what does not travel: a deletion could follow from it
         ranges = [Range(partition) for partition in reply.whole]
         for partition, cells in reply.cells.items():
             asked = request.partitions.get(partition)
@@ -187,15 +190,11 @@ class SyncPlan:
         ranges.sort(key=lambda part: not _holds_keyring(part))
         return cls(request.salt, tuple(ranges), tuple(reply.gone))
 
-    def deletions(self, forest: Forest) -> list[Write]:
+    def deletions(self, forest: Shipped) -> list[Write]:
         """Deletions of every entry in the partitions that the primary does not have."""
-        return [
-            Write(f"{REPLICATED}/{partition}/{path}", None)
-            for partition in self.gone
-            for path, _ in forest.keys(REPLICATED, partition)
-        ]
+        return [Write(f"{partition}/{path}", None) for partition in self.gone for path, _ in forest.keys(partition)]
 
-    def requests(self, forest: Forest, bytes_max: int) -> Iterator[tuple[list[str], list[Extent]]]:
+    def requests(self, forest: Shipped, bytes_max: int) -> Iterator[tuple[list[str], list[Extent]]]:
         """Partition names and the ranges as extents with ids of this cluster's entries, in as few requests of about
         ``bytes_max`` as it takes, at least one. Entries are read when a request is built."""
         names: dict[str, int] = {}
@@ -213,7 +212,7 @@ class SyncPlan:
         yield list(names), extents
 
 
-def _differing_cells(salt: bytes, forest: Forest, partition: str, depth: int, cells: Cells) -> list[Range]:
+def _differing_cells(salt: bytes, forest: Shipped, partition: str, depth: int, cells: Cells) -> list[Range]:
     split = cells.depth - depth
     count = len(cells.groups) << split if cells.fingerprints and split > 0 else 0
     if split < 0 or len(cells.fingerprints) != count * FINGERPRINT_BYTES or any(at >> depth for at in cells.groups):
@@ -231,21 +230,21 @@ def _differing_cells(salt: bytes, forest: Forest, partition: str, depth: int, ce
 
 def _holds_keyring(part: Range) -> bool:
     start, stop = part.buckets
-    return part.partition == _KEYRING_PARTITION and start <= bucket_of(_KEYRING_PATH) < stop
+    return part.partition.endswith(_KEYRING_PARTITION) and start <= bucket_of(_KEYRING_PATH) < stop
 
 
-def entries_in(forest: Forest, part: Range) -> list[tuple[str, bytes]]:
-    """Path and digest of every entry of one range, the replicated keyring first."""
+def entries_in(forest: Shipped, part: Range) -> list[tuple[str, bytes]]:
+    """Path and digest of every entry of one range, a keyring first."""
     start, stop = part.buckets
     if part.depth == 0:
-        entries = list(forest.keys(REPLICATED, part.partition))
+        entries = list(forest.keys(part.partition))
     else:
         entries = []
         for page in range(start // SUBPAGES, min(PAGES, (stop + SUBPAGES - 1) // SUBPAGES)):
-            for subpage in sorted(forest.subpage_digests(REPLICATED, part.partition, page)):
+            for subpage in sorted(forest.subpage_digests(part.partition, page)):
                 if start <= page * SUBPAGES + subpage < stop:
-                    entries += forest.entries(REPLICATED, part.partition, page, subpage)
-    if part.partition == _KEYRING_PARTITION:
+                    entries += forest.entries(part.partition, page, subpage)
+    if part.partition.endswith(_KEYRING_PARTITION):
         entries.sort(key=lambda entry: entry[0] != _KEYRING_PATH)
     return entries
 
@@ -258,7 +257,7 @@ def range_of(request: FetchRequest, extent: Extent) -> Range:
     return Range(request.partitions[extent.partition], extent.depth, extent.prefix)
 
 
-def differing_entries(forest: Forest, salt: bytes, part: Range, ids: bytes) -> tuple[list[str], bytes]:
+def differing_entries(forest: Shipped, salt: bytes, part: Range, ids: bytes) -> tuple[list[str], bytes]:
     """The primary's view of an extent: paths the secondary lacks or has otherwise, and ids that nothing here has."""
     theirs = {_part(ids, number) for number in range(len(ids) // FINGERPRINT_BYTES)}
     wanted: list[str] = []
@@ -271,7 +270,7 @@ def differing_entries(forest: Forest, salt: bytes, part: Range, ids: bytes) -> t
     return wanted, b"".join(sorted(theirs))
 
 
-def dropped_keys(forest: Forest, request: FetchRequest, frame: Entries) -> Iterator[str]:
+def dropped_keys(forest: Shipped, request: FetchRequest, frame: Entries) -> Iterator[str]:
     """The secondary's view of the ids that the primary does not have: the keys of those entries that it still has just
     so. What was put and committed meanwhile has another id by now. Raises ProtocolViolation."""
     for number, ids in frame.dropped:
@@ -281,4 +280,4 @@ def dropped_keys(forest: Forest, request: FetchRequest, frame: Entries) -> Itera
         gone = {_part(ids, at) for at in range(len(ids) // FINGERPRINT_BYTES)}
         for path, digest in entries_in(forest, part):
             if entry_id(request.salt, path, digest) in gone:
-                yield f"{REPLICATED}/{part.partition}/{path}"
+                yield f"{part.partition}/{path}"

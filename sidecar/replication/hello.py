@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from consul_backend.limits import Limits
 from consul_backend.position import Position
+from sidecar.replication.history import History, Promotion, fork_between
 from sidecar.replication.protocol import PROTOCOL_VERSIONS, Hello, HelloReply, is_none
 
 NO_MATCHING_WALS = "no matching WALs available"
@@ -13,13 +14,15 @@ NO_MATCHING_WALS = "no matching WALs available"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A primary as a replication source: which set, which store, which replication epoch (number and random id)."""
+    """A primary as a replication source: which set, which store, which replication epoch (number and random id), and
+    the epochs of the set up to it; empty where only the newest matters."""
 
     cluster_id: str
     set_id: str
     generation: str
     epoch: int
     epoch_id: str
+    history: History = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ def answer_hello(hello: Hello, source: Source, facts: LogFacts, limits: Limits) 
         ops_max=limits.ops_max,
         body_bytes_max=limits.body_bytes_max,
         prefix_bytes=limits.prefix_bytes,
+        history=source.history,
     )
 
 
@@ -91,13 +95,7 @@ def fork_problem(set_id: str, epoch: int, epoch_id: str, source: Source) -> str:
     """Why a secondary of that set and epoch must not follow ``source``; empty when it may. Checked by both ends."""
     if set_id and set_id != source.set_id:
         return "the other cluster belongs to another replication set"
-    if not epoch_id:
-        return ""
-    if epoch == source.epoch and epoch_id != source.epoch_id:
-        return f"fork: two primaries were promoted as replication epoch {epoch}"
-    if epoch > source.epoch:
-        return f"the primary's replication epoch {source.epoch} is older than the secondary's {epoch}"
-    return ""
+    return fork_between(epoch, epoch_id, source.history or (Promotion(source.epoch, source.epoch_id),))
 
 
 def contradicts_log(hello: Hello, source: Source, facts: LogFacts) -> bool:
@@ -129,4 +127,4 @@ def _position_problem(position: Position | None, source: Source, facts: LogFacts
 
 def source_of(reply: HelloReply) -> Source:
     """Whom the secondary talks to, from the answer to its hello."""
-    return Source(reply.cluster_id, reply.set_id, reply.generation, reply.epoch, reply.epoch_id)
+    return Source(reply.cluster_id, reply.set_id, reply.generation, reply.epoch, reply.epoch_id, reply.history)

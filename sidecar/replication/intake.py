@@ -4,8 +4,8 @@ Past :meth:`Intake.accept` this holds:
 
 1. A record's index is the last one plus one, its previous hash is the last one's hash, its bytes are what its header
    says, and its tenure is not older than the last one seen.
-2. It brings every entry of class ``r`` and none of another class, and every key is well formed.
-3. A batch holds whole records in order, and the position of its last record. A record that changes the replicated
+2. It brings every entry of the classes that travel in this mode and none of another, and every key is well formed.
+3. A batch holds whole records in order, and the position of its last record. A record that changes a
    keyring ends its batch: entries encrypted under a new key come after the key is loaded.
 4. The commit record of a large batch brings every entry of its parts; parts alone bring nothing.
 """
@@ -13,7 +13,7 @@ Past :meth:`Intake.accept` this holds:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from consul_backend.keys import split_key
@@ -21,12 +21,9 @@ from consul_backend.limits import Limits, base64_bytes
 from consul_backend.position import Position
 from consul_backend.wal import CorruptRecord, Record, Write
 from sidecar.replication.hello import Source
-from sidecar.replication.parts import REPLICATED, Parts
+from sidecar.replication.modes import Mode
+from sidecar.replication.parts import Parts
 from sidecar.replication.protocol import LogFrame, PartFrame, ProtocolViolation, RecordFrame, Skip
-
-__all__ = ["KEYRING_KEY", "REPLICATED", "Batch", "Budget", "Intake", "Step", "checked_writes", "split_writes"]
-
-KEYRING_KEY = "r/core/keyring"
 
 _GUARD_OPS = 3
 """Fence, chain check and the record itself."""
@@ -68,11 +65,13 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One record or skip: its writes, and where it leaves the secondary."""
+    """One record or skip: its writes, and where it leaves the secondary. ``source_positions`` are those that the
+    record itself holds: where the primary stood in other modes; None for a skip, which does not say."""
 
     writes: tuple[Write, ...]
     position: Position
     ends_batch: bool = False
+    source_positions: Mapping[str, Position] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +82,29 @@ class Batch:
     position: Position
     steps: tuple[Step, ...]
 
+    @property
+    def source_positions(self) -> Mapping[str, Position] | None:
+        """Where the primary stood in other modes when it wrote the newest record that says so."""
+        said = [step.source_positions for step in self.steps if step.source_positions is not None]
+        return said[-1] if said else None
+
 
 class Intake:
     """Records in, batches out. Holds what was accepted and not yet taken; the caller bounds that by not feeding."""
 
-    def __init__(self, position: Position, budget: Budget) -> None:
+    def __init__(self, mode: Mode, position: Position, budget: Budget) -> None:
+        self._mode = mode
         self._last = position
         self._tenure = 0
         self._budget = budget
         self._steps: deque[Step] = deque()
         self._pending_bytes = 0
-        self._parts = Parts()
+        self._parts = Parts(mode.classes)
 
     @classmethod
-    def at(cls, source: Source, index: int, chain_hash: bytes, budget: Budget) -> Intake:
+    def at(cls, mode: Mode, source: Source, index: int, chain_hash: bytes, budget: Budget) -> Intake:
         """An intake that goes on after record ``index`` of ``source``."""
-        return cls(Position(source.set_id, source.generation, source.epoch, index, chain_hash), budget)
+        return cls(mode, Position(source.set_id, source.generation, source.epoch, index, chain_hash), budget)
 
     @property
     def last(self) -> Position:
@@ -145,15 +151,16 @@ class Intake:
         if header.epoch < self._tenure:
             raise ProtocolViolation(f"record {header.index} is of tenure {header.epoch}, before {self._tenure}")
         for head, body in zip(header.groups, record.bodies, strict=True):
-            if (head.cls == REPLICATED) != (body is not None):
-                what = "lacks entries of class r" if body is None else f"brings entries of class {head.cls}"
+            if (head.cls in self._mode.classes) != (body is not None):
+                what = f"{'lacks' if body is None else 'brings'} entries of class {head.cls}"
                 raise ProtocolViolation(f"record {header.index} {what}")
         if header.kind == "part":
             raise ProtocolViolation(f"record {header.index} is a part and came by itself")
-        writes = checked_writes(self._parts.take(record) if header.kind == "commit" else record.writes())
+        found = self._parts.take(record) if header.kind == "commit" else record.writes()
+        writes = checked_writes(found, self._mode.classes)
         self._tenure = header.epoch
-        keyring = any(write.key == KEYRING_KEY for write in writes)
-        return Step(writes, self._moved_to(header.index, record.chain_hash), ends_batch=keyring)
+        keyring = any(write.key in self._mode.keyrings for write in writes)
+        return Step(writes, self._moved_to(header.index, record.chain_hash), keyring, header.positions)
 
     def _moved_to(self, index: int, chain_hash: bytes) -> Position:
         last = self._last
@@ -193,16 +200,16 @@ class Intake:
         return sum([self._budget.cost_bytes(write) for write in writes])
 
 
-def checked_writes(writes: Sequence[Write]) -> tuple[Write, ...]:
-    """The same writes, if every key is a well-formed key of class ``r``; else ProtocolViolation."""
+def checked_writes(writes: Sequence[Write], classes: Collection[str]) -> tuple[Write, ...]:
+    """The same writes, if every key is a well-formed key of one of ``classes``; else ProtocolViolation."""
     for write in writes:
         try:
             write.key.encode()
             cls, _, _ = split_key(write.key)
         except ValueError:
             raise ProtocolViolation("an entry's key is malformed") from None
-        if cls != REPLICATED:
-            raise ProtocolViolation(f"an entry of class {cls} where only class r travels")
+        if cls not in classes:
+            raise ProtocolViolation(f"an entry of class {cls} where only {', '.join(classes)} may travel")
     return tuple(writes)
 
 

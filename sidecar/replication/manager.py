@@ -1,35 +1,54 @@
-"""Performance replication of one cluster, for one tenure of its active node.
+"""Replication of one cluster, in both modes, for one tenure of its active node: the calls of ``sys/replication``.
 
-:class:`PerformanceReplication` owns the role: the one entry that says what this cluster is, and the task scope in which
-it acts as such. A change of role is committed first; then :meth:`run` leaves the old role's scope and enters the new
-one's. The calls of ``sys/replication`` are methods here; what each allows is decided in
-:mod:`sidecar.replication.roles`.
+Each mode has a manager of its own (:mod:`sidecar.replication.mode_manager`), which owns its role. Here is what
+concerns both, and which combinations there are: a cluster may be primary or secondary in mode performance and primary
+in mode dr; a DR secondary mirrors everything, the performance role of its primary included, and does nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from consul_backend.clock import Clock
-from consul_backend.errors import NotLoaded
 from consul_backend.failpoint import failpoint
+from consul_backend.position import Position
 from consul_backend.reindex import ReindexOptions
+from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, Unavailable
 from plugin_api.request import Response
 from sidecar.replication import roles
 from sidecar.replication import status as statuses
 from sidecar.replication.activation import activate, build_bundle
-from sidecar.replication.committer import stored_position
-from sidecar.replication.intake import REPLICATED
-from sidecar.replication.primary import PrimaryService
+from sidecar.replication.allow_list import add_secondary, check_new, revoke
+from sidecar.replication.forecast import forecast, objections, require_safe
+from sidecar.replication.history import Promotion
+from sidecar.replication.lost_writes import page_number, shown_entries, summary
+from sidecar.replication.mode_manager import ModeManager
+from sidecar.replication.mode_status import status_of
+from sidecar.replication.modes import DR, PERFORMANCE, Mode, mode_named
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
-from sidecar.replication.secondary import SecondaryService
-from sidecar.replication.shipper import Peer
+from sidecar.replication.texts import (
+    DEMOTING,
+    DISABLING,
+    DR_PATH_DISABLED,
+    ENABLING_PRIMARY,
+    ENABLING_SECONDARY,
+    FORCED,
+    FORGETTING,
+    OTHER_ROOT_KEY,
+    PLAIN_HTTP,
+    PROMOTING,
+    RECOVERING,
+    REINDEX_CANCELLED,
+    REINDEXING,
+    UPDATING_PRIMARY,
+)
 from sidecar.replication.upkeep import IndexUpkeep
 from sidecar.replication.wiring import (
     AuthLike,
@@ -46,31 +65,8 @@ from sidecar.transport.listener import ClusterListener
 
 logger = logging.getLogger(__name__)
 
-ENABLING_PRIMARY = (
-    "This cluster is being enabled as a primary for replication. Vault will be unavailable for a brief period and will "
-    "resume service shortly."
-)
-DISABLING = (
-    "This cluster is having replication disabled. Vault will be unavailable for a brief period and will resume service "
-    "shortly."
-)
-ENABLING_SECONDARY = (
-    "Vault has successfully found secondary information; it may take a while to perform setup tasks. Vault will be "
-    "unavailable until these tasks and initial sync complete."
-)
-PLAIN_HTTP = (
-    "The primary's API address is not https: the activation token was sent to it unprotected, and anybody on the way "
-    "could have used it."
-)
-REINDEXING = "The reindex runs in the background; see sys/replication/status for its progress."
-REINDEX_CANCELLED = "The running reindex was cancelled. What it repaired stays repaired; start it again for the rest."
-RECOVERING = "This cluster is trying to leave an adverse state; see sys/replication/status."
-SERVING_WAIT_S = 5.0
 
-_R = TypeVar("_R", bound=Role)
-
-
-class PerformanceReplication:
+class Replication:
     """See the module. ``store`` is the raw replicated store, ``sealed`` the same through the barrier."""
 
     def __init__(
@@ -91,145 +87,89 @@ class PerformanceReplication:
         self._callbacks = callbacks
         self._clock = clock
         self._options = options or ReplicationOptions()
-        self._role: Role = DisabledRole()
-        self._changing = asyncio.Lock()
         self._activating = asyncio.Lock()
-        self._turned = asyncio.Event()
-        self._serving = asyncio.Event()
-        self._running = False
-        self._flipped = False
-        self._primary: PrimaryService | None = None
-        self._secondary: SecondaryService | None = None
+        self._bootstrapping: Mode | None = None
         self._upkeep = IndexUpkeep(store, sealed, clock)
+        self.performance = self._manager(PERFORMANCE, callbacks)
+        # Reads are gated for performance alone: a DR secondary serves none.
+        self.dr = self._manager(DR, replace(callbacks, on_applied=self._mirrored, set_gate=lambda reason: None))
+
+    def _manager(self, mode: Mode, callbacks: Callbacks) -> ModeManager:
+        return ModeManager(
+            mode,
+            store=self._store,
+            sealed=self._sealed,
+            listener=self._listener,
+            node=self._node,
+            callbacks=callbacks,
+            clock=self._clock,
+            options=self._options,
+            restrict=self._restrict,
+        )
 
     @property
-    def role(self) -> Role:
-        """The newest committed role; it holds secrets."""
-        return self._role
+    def mirrors(self) -> bool:
+        """Whether this cluster is a DR secondary: it mirrors its primary and serves nobody."""
+        return isinstance(self.dr.role, SecondaryRole)
 
-    @property
-    def mode(self) -> str:
-        """``disabled``, ``primary``, ``secondary`` or ``bootstrapping``, as in ``sys/health``."""
-        if self._bootstrapping():
-            return "bootstrapping"
-        if isinstance(self._role, PrimaryRole):
-            return "primary"
-        return "secondary" if isinstance(self._role, SecondaryRole) else "disabled"
+    def modes(self) -> tuple[str, str]:
+        """Performance and DR mode, as in ``sys/health``: disabled, primary, secondary or bootstrapping. A DR secondary
+        shows the performance role that it mirrors."""
+        performance, disaster = (
+            "bootstrapping" if self._bootstrapping is manager.mode else manager.role.kind
+            for manager in (self.performance, self.dr)
+        )
+        return performance, disaster
 
     async def load(self) -> None:
-        """Read the role; once, before anything else. Raises BackendError."""
-        self._role = roles.decode_role(await self._sealed.get(roles.ROLE_KEY))
+        """Read both roles; once, before anything else. Raises BackendError."""
+        await self.performance.load()
+        await self.dr.load()
         await self._upkeep.load()
+        self._restrict()
 
     async def run(self) -> None:
-        """Act as the role says until cancelled, through every change of it. What ends the tenure comes out as an
+        """Act as the roles say until cancelled, through every change of them. What ends the tenure comes out as an
         exception group: the errors of this cluster's own store, and bugs."""
-        self._running = True
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._upkeep.run(), name="index upkeep")
-                while True:
-                    self._turned.clear()
-                    await self._act()
-        finally:
-            self._running = False
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._upkeep.run(), name="index upkeep")
+            tasks.create_task(self.dr.run(), name="dr replication")
+            if not self.mirrors:
+                tasks.create_task(self.performance.run(), name="performance replication")
 
     def is_primary_writable(self) -> bool:
         """Whether this cluster may write class ``r``."""
-        return not isinstance(self._role, SecondaryRole)
+        return not self.mirrors and not isinstance(self.performance.role, SecondaryRole)
+
+    def _restrict(self) -> None:
+        self._callbacks.gate.restrict({*self.performance.restricted(), *self.dr.restricted()})
+
+    async def _mirrored(self, keys: Sequence[str]) -> None:
+        if PERFORMANCE.role_key in keys:
+            await self.performance.reload()
+        await self._callbacks.on_applied(keys)
 
     async def forward_to_primary(self, request: RequestLike, auth: AuthLike) -> ForwardAnswer:
         """See :meth:`SecondaryService.forward`. Raises Unavailable, PluginError."""
-        if self._secondary is None:
+        secondary = self.performance.secondary
+        if secondary is None:
             raise Unavailable("this cluster is not following a replication primary right now")
-        return await self._secondary.forward(request, auth)
+        return await secondary.forward(request, auth)
+
+    # ---- looking
 
     async def status(self, mode: str | None) -> dict[str, Any]:
         """The status of one mode, or of both for None (contract 1.2)."""
         if mode is None:
-            return {"dr": dict(statuses.DISABLED), "performance": self._status()}
-        if mode not in roles.MODES:
-            raise InvalidRequest(f'unknown replication mode "{mode}"')
-        return self._status() if mode == "performance" else dict(statuses.DISABLED)
+            return {manager.mode.name: await self._status(manager) for manager in (self.dr, self.performance)}
+        return await self._status(self._of(mode))
 
-    async def primary_enable(self, mode: str, primary_cluster_addr: str) -> Response:
-        """Become the primary of a new set (contract 1.3)."""
-        roles.require_performance(mode)
-        roles.check_cluster_addr(primary_cluster_addr)
-        self._refuse_while_activating()
-        set_id, epoch_id = str(uuid.uuid4()), str(uuid.uuid4())
-        authority = await asyncio.to_thread(certificates.make_authority, f"outrider performance replication {set_id}")
-        await self._change(
-            lambda role: roles.enable_primary(
-                role,
-                set_id=set_id,
-                epoch_id=epoch_id,
-                cluster_addr=primary_cluster_addr,
-                authority=authority,
-            )
-        )
-        await self._turn()
-        return Response(warnings=[ENABLING_PRIMARY])
-
-    async def primary_disable(self, mode: str) -> Response:
-        """Forget the set; every secondary is cut (contract 1.5)."""
-        roles.require_performance(mode)
-        await self._change(roles.disable_primary)
-        await self._turn()
-        return Response(warnings=[DISABLING])
-
-    async def secondary_disable(self, mode: str) -> Response:
-        """Become a cluster of its own with the data there is (contract 1.11)."""
-        roles.require_performance(mode)
-        await self._change(roles.disable_secondary)
-        await self._turn()
-        self._callbacks.set_gate(None)
-        return Response(warnings=[DISABLING])
-
-    async def secondary_token(
-        self,
-        mode: str,
-        id: str,  # noqa: A002 - the API's own name
-        ttl_s: int,
-        public_key: str,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(payload to wrap, extra JWT claims) for a new secondary, which is known from now on (contract 1.6)."""
-        roles.require_performance(mode)
-        if public_key:
-            raise InvalidRequest("secondary_public_key is not supported by this version; omit it for a wrapped token")
-        if ttl_s <= 0:
-            raise InvalidRequest('"ttl" must be positive')
-        role = roles.require_primary(self._role)
-        roles.check_new(role, roles.check_id(id))
-        payload, claims, fingerprint = await asyncio.to_thread(
-            build_bundle,
-            role.authority,
-            secondary_id=id,
-            set_id=role.set_id,
-            epoch=role.epoch,
-            primary_cluster_addr=role.primary_cluster_addr or self._node.cluster_addr,
-        )
-        replaced: list[str] = []
-
-        def add(newest: Role) -> PrimaryRole:
-            if roles.require_primary(newest).set_id != role.set_id:
-                raise InvalidRequest("replication was set up anew meanwhile; try again")
-            after, before = roles.add_secondary(
-                newest,
-                id,
-                fingerprint,
-                now_ms=self._clock.time_ms(),
-                ttl_ms=ttl_s * 1000,
-            )
-            replaced.extend([before] if before else [])
-            return after
-
-        await self._change(add)
-        if self._primary is not None:
-            self._primary.shipper.expect(id)
-        for old in replaced:
-            self._listener.cut(old)
-        return payload, claims
+    async def _status(self, manager: ModeManager) -> dict[str, Any]:
+        if self._bootstrapping is manager.mode:
+            return statuses.bootstrapping_status()
+        if self.mirrors and manager.mode is PERFORMANCE:
+            return dict(statuses.DISABLED)  # it is the primary's role, not this cluster's
+        return await status_of(manager, self._upkeep.facts())
 
     async def merkle_check(self) -> Response:
         """Compare the index with everything stored; read-only (contract 1.14)."""
@@ -243,47 +183,223 @@ class PerformanceReplication:
     async def recover(self) -> Response:
         """Try to leave an adverse state: a running reindex is cancelled, a secondary begins anew (contract 1.13)."""
         cancelled = self._upkeep.cancel()
-        if isinstance(self._role, SecondaryRole):
-            await self._turn()
+        for manager in (self.performance, self.dr):
+            if isinstance(manager.role, SecondaryRole):
+                await manager.turn()
         return Response(warnings=[REINDEX_CANCELLED if cancelled else RECOVERING])
+
+    # ---- a primary
+
+    async def primary_enable(self, mode: str, primary_cluster_addr: str) -> Response:
+        """Become the primary of a new set (contract 1.3)."""
+        manager = self._steady(mode)
+        roles.check_cluster_addr(primary_cluster_addr)
+        roles.require(manager.mode, manager.role, "primary/enable")
+        set_id = str(uuid.uuid4())
+        authority = await self._authority(manager.mode, set_id)
+        await manager.change(
+            lambda role: roles.enable_primary(
+                manager.mode,
+                role,
+                set_id=set_id,
+                began=self._began(1, None),
+                cluster_addr=primary_cluster_addr,
+                authority=authority,
+            )
+        )
+        await manager.turn()
+        return Response(warnings=[ENABLING_PRIMARY])
+
+    async def primary_disable(self, mode: str) -> Response:
+        """Forget the set; every secondary is cut (contract 1.5)."""
+        manager = self._steady(mode)
+        await manager.change(lambda role: roles.disable(manager.mode, role, "primary/disable"))
+        await manager.turn()
+        return Response(warnings=[DISABLING])
+
+    async def primary_demote(self, mode: str) -> Response:
+        """Become a secondary that follows nobody yet (contract 1.4). As a DR secondary this cluster serves nobody."""
+        await self._steady(mode).demote()
+        return Response(warnings=[DEMOTING])
+
+    async def secondary_token(
+        self,
+        mode: str,
+        id: str,  # noqa: A002 - the API's own name
+        ttl_s: int,
+        public_key: str,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(payload to wrap, extra JWT claims) for a new secondary, which is known from now on (contract 1.6)."""
+        manager = self._steady(mode)
+        if public_key:
+            raise InvalidRequest("secondary_public_key is not supported by this version; omit it for a wrapped token")
+        if ttl_s <= 0:
+            raise InvalidRequest('"ttl" must be positive')
+        role = roles.require_primary(manager.mode, manager.role)
+        check_new(role, roles.check_id(id))
+        payload, claims, fingerprint = await asyncio.to_thread(
+            build_bundle,
+            role.authority,
+            secondary_id=id,
+            set_id=role.set_id,
+            epoch=role.epoch,
+            primary_cluster_addr=role.primary_cluster_addr or self._node.cluster_addr,
+        )
+        replaced: list[str] = []
+
+        def add(newest: Role) -> PrimaryRole:
+            if roles.require_primary(manager.mode, newest).epoch != role.epoch:
+                raise InvalidRequest("replication was set up anew meanwhile; try again")
+            after, before = add_secondary(
+                manager.mode, newest, id, fingerprint, now_ms=self._clock.time_ms(), ttl_ms=ttl_s * 1000
+            )
+            replaced.extend([before] if before else [])
+            return after
+
+        await manager.change(add)
+        if manager.primary is not None:
+            manager.primary.shipper.expect(id)
+        for old in replaced:
+            self._listener.cut(old)
+        return payload, claims
 
     async def revoke_secondary(self, mode: str, id: str) -> None:  # noqa: A002 - the API's own name
         """Commit that it is unknown, then cut it off (contract 1.7)."""
-        roles.require_performance(mode)
+        manager = self._steady(mode)
         doomed: list[str] = []
 
         def remove(newest: Role) -> PrimaryRole:
-            after, fingerprint = roles.revoke(newest, id)
+            after, fingerprint = revoke(manager.mode, newest, id)
             doomed.append(fingerprint)
             return after
 
-        await self._change(remove)
+        await manager.change(remove)
         for fingerprint in doomed:
-            if self._primary is not None:
-                await self._primary.dismiss(id, fingerprint)
+            if manager.primary is not None:
+                await manager.primary.dismiss(id, fingerprint)
             else:
                 self._listener.cut(fingerprint)
-        logger.warning("replication: secondary %s was revoked", id)
+        logger.warning("replication: %s secondary %s was revoked", mode, id)
+
+    # ---- a secondary
 
     async def secondary_enable(
-        self,
-        mode: str,
-        token: str,
-        primary_api_addr: str,
-        ca_file: str,
-        ca_path: str,
+        self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str
     ) -> Response:
         """Become a secondary of the token's issuer; replaces everything this cluster holds (contract 1.9).
 
         Any failure before the flip leaves this cluster as it was.
         """
-        roles.require_performance(mode)
+        manager = self._steady(mode)
         if not token:
             raise InvalidRequest('missing "token"')
-        self._refuse_while_activating()
         async with self._activating:
-            roles.require_disabled(self._role)
+            roles.require(manager.mode, manager.role, "secondary/enable")
+            other = self.dr if manager is self.performance else self.performance
+            if not isinstance(other.role, DisabledRole):
+                raise InvalidRequest(
+                    f"this cluster has {other.mode.label} enabled, which becoming a {manager.mode.label} secondary "
+                    "would destroy; disable it first",
+                )
+            self._bootstrapping = manager.mode
+            flipped = False
+            try:
+                result = await activate(
+                    manager.mode,
+                    token,
+                    primary_api_addr=primary_api_addr,
+                    ca_file=ca_file,
+                    ca_path=ca_path,
+                    store_id=str(uuid.uuid4()),
+                    now_s=self._clock.time_ms() / 1000,
+                    timeout_s=self._options.activation_timeout_s,
+                )
+                failpoint("activation:after-bootstrap")
+                await self._callbacks.flip(result)
+                flipped = True  # until the end of the tenure this cluster is between its two stores
+            finally:
+                if not flipped:
+                    self._bootstrapping = None
+        return Response(warnings=[ENABLING_SECONDARY] if result.protected else [ENABLING_SECONDARY, PLAIN_HTTP])
+
+    async def secondary_disable(self, mode: str) -> Response:
+        """Become a cluster of its own with the data there is (contract 1.11)."""
+        manager = self._steady(mode)
+        roles.require(manager.mode, manager.role, "secondary/disable")
+        also: list[Write] = []
+        if manager is self.dr:
+            # The primary goes on as what it is: its copy must not come up as a second one.
+            also = [Write(PERFORMANCE.role_key, roles.encode_role(DisabledRole()))]
+            also += await self._callbacks.standalone()
+        await manager.commit_with(lambda role: roles.disable(manager.mode, role, "secondary/disable"), also)
+        self._callbacks.set_gate(None)
+        return Response(warnings=[DISABLING])
+
+    async def secondary_promote(self, mode: str, primary_cluster_addr: str, *, force: bool, preview: bool) -> Response:
+        """Become the primary of the set (contract 1.10). With ``preview`` say only what may be lost. Raises Unavailable
+        while it may still catch up, InvalidRequest for another objection that only ``force`` overrules."""
+        manager = self._steady(mode)
+        roles.check_cluster_addr(primary_cluster_addr)
+        role = roles.require_secondary(manager.mode, manager.role)
+        standing = await manager.standing(probe=True)
+        said: dict[str, Any] = {
+            "progress": 0,
+            "required": 1,
+            "complete": False,
+            "promotion_forecast": forecast(standing),
+        }
+        if preview:
+            return Response(data=said)
+        if not force:
+            require_safe(standing)
+        authority = await self._authority(manager.mode, role.set_id)
+
+        async def build(newest: Role, position: Position | None) -> tuple[PrimaryRole, Sequence[Write]]:
+            began = self._began(roles.next_number(newest), position)
+            after = roles.promote(
+                manager.mode, newest, began=began, cluster_addr=primary_cluster_addr, authority=authority
+            )
+            return after, await self._taken_over(position) if manager is self.dr else []
+
+        await manager.promote(build)
+        self._callbacks.set_gate(None)
+        warnings = [PROMOTING, *(FORCED.format(objection=text) for text in objections(standing))]
+        return Response(data=said, warnings=warnings)
+
+    async def _taken_over(self, position: Position | None) -> Sequence[Write]:
+        """The performance role that a promoted DR secondary goes on with."""
+        await self.performance.reload()
+        before = self.performance.role
+        after = roles.take_over(before, began=self._began(roles.next_number(before), position))
+        return [] if after is before else [Write(PERFORMANCE.role_key, roles.encode_role(after))]
+
+    async def secondary_update_primary(
+        self,
+        mode: str,
+        token: str,
+        *,
+        primary_api_addr: str = "",
+        ca_file: str = "",
+        ca_path: str = "",
+        addresses: Sequence[str] = (),
+    ) -> Response:
+        """Follow another primary of the same set, keeping all data (contract 1.12). With addresses instead of a token
+        the credentials stay; with neither it follows nobody."""
+        manager = self._steady(mode)
+        role = roles.require_secondary(manager.mode, manager.role)
+        if token and addresses:
+            raise InvalidRequest('"token" and "update_primary_addrs" cannot be given together')
+        if addresses:
+            await manager.change(lambda newest: roles.redirect(manager.mode, newest, addresses))
+            await manager.turn()
+            return Response(warnings=[UPDATING_PRIMARY])
+        if not token:
+            await manager.change(lambda newest: roles.forget_primary(manager.mode, newest))
+            await manager.turn()
+            return Response(warnings=[FORGETTING])
+        async with self._activating:
             result = await activate(
+                manager.mode,
                 token,
                 primary_api_addr=primary_api_addr,
                 ca_file=ca_file,
@@ -291,197 +407,62 @@ class PerformanceReplication:
                 store_id=str(uuid.uuid4()),
                 now_s=self._clock.time_ms() / 1000,
                 timeout_s=self._options.activation_timeout_s,
-            )
-            failpoint("activation:after-bootstrap")
-            await self._callbacks.flip(result)
-            self._flipped = True
-        warnings = [ENABLING_SECONDARY] if result.protected else [ENABLING_SECONDARY, PLAIN_HTTP]
-        return Response(warnings=warnings)
-
-    def _bootstrapping(self) -> bool:
-        """From the start of an activation to the end of the tenure that did it; a failed one ends at once."""
-        return self._activating.locked() or self._flipped
-
-    def _refuse_while_activating(self) -> None:
-        if self._bootstrapping():
-            raise InvalidRequest("an activation of this cluster as a secondary is running already")
-
-    async def _change(self, change: Callable[[Role], _R]) -> _R:
-        """Apply ``change`` to the newest role and commit the result, one change at a time.
-
-        The role in memory moves only after the commit: nobody is let in, or acts, by a role that a crash would undo.
-        """
-        async with self._changing:
-            after = change(self._role)
-            if after is not self._role:
-                failpoint("role:before-commit")
-                await self._sealed.put(roles.ROLE_KEY, roles.encode_role(after))
-                failpoint("role:after-commit")
-                self._role = after
-            return after
-
-    async def _turn(self) -> None:
-        """Have :meth:`run` enter the new role, and wait a moment until a new primary is on the cluster port."""
-        self._serving.clear()
-        self._turned.set()
-        if not self._running or not isinstance(self._role, PrimaryRole):
-            return
-        try:
-            async with asyncio.timeout(SERVING_WAIT_S):
-                await self._serving.wait()
-        except TimeoutError:
-            logger.warning("replication: the cluster port does not serve the new role yet")
-
-    async def _act(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            acting = tasks.create_task(self._act_as(self._role), name=f"replication {self.mode}")
-            await self._turned.wait()
-            acting.cancel()
-
-    async def _act_as(self, role: Role) -> None:
-        try:
-            if isinstance(role, PrimaryRole):
-                self._primary = PrimaryService(
-                    self._store,
-                    self._listener,
-                    self._node,
-                    self._callbacks,
-                    self._clock,
-                    self._options,
-                    role,
-                    newest=self._primary_of(role.set_id),
-                    change=self._change_primary,
-                    serving=self._serving,
-                )
-                await self._primary.run()
-            elif isinstance(role, SecondaryRole):
-                self._secondary = SecondaryService(
-                    self._store,
-                    self._node,
-                    self._callbacks,
-                    self._clock,
-                    self._options,
-                    role,
-                    learned=self._learned,
-                )
-                await self._secondary.run()
-        finally:
-            self._primary = self._secondary = None
-
-    def _primary_of(self, set_id: str) -> Callable[[], PrimaryRole | None]:
-        def newest() -> PrimaryRole | None:
-            role = self._role
-            return role if isinstance(role, PrimaryRole) and role.set_id == set_id else None
-
-        return newest
-
-    async def _change_primary(self, change: Callable[[Role], PrimaryRole]) -> PrimaryRole:
-        return await self._change(change)
-
-    async def _learned(self, addresses: Sequence[str]) -> SecondaryRole | None:
-        def learn(newest: Role) -> Role:
-            return roles.learn_addresses(newest, addresses) if isinstance(newest, SecondaryRole) else newest
-
-        after = await self._change(learn)
-        return after if isinstance(after, SecondaryRole) else None
-
-    def _status(self) -> dict[str, Any]:
-        if self._bootstrapping():
-            return statuses.bootstrapping_status()
-        role = self._role
-        if isinstance(role, PrimaryRole):
-            return self._primary_status(role)
-        if isinstance(role, SecondaryRole):
-            return self._secondary_status(role)
-        return dict(statuses.DISABLED)
-
-    def _primary_status(self, role: PrimaryRole) -> dict[str, Any]:
-        peers = self._primary.shipper.peers if self._primary is not None else {}
-        return statuses.primary_status(
-            statuses.PrimaryFacts(
                 set_id=role.set_id,
-                epoch_number=role.epoch.number,
-                epoch_id=role.epoch.id,
-                primary_cluster_addr=role.primary_cluster_addr,
-                known_secondaries=sorted(role.secondaries),
-                secondaries=[
-                    self._peer_facts(id_, peers[id_])
-                    for id_ in sorted(role.secondaries)
-                    if id_ in peers and peers[id_].heard_at_s is not None
-                ],
-                head_index=self._store.head.index,
-                merkle_root=self._root_hex(),
-                running=self._primary is not None and self._primary.serving.is_set(),
-                index=self._upkeep.facts(),
             )
+            if not hmac.compare_digest(result.root_key, self._callbacks.root_key()):
+                raise InvalidRequest(OTHER_ROOT_KEY)
+            await self._callbacks.keep_keys()
+            failpoint("update-primary:before-commit")
+            await manager.change(lambda newest: roles.point_at(manager.mode, newest, result.role))
+            await manager.turn()
+        return Response(warnings=[UPDATING_PRIMARY] if result.protected else [UPDATING_PRIMARY, PLAIN_HTTP])
+
+    # ---- what was lost
+
+    async def lost_writes(self, mode: str) -> Response:
+        """Every record of lost writes: counts and ranges, no keys."""
+        return Response(data={"lost_writes": [summary(head) for head in self._of(mode).lost_heads]})
+
+    async def lost_writes_read(self, mode: str, name: str, page: str, *, values: bool) -> Response:
+        """One page of one record: its keys, with ``values`` their plaintext in base64 too. Raises NotFound."""
+        manager = self._of(mode)
+        head = await manager.lost.find(name)
+        entries = await manager.lost.page(head, page_number(page, head)) if head.pages else []
+        shown = await shown_entries(entries, self._callbacks.open_entry if values else None)
+        return Response(data={**summary(head), "lost_entries": shown})
+
+    async def lost_writes_delete(self, mode: str, name: str) -> None:
+        """Forget one record. Raises NotFound."""
+        manager = self._of(mode)
+        await manager.lost.delete(name)
+        manager.lost_heads = [head for head in manager.lost_heads if head.id != name]
+        logger.warning("replication: the %s lost-writes %s were deleted", mode, name)
+
+    # ---- common
+
+    def _of(self, mode: str) -> ModeManager:
+        return self.dr if mode_named(mode) is DR else self.performance
+
+    def _steady(self, mode: str) -> ModeManager:
+        """The mode's manager, if its role may be changed now. Raises InvalidRequest, Unavailable."""
+        manager = self._of(mode)
+        if self._bootstrapping is not None:
+            raise InvalidRequest("an activation of this cluster as a secondary is running already")
+        self.dr.require_steady()
+        if self.mirrors and manager is self.performance:
+            raise InvalidRequest(DR_PATH_DISABLED)
+        return manager
+
+    def _began(self, number: int, fork: Position | None) -> Promotion:
+        """An epoch that begins now, here."""
+        return Promotion(
+            number,
+            str(uuid.uuid4()),
+            self._clock.time_ms(),
+            fork,
+            self._store.generation,
+            self._store.head.index,
         )
 
-    def _peer_facts(self, id_: str, peer: Peer) -> statuses.SecondaryFacts:
-        lag_s = peer.lag_s(self._clock.monotonic())
-        return statuses.SecondaryFacts(
-            id_,
-            acked_index=peer.applied,
-            heartbeats=statuses.Heartbeats(
-                connected=peer.connected,
-                api_addr=peer.advertised.api_addr,
-                cluster_addr=next(iter(peer.advertised.cluster_addrs), ""),
-                last_ms=self._heard_ms(peer.heard_at_s),
-                canary_age_ms=None if lag_s is None else int(lag_s * 1000),
-            ),
-        )
-
-    def _secondary_status(self, role: SecondaryRole) -> dict[str, Any]:
-        service = self._secondary
-        position = stored_position(self._store)
-        facts = statuses.SecondaryStatusFacts(
-            set_id=role.set_id,
-            epoch_number=role.epoch.number,
-            epoch_id=role.epoch.id,
-            secondary_id=role.secondary_id,
-            primary_cluster_addr=role.primary_cluster_addr,
-            known_addresses=role.dial_order,
-            state="idle",
-            connection_state="idle",
-            last_remote_wal=position.index if position else 0,
-            last_wal=self._store.head.index,
-            merkle_root=self._root_hex(),
-            started_ms=self._clock.time_ms(),
-            index=self._upkeep.facts(),
-        )
-        if service is None:
-            return statuses.secondary_status(facts)
-        applied, upstream = service.applier.position, service.applier.upstream
-        lag_s = service.applier.lag_s()
-        beats = statuses.Heartbeats(
-            connected=upstream.connected,
-            api_addr=upstream.advertised.api_addr or role.primary_api_addr,
-            cluster_addr=service.connected_to or role.primary_cluster_addr,
-            last_ms=self._heard_ms(upstream.heard_at_s),
-            canary_age_ms=None if lag_s is None else int(lag_s * 1000),
-        )
-        return statuses.secondary_status(
-            replace(
-                facts,
-                state=service.state,
-                connection_state=service.connection_state,
-                started_ms=service.started_ms,
-                last_remote_wal=applied.index if applied else 0,
-                reason=service.machine.reason,
-                alarm=service.machine.alarm,
-                lag_s=lag_s,
-                last_sync=service.last_sync,
-                sync_progress=service.sync_progress,
-                primary=beats if upstream.heard_at_s is not None else None,
-            )
-        )
-
-    def _root_hex(self) -> str:
-        try:
-            return self._store.forest.root(REPLICATED).hex()
-        except NotLoaded:
-            return ""
-
-    def _heard_ms(self, heard_at_s: float | None) -> int:
-        if heard_at_s is None:
-            return 0
-        return self._clock.time_ms() - int((self._clock.monotonic() - heard_at_s) * 1000)
+    async def _authority(self, mode: Mode, set_id: str) -> certificates.Credentials:
+        return await asyncio.to_thread(certificates.make_authority, f"outrider {mode.name} replication {set_id}")

@@ -1,11 +1,12 @@
-"""What a performance primary offers on the cluster port, for as long as :meth:`PrimaryService.run` runs.
+"""What a primary of either mode offers on the cluster port, for as long as :meth:`PrimaryService.run` runs.
 
 =================  ====================================================  ===========================================
 ``POST /bootstrap``  keys for a new secondary                              certificate known, not connected yet
 ``GET /stream``      websocket: hello, then the write-ahead log            certificate and store known; pins the store
+``POST /alive``      nothing, to whoever wonders                           certificate known
 ``POST /diff``       first round trip of a merkle sync                     pinned
 ``POST /fetch``      second round trip                                     pinned
-``POST /forward``    a request of the secondary's clients                  pinned
+``POST /forward``    a request of the secondary's clients                  pinned, performance only
 =================  ====================================================  ===========================================
 
 The listener has checked that the client certificate is on the allow list before any of these runs, per connection and
@@ -27,19 +28,14 @@ from consul_backend.position import Position
 from plugin_api.errors import InvalidRequest, PermissionDenied, Unavailable
 from sidecar.replication import protocol
 from sidecar.replication.activation import BOOTSTRAP_PATH, VERSIONS, BootstrapReply, BootstrapRequest
+from sidecar.replication.allow_list import claim_store, connect
 from sidecar.replication.answers import answer_diff, answer_fetch
 from sidecar.replication.channel import ChannelClosed, WebSocketChannel
 from sidecar.replication.hello import Source
+from sidecar.replication.modes import PERFORMANCE, Mode
 from sidecar.replication.protocol import HelloReply, ProtocolViolation
-from sidecar.replication.roles import (
-    ALPN,
-    KnownSecondary,
-    PrimaryRole,
-    Role,
-    claim_store,
-    connect,
-    server_name,
-)
+from sidecar.replication.roles import KnownSecondary, PrimaryRole, Role
+from sidecar.replication.shipped import Shipped
 from sidecar.replication.shipper import Advertised, Shipper, ShipperOptions
 from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions
 from sidecar.transport import certificates
@@ -58,11 +54,13 @@ from sidecar.transport.trail import UPWARD, LoopRefused, arrived
 logger = logging.getLogger(__name__)
 
 STREAM_PATH = "/stream"
+ALIVE_PATH = "/alive"
 DIFF_PATH = "/diff"
 FETCH_PATH = "/fetch"
 BOOTSTRAP_REQUEST_BYTES_MAX = 64 * 1024
 HELLO_TIMEOUT_S = 10.0
 FAREWELL_S = 0.5
+DRAIN_POLL_S = 0.02
 
 ChangeRole = Callable[[Callable[[Role], PrimaryRole]], Awaitable[PrimaryRole]]
 """Commit a change of the primary's role: applied to the newest one, one change at a time."""
@@ -74,6 +72,7 @@ class PrimaryService:
 
     def __init__(
         self,
+        mode: Mode,
         store: ClusterStore,
         listener: ClusterListener,
         node: NodeInfo,
@@ -86,6 +85,7 @@ class PrimaryService:
         change: ChangeRole,
         serving: asyncio.Event,
     ) -> None:
+        self._mode = mode
         self._store = store
         self._listener = listener
         self._node = node
@@ -101,8 +101,10 @@ class PrimaryService:
             store.generation,
             role.epoch.number,
             role.epoch.id,
+            role.history,
         )
         self.shipper = Shipper(
+            mode,
             store,
             self.source,
             ShipperOptions(
@@ -119,10 +121,12 @@ class PrimaryService:
         self._handlers: dict[tuple[str, str], Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]] = {
             ("POST", BOOTSTRAP_PATH): self._bootstrap,
             ("GET", STREAM_PATH): self._stream,
+            ("POST", ALIVE_PATH): self._alive,
             ("POST", DIFF_PATH): self._diff,
             ("POST", FETCH_PATH): self._fetch,
-            ("POST", FORWARD_PATH): self._forward,
         }
+        if mode is PERFORMANCE:  # a DR secondary forwards nothing
+            self._handlers["POST", FORWARD_PATH] = self._forward
 
     async def run(self) -> None:
         """Serve until cancelled; then the purpose is withdrawn and every stream cut."""
@@ -130,12 +134,12 @@ class PrimaryService:
         role = self._role
         for secondary_id in role.secondaries:
             self.shipper.expect(secondary_id)
-        name = server_name(role.set_id)
+        name = self._mode.server_name(role.set_id)
         credentials = await asyncio.to_thread(certificates.issue_server, role.authority, name)
         self._listener.add(
             Purpose(
                 sni=name,
-                alpn=ALPN,
+                alpn=self._mode.alpn,
                 credentials=credentials,
                 trust_root_pem=role.authority_pem,
                 handler=self._dispatch,
@@ -148,6 +152,12 @@ class PrimaryService:
         finally:
             self.serving.clear()
             await self._listener.remove(name)
+
+    async def drained(self) -> None:
+        """Wait until every connected secondary has everything; cancel it when that takes too long."""
+        head_index = self._store.head.index
+        while any(peer.connected and peer.applied < head_index for peer in self.shipper.peers.values()):  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_S)  # acknowledgements of many streams, for seconds at most
 
     async def dismiss(self, secondary_id: str, fingerprint: str) -> None:
         """After the role without it was committed: tell it, briefly, and cut what is open."""
@@ -199,10 +209,10 @@ class PrimaryService:
         try:
             role = await self._change(
                 lambda newest: claim_store(
-                    newest, fingerprint, asked.set_id, asked.epoch, asked.store_id, now_ms=now_ms
+                    self._mode, newest, fingerprint, asked.set_id, asked.epoch, asked.store_id, now_ms=now_ms
                 ),
             )
-            material = await self._callbacks.secret_material()
+            material = await self._callbacks.secret_material(self._mode.keyrings)
         except (BackendError, Unavailable) as error:
             return web.Response(status=503, text=str(error))
         reply = BootstrapReply(
@@ -210,10 +220,11 @@ class PrimaryService:
             set_id=role.set_id,
             epoch=role.epoch,
             root_key=material.root_key,
-            keyring=material.keyring,
+            keyrings=dict(material.keyrings),
             seal=material.seal,
             api_addr=self._node.api_addr,
             cluster_addrs=tuple(self._node.cluster_addresses()),
+            history=role.history,
         )
         failpoint("activation:before-reply")
         logger.info("replication: secondary %s received its keys", asked.secondary_id)
@@ -245,7 +256,7 @@ class PrimaryService:
             known = self._known(fingerprint)
             if self._newest() is not None and (known is None or known.id != hello.secondary_id):
                 raise PermissionDenied("the hello names another secondary than the certificate does, or it was revoked")
-            await self._change(lambda newest: connect(newest, fingerprint, hello.set_id, hello.store_id))
+            await self._change(lambda newest: connect(self._mode, newest, fingerprint, hello.set_id, hello.store_id))
             return await self.shipper.serve(channel, hello)
         except PermissionDenied as refusal:
             await self._refuse(channel, str(refusal))
@@ -269,17 +280,24 @@ class PrimaryService:
             ops_max=0,
             body_bytes_max=0,
             prefix_bytes=0,
+            history=source.history,
         )
         try:
             await channel.send(protocol.encode(reply))
         except ChannelClosed:
             return
 
+    async def _alive(self, request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        return web.Response(status=204)
+
     async def _diff(self, request: web.BaseRequest) -> web.StreamResponse:
         known = self._pinned(request)
         asked = protocol.decode_diff_request(await request.read())
         try:
-            reply = await answer_diff(self._store, self.source, asked, hold_as=known.id)
+            reply = await answer_diff(
+                self._store, self.source, asked, mode=self._mode, hold_as=self.shipper.hold_name(known.id)
+            )
         except BackendError as error:
             return web.Response(status=503, text=str(error))
         return _binary(protocol.encode(reply))
@@ -287,9 +305,12 @@ class PrimaryService:
     async def _fetch(self, request: web.BaseRequest) -> web.StreamResponse:
         self._pinned(request)
         asked = protocol.decode_fetch_request(await request.read())
+        shipped = Shipped(self._store.forest, self._mode.classes)
+        for name in asked.partitions:
+            shipped.resolve(name)
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         await response.prepare(request)
-        async for chunk in answer_fetch(self._store, asked):
+        async for chunk in answer_fetch(self._store, asked, mode=self._mode):
             await response.write(chunk)
         await response.write_eof()
         return response

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, TypeVar
 
 import msgspec
 
 from consul_backend.position import Position
+from sidecar.replication.history import Promotion
 
-PROTOCOL_VERSIONS = (2,)
+PROTOCOL_VERSIONS = (3,)
 """Versions of this protocol that this program speaks. A change of any frame is a new version."""
 
 FRAME_BYTES_MAX = 2 * 1024 * 1024
@@ -61,7 +62,7 @@ Depth = Annotated[int, msgspec.Meta(ge=0, le=16)]
 Prefix = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Salt = Annotated[bytes, msgspec.Meta(min_length=SALT_BYTES, max_length=SALT_BYTES)]
 Fingerprints = Annotated[bytes, msgspec.Meta(max_length=FINGERPRINT_BYTES << 16)]
-Name = Annotated[str, msgspec.Meta(max_length=256)]
+Name = Annotated[str, msgspec.Meta(max_length=300)]
 Address = Annotated[str, msgspec.Meta(max_length=1024)]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 
@@ -89,7 +90,8 @@ class Hello(Frame, frozen=True, tag=1):
 
 class HelloReply(Frame, frozen=True, tag=2):
     """The primary's first frame. ``mode`` is ``accept``, ``need-diff`` or ``refuse``; ``reason`` is for people. After
-    ``accept`` the stream begins with the record after the position in the hello; else the connection ends."""
+    ``accept`` the stream begins with the record after the position in the hello; else the connection ends.
+    ``history`` are the set's replication epochs as the primary knows them, the newest last."""
 
     version: Index
     mode: Name
@@ -104,10 +106,11 @@ class HelloReply(Frame, frozen=True, tag=2):
     ops_max: Index
     body_bytes_max: Index
     prefix_bytes: Index
+    history: tuple[Promotion, ...] = ()
 
 
 class RecordFrame(Frame, frozen=True, tag=3):
-    """One record: header whole, bodies of class ``r`` only. Its index is the last one handled plus one."""
+    """One record: header whole, bodies of the classes that travel only. Its index is the last one handled plus one."""
 
     raw: bytes
 
@@ -158,14 +161,14 @@ class Bye(Frame, frozen=True, tag=8):
 
 
 class PartFrame(Frame, frozen=True, tag=9):
-    """One part of a large batch, header whole, bodies of class ``r`` only. It comes right before the frame of the
-    commit record that names it; where it stands in the log, a skip came."""
+    """One part of a large batch, header whole, bodies of the classes that travel only. It comes right before the frame
+    of the commit record that names it; where it stands in the log, a skip came."""
 
     raw: bytes
 
 
 class PartitionDigests(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One partition of class ``r`` as the secondary has it: one fingerprint of each of 2^``depth`` groups, in order;
+    """One partition as the secondary has it: one fingerprint of each of 2^``depth`` groups, in order;
     none at depth 0, where the root says it all."""
 
     root: Digest
@@ -174,7 +177,8 @@ class PartitionDigests(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
 
 
 class DiffRequest(Frame, frozen=True, tag=16):
-    """First round trip: what the secondary has. ``salt`` is random and keys every fingerprint and id of this diff."""
+    """First round trip: what the secondary has, by ``<class>/<partition>``. ``salt`` is random and keys every
+    fingerprint and id of this diff."""
 
     salt: Salt
     root: Digest
@@ -193,7 +197,8 @@ class Cells(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 class DiffReply(Frame, frozen=True, tag=17):
     """``base`` is the primary's newest record when the comparison began. ``equal``: roots were equal at exactly that
     record, nothing else to do. Else ``whole``: partitions that the secondary lacks; ``gone``: partitions the primary
-    does not have; ``cells``: where each other partition differs."""
+    does not have; ``cells``: where each other partition differs. ``positions`` are those of the primary's own base
+    record: where it stands as a secondary in another mode, which a DR secondary takes over."""
 
     cluster_id: Name
     set_id: Name
@@ -206,6 +211,7 @@ class DiffReply(Frame, frozen=True, tag=17):
     whole: list[Name]
     gone: list[Name]
     cells: dict[Name, Cells]
+    positions: dict[Name, Position]
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -241,11 +247,13 @@ class Entries(Frame, frozen=True, tag=19):
 
 class Guard(Frame, frozen=True, tag=20):
     """The last frame of an answer to a fetch: everything asked for was sent. After a final fetch ``index`` is the last
-    record sent, and ``root`` the root of class ``r`` at exactly that record; else the base again, and zeros."""
+    record sent, ``root`` the root and ``positions`` the primary's own positions at exactly that record; else the base
+    again, zeros, and none."""
 
     index: Index
     chain_hash: Hash
     root: Digest
+    positions: dict[Name, Position]
 
 
 LogFrame = RecordFrame | Skip | PartFrame
@@ -296,16 +304,23 @@ def decode_from_secondary(raw: bytes) -> FromSecondary:
 
 def decode_from_fetch(raw: bytes) -> FromFetch:
     """One frame of an answer to a fetch."""
-    return _decode(_FROM_FETCH, raw, FETCH_FRAME_BYTES_MAX)
+    frame = _decode(_FROM_FETCH, raw, FETCH_FRAME_BYTES_MAX)
+    if isinstance(frame, Guard):
+        _check_positions(frame.positions.values())
+    return frame
 
 
 def decode_hello(raw: bytes) -> Hello:
     """The first frame on a stream, as the primary receives it."""
     hello = _decode(_HELLO, raw)
-    position = hello.position
-    if position is not None and (len(position.chain_hash) != HASH_BYTES or not 0 <= position.index < 2**63):
-        raise ProtocolViolation("the position in a hello is malformed")
+    _check_positions([hello.position] if hello.position is not None else [])
     return hello
+
+
+def _check_positions(positions: Iterable[Position]) -> None:
+    for position in positions:
+        if len(position.chain_hash) != HASH_BYTES or not 0 <= position.index < 2**63:
+            raise ProtocolViolation("a position in a message is malformed")
 
 
 def decode_hello_reply(raw: bytes) -> HelloReply:
@@ -313,6 +328,7 @@ def decode_hello_reply(raw: bytes) -> HelloReply:
     reply = _decode(_HELLO_REPLY, raw)
     if reply.mode not in {"accept", "need-diff", "refuse"}:
         raise ProtocolViolation("the primary answered the hello with an unknown mode")
+    _check_positions([one.fork for one in reply.history if one.fork is not None])
     return reply
 
 
@@ -323,7 +339,9 @@ def decode_diff_request(raw: bytes) -> DiffRequest:
 
 def decode_diff_reply(raw: bytes) -> DiffReply:
     """The body of the answer to a diff request."""
-    return _decode(_DIFF_REPLY, raw, DIFF_BYTES_MAX)
+    reply = _decode(_DIFF_REPLY, raw, DIFF_BYTES_MAX)
+    _check_positions(reply.positions.values())
+    return reply
 
 
 def decode_fetch_request(raw: bytes) -> FetchRequest:

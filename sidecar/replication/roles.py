@@ -1,38 +1,30 @@
-"""The performance role of a cluster: what it is, how it is stored, and which changes are allowed. Pure.
+"""The role of a cluster in one mode of replication: what it is, how it is stored, and which changes are allowed. Pure.
 
-A role is one value, stored as one entry (:data:`ROLE_KEY`, class ``l``, encrypted by the barrier). Every change is a
-function from the role before to the role after that raises a plugin error where the change is not allowed; the manager
-commits what they return. A primary's list of secondaries is an *allow* list by certificate fingerprint: who is not in
-it is refused, so a revocation needs no list of its own and cannot be forgotten.
+A role is one value, stored as one entry (``Mode.role_key``, encrypted by the barrier). Every change is a function from
+the role before to the role after; :data:`TABLE` says for each operation and role what comes of it, and every function
+asks it first. The manager commits what they return. A primary's list of secondaries is an *allow* list by certificate
+fingerprint: who is not in it is refused, so a revocation needs no list of its own and cannot be forgotten.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from consul_backend.errors import Corrupt
-from plugin_api.errors import InvalidRequest, PermissionDenied
+from plugin_api.errors import InvalidRequest
+from sidecar.replication.history import Epoch, History, Promotion, epoch_of, extended
+from sidecar.replication.modes import DR, Mode
 from sidecar.transport.certificates import Credentials
 from sidecar.transport.peer import parse_address
-
-ROLE_KEY = "l/replication/performance"
-ALPN = "replication_v1"
-MODES = ("performance", "dr")
 
 _ID = re.compile(r"\w(?:[\w.-]*\w)?\Z", re.ASCII)
 ID_LENGTH_MAX = 256
 ADDRESSES_MAX = 16
 BOOTSTRAP_GRACE_MS = 10 * 60 * 1000
-
-
-class Epoch(msgspec.Struct, frozen=True):
-    """A replication epoch: made when a cluster becomes primary. An equal number with another id is a fork."""
-
-    number: int
-    id: str
 
 
 class KnownSecondary(msgspec.Struct, frozen=True):
@@ -50,12 +42,17 @@ class KnownSecondary(msgspec.Struct, frozen=True):
 class DisabledRole(msgspec.Struct, frozen=True, tag="disabled"):
     """No replication."""
 
+    @property
+    def kind(self) -> str:
+        """As in ``sys/health``."""
+        return "disabled"
+
 
 class PrimaryRole(msgspec.Struct, frozen=True, tag="primary"):
-    """Primary of the set ``set_id``. Holds the set's authority, whose key never leaves this barrier."""
+    """Primary of the set ``set_id``. Holds the set's authority, whose key never leaves this barrier, and its epochs."""
 
     set_id: str
-    epoch: Epoch
+    history: History
     primary_cluster_addr: str
     authority_pem: bytes
     authority_key_pem: bytes
@@ -63,6 +60,16 @@ class PrimaryRole(msgspec.Struct, frozen=True, tag="primary"):
 
     def __repr__(self) -> str:
         return f"PrimaryRole(set {self.set_id}, epoch {self.epoch.number}, {len(self.secondaries)} secondaries)"
+
+    @property
+    def kind(self) -> str:
+        """As in ``sys/health``."""
+        return "primary"
+
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch of which this is the primary."""
+        return epoch_of(self.history)
 
     @property
     def authority(self) -> Credentials:
@@ -75,22 +82,43 @@ class PrimaryRole(msgspec.Struct, frozen=True, tag="primary"):
 
 
 class SecondaryRole(msgspec.Struct, frozen=True, tag="secondary"):
-    """Secondary ``secondary_id`` of the set ``set_id``. ``addresses`` are the primary's cluster addresses, newest
-    known; ``primary_cluster_addr`` is the one the activation token named."""
+    """Secondary ``secondary_id`` of the set ``set_id``, with data of the epochs in ``history``. ``addresses`` are the
+    primary's cluster addresses, newest known; ``primary_cluster_addr`` is the one the activation token named.
+
+    Without a certificate there is no primary: it was demoted, or told to forget its primary. ``accepts`` is the epoch
+    of the primary that an operator pointed it at, until it has met that primary: a fork is accepted by that, and by
+    nothing else.
+    """
 
     set_id: str
-    epoch: Epoch
-    secondary_id: str
-    store_id: str
-    primary_cluster_addr: str
-    primary_api_addr: str
-    authority_pem: bytes
-    certificate_pem: bytes
-    key_pem: bytes
+    history: History
+    secondary_id: str = ""
+    store_id: str = ""
+    primary_cluster_addr: str = ""
+    primary_api_addr: str = ""
+    authority_pem: bytes = b""
+    certificate_pem: bytes = b""
+    key_pem: bytes = b""
     addresses: tuple[str, ...] = ()
+    accepts: Epoch | None = None
 
     def __repr__(self) -> str:
         return f"SecondaryRole({self.secondary_id!r} of set {self.set_id}, epoch {self.epoch.number})"
+
+    @property
+    def kind(self) -> str:
+        """As in ``sys/health``."""
+        return "secondary"
+
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch this cluster's data is of."""
+        return epoch_of(self.history)
+
+    @property
+    def attached(self) -> bool:
+        """Whether it has a primary to follow."""
+        return bool(self.certificate_pem)
 
     @property
     def credentials(self) -> Credentials:
@@ -100,7 +128,7 @@ class SecondaryRole(msgspec.Struct, frozen=True, tag="secondary"):
     @property
     def dial_order(self) -> tuple[str, ...]:
         """Where the primary may be, most likely first, each once."""
-        return tuple(dict.fromkeys([*self.addresses, self.primary_cluster_addr]))
+        return tuple(address for address in dict.fromkeys([*self.addresses, self.primary_cluster_addr]) if address)
 
 
 Role = DisabledRole | PrimaryRole | SecondaryRole
@@ -121,70 +149,187 @@ def decode_role(raw: bytes | None) -> Role:
     try:
         role: Role = _decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise Corrupt(f"the entry {ROLE_KEY!r} does not hold a replication role") from None
+        raise Corrupt("an entry that should hold a replication role holds none") from None
+    if not isinstance(role, DisabledRole) and not role.history:
+        raise Corrupt("a replication role has no epoch")
     return role
 
 
-def server_name(set_id: str) -> str:
-    """The SNI name of a set's performance replication."""
-    return f"{set_id}.performance.outrider"
+# ---- which operation in which role
 
 
-def require_performance(mode: str) -> None:
-    """Raises InvalidRequest for a mode this version does not replicate."""
-    if mode != "performance":
-        raise InvalidRequest(f'replication mode "{mode}" is not supported by this version; "performance" is')
+@dataclass(frozen=True, slots=True)
+class To:
+    """Allowed; the role afterwards."""
+
+    kind: str
 
 
-def enable_primary(role: Role, *, set_id: str, epoch_id: str, cluster_addr: str, authority: Credentials) -> PrimaryRole:
-    """A disabled cluster becomes primary of a new set."""
-    if isinstance(role, PrimaryRole):
-        raise InvalidRequest("this cluster is already a performance replication primary")
-    if isinstance(role, SecondaryRole):
-        raise InvalidRequest("this cluster is a performance replication secondary; promote or disable it first")
-    return PrimaryRole(
-        set_id=set_id,
-        epoch=Epoch(1, epoch_id),
-        primary_cluster_addr=cluster_addr,
-        authority_pem=authority.certificate_pem,
-        authority_key_pem=authority.key_pem,
-    )
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Not allowed; the text, with ``{label}`` for the mode."""
+
+    text: str
 
 
-def disable_primary(role: Role) -> DisabledRole:
-    """A primary forgets its set; its secondaries can no longer connect."""
-    require_primary(role)
-    return DisabledRole()
+_NOT_PRIMARY = Refused("this cluster is not a {label} primary")
+_NOT_SECONDARY = Refused("this cluster is not a {label} secondary")
+_FIRST = "; disable replication first"
+
+TABLE: Mapping[str, Mapping[str, To | Refused]] = {
+    "primary/enable": {
+        "disabled": To("primary"),
+        "primary": Refused("this cluster is already a {label} primary"),
+        "secondary": Refused("this cluster is a {label} secondary; promote or disable it first"),
+    },
+    "primary/demote": {"disabled": _NOT_PRIMARY, "primary": To("secondary"), "secondary": _NOT_PRIMARY},
+    "primary/disable": {"disabled": _NOT_PRIMARY, "primary": To("disabled"), "secondary": _NOT_PRIMARY},
+    "primary/secondary-token": {"disabled": _NOT_PRIMARY, "primary": To("primary"), "secondary": _NOT_PRIMARY},
+    "primary/revoke-secondary": {"disabled": _NOT_PRIMARY, "primary": To("primary"), "secondary": _NOT_PRIMARY},
+    "secondary/enable": {
+        "disabled": To("secondary"),
+        "primary": Refused("this cluster is a {label} primary" + _FIRST),
+        "secondary": Refused("this cluster is already a {label} secondary" + _FIRST),
+    },
+    "secondary/promote": {"disabled": _NOT_SECONDARY, "primary": _NOT_SECONDARY, "secondary": To("primary")},
+    "secondary/disable": {"disabled": _NOT_SECONDARY, "primary": _NOT_SECONDARY, "secondary": To("disabled")},
+    "secondary/update-primary": {"disabled": _NOT_SECONDARY, "primary": _NOT_SECONDARY, "secondary": To("secondary")},
+}
+"""Every operation on a role, in every role."""
+
+NOT_A_DR_SECONDARY = "Not a DR secondary."
 
 
-def disable_secondary(role: Role) -> DisabledRole:
-    """A secondary becomes a cluster of its own with the data it has."""
-    require_secondary(role)
-    return DisabledRole()
+def require(mode: Mode, role: Role, operation: str) -> None:
+    """Raises InvalidRequest unless :data:`TABLE` allows ``operation`` in ``role``."""
+    outcome = TABLE[operation][role.kind]
+    if isinstance(outcome, Refused):
+        if mode is DR and outcome is _NOT_SECONDARY:
+            raise InvalidRequest(NOT_A_DR_SECONDARY)
+        raise InvalidRequest(outcome.text.format(label=mode.label))
 
 
-def require_primary(role: Role) -> PrimaryRole:
-    """Raises InvalidRequest unless the role is primary."""
+def _primary(mode: Mode, role: Role, operation: str) -> PrimaryRole:
+    require(mode, role, operation)
     if not isinstance(role, PrimaryRole):
-        raise InvalidRequest("this cluster is not a performance replication primary")
+        raise AssertionError(f"{operation} is allowed to a primary only")
     return role
 
 
-def require_secondary(role: Role) -> SecondaryRole:
-    """Raises InvalidRequest unless the role is secondary."""
+def _secondary(mode: Mode, role: Role, operation: str) -> SecondaryRole:
+    require(mode, role, operation)
     if not isinstance(role, SecondaryRole):
-        raise InvalidRequest("this cluster is not a performance replication secondary")
+        raise AssertionError(f"{operation} is allowed to a secondary only")
     return role
 
 
-def require_disabled(role: Role) -> None:
-    """Before ``secondary/enable``: raises InvalidRequest unless replication is disabled."""
-    if isinstance(role, PrimaryRole):
-        raise InvalidRequest("this cluster is a performance replication primary; disable replication first")
-    if isinstance(role, SecondaryRole):
+def require_primary(mode: Mode, role: Role) -> PrimaryRole:
+    """Raises InvalidRequest unless the role is primary."""
+    return _primary(mode, role, "primary/secondary-token")
+
+
+def require_secondary(mode: Mode, role: Role) -> SecondaryRole:
+    """Raises InvalidRequest unless the role is secondary."""
+    return _secondary(mode, role, "secondary/promote")
+
+
+# ---- changes of the role
+
+
+def enable_primary(
+    mode: Mode, role: Role, *, set_id: str, began: Promotion, cluster_addr: str, authority: Credentials
+) -> PrimaryRole:
+    """A disabled cluster becomes primary of a new set, whose first epoch is ``began``."""
+    require(mode, role, "primary/enable")
+    return PrimaryRole(set_id, (began,), cluster_addr, authority.certificate_pem, authority.key_pem)
+
+
+def disable(mode: Mode, role: Role, operation: str) -> DisabledRole:
+    """``primary/disable``: its secondaries can no longer connect. ``secondary/disable``: it becomes a cluster of its
+    own with the data it has."""
+    require(mode, role, operation)
+    return DisabledRole()
+
+
+def demote(mode: Mode, role: Role) -> SecondaryRole:
+    """A primary becomes a secondary that follows nobody yet. The set's authority and its secondaries are forgotten."""
+    primary = _primary(mode, role, "primary/demote")
+    return SecondaryRole(primary.set_id, primary.history)
+
+
+def promote(mode: Mode, role: Role, *, began: Promotion, cluster_addr: str, authority: Credentials) -> PrimaryRole:
+    """A secondary becomes the set's primary, with an authority and an epoch of its own and no secondaries yet."""
+    secondary = _secondary(mode, role, "secondary/promote")
+    history = extended(secondary.history, began)
+    return PrimaryRole(secondary.set_id, history, cluster_addr, authority.certificate_pem, authority.key_pem)
+
+
+def next_number(role: Role) -> int:
+    """The number of the epoch that a promotion begins now."""
+    return 1 if isinstance(role, DisabledRole) else role.epoch.number + 1
+
+
+def take_over(role: Role, *, began: Promotion) -> Role:
+    """The *performance* role of a cluster whose DR secondary is promoted: a primary goes on under a new epoch, which
+    voids activation tokens that are still on their way; a secondary reconnects as the secondary it was."""
+    if not isinstance(role, PrimaryRole):
+        return role
+    if began.fork is not None:
+        # The position in the DR set's log is one in the performance set's: it was one primary, with one log.
+        fork = msgspec.structs.replace(began.fork, set_id=role.set_id, epoch=role.epoch.number)
+        began = msgspec.structs.replace(began, fork=fork)
+    return msgspec.structs.replace(role, history=extended(role.history, began))
+
+
+def point_at(mode: Mode, role: Role, target: SecondaryRole) -> SecondaryRole:
+    """``update-primary``: this secondary, with the primary and the credentials of ``target``. Raises InvalidRequest for
+    a primary of another set: its data has nothing to do with what is here."""
+    secondary = _secondary(mode, role, "secondary/update-primary")
+    if target.set_id != secondary.set_id:
         raise InvalidRequest(
-            "this cluster is already a performance replication secondary; disable replication first",
+            "the token was issued by a primary of another replication set: disable replication here and enable this "
+            "cluster as its secondary, which replaces everything it holds",
         )
+    return msgspec.structs.replace(target, history=secondary.history, accepts=target.epoch)
+
+
+def forget_primary(mode: Mode, role: Role) -> SecondaryRole:
+    """``update-primary`` with a blank token: it stays a secondary and follows nobody."""
+    secondary = _secondary(mode, role, "secondary/update-primary")
+    return SecondaryRole(secondary.set_id, secondary.history)
+
+
+def redirect(mode: Mode, role: Role, addresses: Sequence[str]) -> SecondaryRole:
+    """``update-primary`` with addresses: the same credentials, another way to the primary."""
+    secondary = _secondary(mode, role, "secondary/update-primary")
+    if not secondary.attached:
+        raise InvalidRequest("this secondary has no credentials for any primary: a token is needed")
+    if not addresses or len(addresses) > ADDRESSES_MAX:
+        raise InvalidRequest(f'"update_primary_addrs" must name 1 to {ADDRESSES_MAX} addresses')
+    for address in addresses:
+        _check_address(address, "update_primary_addrs")
+    return msgspec.structs.replace(secondary, addresses=tuple(addresses), primary_cluster_addr=next(iter(addresses)))
+
+
+def adopt(role: SecondaryRole, history: History) -> SecondaryRole:
+    """After meeting a primary with that history: its epochs are this cluster's from now on."""
+    return msgspec.structs.replace(role, history=history, accepts=None)
+
+
+def learn_addresses(role: SecondaryRole, addresses: Sequence[str]) -> SecondaryRole:
+    """The secondary's role with the primary's newest addresses first; ``role`` itself when that changes nothing.
+
+    Older addresses stay behind the new ones: a node that has just taken over has not heard of its standbys yet, and may
+    name itself alone shortly before it dies.
+    """
+    newest = [address for address in addresses if address]
+    kept = tuple(dict.fromkeys([*newest, *role.addresses]))[:ADDRESSES_MAX]
+    if not newest or kept == role.addresses:
+        return role
+    return msgspec.structs.replace(role, addresses=kept)
+
+
+# ---- what requests name
 
 
 def check_id(secondary_id: str) -> str:
@@ -201,113 +346,12 @@ def check_id(secondary_id: str) -> str:
 
 def check_cluster_addr(address: str) -> None:
     """Raises InvalidRequest for a ``primary_cluster_addr`` that is neither empty nor an address."""
+    if address:
+        _check_address(address, "primary_cluster_addr")
+
+
+def _check_address(address: str, name: str) -> None:
     try:
-        if address:
-            parse_address(address)
+        parse_address(address)
     except ValueError:
-        raise InvalidRequest('"primary_cluster_addr" is not an address; it is given as https://host:port') from None
-
-
-def add_secondary(
-    role: Role,
-    secondary_id: str,
-    fingerprint: str,
-    *,
-    now_ms: int,
-    ttl_ms: int,
-) -> tuple[PrimaryRole, str | None]:
-    """The role that knows a new secondary, and the fingerprint that this one replaces, if any.
-
-    An id that never connected may be issued again: the first certificate is void from then on.
-    """
-    primary = require_primary(role)
-    before = primary.secondaries.get(check_id(secondary_id))
-    check_new(primary, secondary_id)
-    known = KnownSecondary(secondary_id, fingerprint, issued_ms=now_ms, expires_ms=now_ms + ttl_ms)
-    after = msgspec.structs.replace(primary, secondaries={**primary.secondaries, secondary_id: known})
-    return after, before.fingerprint if before else None
-
-
-def check_new(primary: PrimaryRole, secondary_id: str) -> None:
-    """Raises InvalidRequest for an id that a connected secondary holds."""
-    before = primary.secondaries.get(secondary_id)
-    if before is not None and before.connected:
-        raise InvalidRequest(
-            f'a secondary with the id "{secondary_id}" exists already: ids are unique; revoke it to use the id again',
-        )
-
-
-def revoke(role: Role, secondary_id: str) -> tuple[PrimaryRole, str]:
-    """The role without that secondary, and the fingerprint to cut."""
-    primary = require_primary(role)
-    known = primary.secondaries.get(check_id(secondary_id))
-    if known is None:
-        raise InvalidRequest(f'no secondary with the id "{secondary_id}" is known')
-    rest = {id_: other for id_, other in primary.secondaries.items() if id_ != secondary_id}
-    return msgspec.structs.replace(primary, secondaries=rest), known.fingerprint
-
-
-def claim_store(
-    role: Role,
-    fingerprint: str,
-    set_id: str,
-    epoch: Epoch,
-    store_id: str,
-    *,
-    now_ms: int,
-) -> PrimaryRole:
-    """At bootstrap: bind the activation to the store that asks. Raises PermissionDenied.
-
-    A second store with the same certificate is refused: a copied bundle is of no use once the real one was used. Nor
-    is an old one: an unwrapped bundle is good for :data:`BOOTSTRAP_GRACE_MS` after its token expired.
-    """
-    primary, known = _check_peer(role, fingerprint, set_id, epoch)
-    if now_ms > known.expires_ms + BOOTSTRAP_GRACE_MS:
-        raise PermissionDenied("this activation has expired; a new activation token is needed")
-    if not store_id:
-        raise PermissionDenied("the secondary did not name its store")
-    if known.connected or known.store_id not in ("", store_id):
-        raise PermissionDenied("this activation was used already; a new activation token is needed")
-    if known.store_id == store_id:
-        return primary
-    return _with(primary, msgspec.structs.replace(known, store_id=store_id))
-
-
-def connect(role: Role, fingerprint: str, set_id: str, store_id: str) -> PrimaryRole:
-    """At a stream's hello: pin the store. Returns ``role`` itself if it was pinned before. Raises PermissionDenied."""
-    primary = require_primary(role)
-    known = primary.by_fingerprint(fingerprint)
-    if known is None or primary.set_id != set_id:
-        raise PermissionDenied("this secondary is not known here, or was revoked")
-    if known.store_id != store_id:
-        raise PermissionDenied("this certificate belongs to another store")
-    if known.connected:
-        return primary
-    return _with(primary, msgspec.structs.replace(known, connected=True))
-
-
-def learn_addresses(role: SecondaryRole, addresses: Sequence[str]) -> SecondaryRole:
-    """The secondary's role with the primary's newest addresses first; ``role`` itself when that changes nothing.
-
-    Older addresses stay behind the new ones: a node that has just taken over has not heard of its standbys yet, and may
-    name itself alone shortly before it dies.
-    """
-    newest = [address for address in addresses if address]
-    kept = tuple(dict.fromkeys([*newest, *role.addresses]))[:ADDRESSES_MAX]
-    if not newest or kept == role.addresses:
-        return role
-    return msgspec.structs.replace(role, addresses=kept)
-
-
-def _check_peer(role: Role, fingerprint: str, set_id: str, epoch: Epoch) -> tuple[PrimaryRole, KnownSecondary]:
-    primary = require_primary(role)
-    known = primary.by_fingerprint(fingerprint)
-    if known is None or primary.set_id != set_id:
-        raise PermissionDenied("this secondary is not known here, or was revoked")
-    if primary.epoch != epoch:
-        raise PermissionDenied("this activation token is of an earlier replication epoch; a new one is needed")
-    return primary, known
-
-
-def _with(primary: PrimaryRole, known: KnownSecondary) -> PrimaryRole:
-    return msgspec.structs.replace(primary, secondaries={**primary.secondaries, known.id: known})
+        raise InvalidRequest(f'"{name}" is not an address; it is given as https://host:port') from None

@@ -1,8 +1,9 @@
-"""A performance secondary at work: dials the primary, drives the state machine, forwards requests upward.
+"""A secondary at work, in either mode: dials the primary, drives the state machine, forwards requests upward.
 
 One task drives :mod:`sidecar.replication.states`; the machine says what is done and this module does it. Addresses are
 tried in order (those of the last heartbeat first, the one of the activation token last); between rounds it backs off
 with jitter, so that many secondaries do not come back in one instant. Reads stay gated until there is a position.
+Without a primary (demoted, or told to forget it) it rests.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from sidecar.replication.activation import secondary_identity
 from sidecar.replication.applier import Applier, ApplierOptions
 from sidecar.replication.channel import Channel, ChannelClosed, WebSocketChannel
 from sidecar.replication.committer import stored_position
-from sidecar.replication.hello import Identity
-from sidecar.replication.primary import DIFF_PATH, FETCH_PATH, STREAM_PATH
+from sidecar.replication.hello import Identity, Source
+from sidecar.replication.modes import Mode
+from sidecar.replication.primary import ALIVE_PATH, DIFF_PATH, FETCH_PATH, STREAM_PATH
 from sidecar.replication.protocol import DiffReply, DiffRequest, FetchRequest, is_none
 from sidecar.replication.roles import SecondaryRole
 from sidecar.replication.shipper import Advertised
@@ -48,12 +50,20 @@ from sidecar.transport.forwarding import (
     RequestLike,
     send_forward,
 )
-from sidecar.transport.peer import PeerClient, PeerOutcomeUnknown, PeerRefused, PeerUnreachable, parse_address
+from sidecar.transport.peer import (
+    PeerClient,
+    PeerIdentity,
+    PeerOutcomeUnknown,
+    PeerRefused,
+    PeerUnreachable,
+    parse_address,
+)
 from sidecar.transport.trail import LoopRefused
 
 logger = logging.getLogger(__name__)
 
 NOT_SYNCED = "replication: this secondary has not received its primary's data yet"
+NO_PRIMARY = "this secondary has no primary: give it one with update-primary"
 DIFF_TIMEOUT_S = 60.0
 CLIENTS_MAX = 16
 
@@ -62,10 +72,12 @@ _RANDOM = secrets.SystemRandom()
 
 class SecondaryService:
     """One tenure as secondary. ``learned`` stores the primary's addresses and returns the role with them, None
-    when this cluster is no secondary any more."""
+    when this cluster is no secondary any more. ``adopt`` is asked before anything of a primary is applied: it keeps
+    what would be lost, stores the primary's history, and returns the role with it."""
 
     def __init__(
         self,
+        mode: Mode,
         store: ClusterStore,
         node: NodeInfo,
         callbacks: Callbacks,
@@ -74,7 +86,10 @@ class SecondaryService:
         role: SecondaryRole,
         *,
         learned: Callable[[tuple[str, ...]], Awaitable[SecondaryRole | None]],
+        adopt: Callable[[Source], Awaitable[SecondaryRole | None]],
     ) -> None:
+        self._mode = mode
+        self._adopt = adopt
         self._store = store
         self._node = node
         self._callbacks = callbacks
@@ -82,7 +97,7 @@ class SecondaryService:
         self._options = options
         self._role = role
         self._learned = learned
-        self._identity = secondary_identity(role)
+        self._identity = secondary_identity(mode, role) if role.attached else None
         self._clients: dict[str, PeerClient] = {}
         self._failures = 0
         self._preferred = ""
@@ -99,6 +114,9 @@ class SecondaryService:
         """Follow the primary until cancelled. Raises what ends the tenure: errors of this cluster's own store."""
         self._callbacks.set_gate(NOT_SYNCED if is_none(self.applier.position) else None)
         await self._store.rooted()
+        if not self._role.attached:
+            self.machine = replace(self.machine, reason=NO_PRIMARY)
+            await asyncio.get_running_loop().create_future()
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._keep_addresses(), name="keep addresses")
@@ -140,6 +158,29 @@ class SecondaryService:
         if response.position is not None:
             late = not await self.applier.wait_applied(response.position.index, self._options.wal_wait_s)
         return answer_of(response, late=late)
+
+    async def primary_lives(self, timeout_s: float) -> str:
+        """The address at which the primary was reached just now; empty when no known address answers in time."""
+        if self.connected_to and self.applier.upstream.connected:
+            return self.connected_to
+        asked = {address: asyncio.create_task(self._is_alive(address, timeout_s)) for address in self._addresses()}
+        if asked:
+            await asyncio.wait(asked.values())
+        return next((address for address, task in asked.items() if task.result()), "")
+
+    async def _is_alive(self, address: str, timeout_s: float) -> bool:
+        """Whether the primary of this set is there. Whoever completes the handshake holds a certificate of the set: it
+        lives, whatever becomes of the request."""
+        client = PeerClient(self._known_identity(), address, connect_timeout_s=timeout_s)
+        try:
+            await client.post(ALIVE_PATH, b"", timeout_s=2 * timeout_s)
+        except PeerUnreachable:
+            return False
+        except PeerOutcomeUnknown:
+            return True
+        finally:
+            await client.close()
+        return True
 
     async def _send(self, message: ForwardRequest) -> ForwardResponse:
         problem = "no cluster address of it is known"
@@ -200,6 +241,7 @@ class SecondaryService:
 
     async def _sync(self) -> Action:
         syncer = Syncer(
+            self._mode,
             self._store,
             self._ask_diff,
             self._ask_entries,
@@ -330,10 +372,15 @@ class SecondaryService:
         order = dict.fromkeys([self._preferred, *advertised, *self._role.dial_order])
         return tuple(address for address in order if _usable(address))
 
+    def _known_identity(self) -> PeerIdentity:
+        if self._identity is None:
+            raise Unavailable(NO_PRIMARY)
+        return self._identity
+
     def _client(self, address: str) -> PeerClient:
         client = self._clients.get(address)
         if client is None:
-            client = PeerClient(self._identity, address, connect_timeout_s=self._options.connect_timeout_s)
+            client = PeerClient(self._known_identity(), address, connect_timeout_s=self._options.connect_timeout_s)
             self._clients[address] = client
         return client
 
@@ -346,15 +393,34 @@ class SecondaryService:
     def _make_applier(self) -> Applier:
         role, options = self._role, self._options
         return Applier(
+            self._mode,
             self._store,
-            stored_position(self._store),
+            stored_position(self._store, self._mode),
             self._on_applied,
             self._clock,
             ApplierOptions(beat_s=options.beat_s, silent_beats_max=options.silent_beats_max, limits=options.limits),
-            identity=Identity(role.secondary_id, role.store_id, role.set_id, role.epoch.number, role.epoch.id),
+            identity=_identity(role),
             advertise=lambda: Advertised(self._node.api_addr, tuple(self._node.cluster_addresses())),
             on_event=self._heard,
+            on_source=self._met,
         )
+
+    async def _met(self, source: Source) -> Identity:
+        """A primary answered the hello. Raises ChannelClosed: come again."""
+        try:
+            role = await self._adopt(source)
+        except (Overloaded, NotApplied, StoreUnavailable) as error:
+            raise ChannelClosed(f"the primary's replication epoch could not be stored here: {error}") from error
+        if role is None:
+            raise ChannelClosed("this cluster's role changed meanwhile")
+        self._role = role
+        return _identity(role)
+
+
+def _identity(role: SecondaryRole) -> Identity:
+    """How it introduces itself: an epoch that an operator accepted counts before that of its data."""
+    epoch = role.accepts or role.epoch
+    return Identity(role.secondary_id, role.store_id, role.set_id, epoch.number, epoch.id)
 
 
 class _Counted:

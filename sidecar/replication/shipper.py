@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -25,8 +25,8 @@ from consul_backend.wal import Record
 from consul_backend.wal_reader import RecordGone
 from sidecar.replication.channel import Channel, ChannelClosed
 from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello, contradicts_log
-from sidecar.replication.intake import REPLICATED
-from sidecar.replication.parts import concerns_replicated, parts_of
+from sidecar.replication.modes import Mode
+from sidecar.replication.parts import concerns, parts_of
 from sidecar.replication.progress import Progress
 from sidecar.replication.protocol import (
     Ack,
@@ -42,6 +42,7 @@ from sidecar.replication.protocol import (
     encode,
     is_none,
 )
+from sidecar.replication.shipped import Shipped
 from sidecar.replication.store_view import PrimaryStore
 
 log = logging.getLogger("replication.shipper")
@@ -103,10 +104,12 @@ class _Over(Exception):
 
 
 class Shipper:
-    """One per tenure as primary."""
+    """One per mode and tenure as primary. ``forks``: known secondaries whose history is another, by id, with the
+    reason."""
 
     def __init__(
         self,
+        mode: Mode,
         store: PrimaryStore,
         source: Source,
         options: ShipperOptions,
@@ -114,6 +117,7 @@ class Shipper:
         *,
         advertise: Callable[[], Advertised] = Advertised,
     ) -> None:
+        self._mode = mode
         self._store = store
         self._source = source
         self._options = options
@@ -121,6 +125,7 @@ class Shipper:
         self._advertise = advertise
         self._peers: dict[str, Peer] = {}
         self._streams: dict[str, _Stream] = {}
+        self.forks: dict[str, str] = {}
 
     @property
     def peers(self) -> Mapping[str, Peer]:
@@ -131,15 +136,20 @@ class Shipper:
         """A known secondary, connected or not: its WAL is held from now on. Call for each when a tenure starts."""
         if secondary_id not in self._peers:
             self._peers[secondary_id] = Peer(secondary_id)
-            self._store.hold(secondary_id, self._store.oldest_index)
+            self._store.hold(self.hold_name(secondary_id), self._store.oldest_index)
+
+    def hold_name(self, secondary_id: str) -> str:
+        """Under which name the log is held for it: ids are unique in one mode only."""
+        return f"{self._mode.name}:{secondary_id}"
 
     def forget(self, secondary_id: str) -> None:
         """It was revoked: end its stream, and hold nothing for it."""
         self._peers.pop(secondary_id, None)
+        self.forks.pop(secondary_id, None)
         stream = self._streams.pop(secondary_id, None)
         if stream is not None:
             stream.end("refuse", "this secondary was revoked")
-        self._store.unhold(secondary_id)
+        self._store.unhold(self.hold_name(secondary_id))
 
     async def serve(self, channel: Channel, hello: Hello) -> str:
         """Answer ``hello`` and stream until the connection ends; returns why it did. A new connection of a secondary
@@ -152,6 +162,10 @@ class Shipper:
         except (ChannelClosed, BackendError) as error:
             await channel.close(str(error))
             return str(error)
+        if reply.mode == "refuse" and reply.reason.startswith("fork"):
+            self.forks[name] = reply.reason
+        else:
+            self.forks.pop(name, None)
         if reply.mode != "accept" or hello.position is None:
             log.info("secondary %s: %s: %s", name, reply.mode, reply.reason)
             await channel.close(reply.reason)
@@ -162,7 +176,17 @@ class Shipper:
             older.end("closing", "the secondary opened another stream")
         peer = self._peers[name]
         index = hello.position.index
-        stream = _Stream(self._store, self._options, self._clock, self._advertise, peer, channel, index)
+        stream = _Stream(
+            self._store,
+            self._options,
+            self._clock,
+            self._advertise,
+            peer,
+            channel,
+            index,
+            mode=self._mode,
+            hold_as=self.hold_name(name),
+        )
         self._streams[name] = stream
         try:
             reason = await stream.run()
@@ -208,7 +232,12 @@ class _Stream:
         peer: Peer,
         channel: Channel,
         index: int,
+        *,
+        mode: Mode,
+        hold_as: str,
     ) -> None:
+        self._classes = mode.classes
+        self._hold_as = hold_as
         self._store = store
         self._options = options
         self._clock = clock
@@ -228,7 +257,7 @@ class _Stream:
         peer = self._peer
         peer.progress = self._progress
         peer.connected, peer.reason, peer.heard_at_s = True, "", self._clock.monotonic()
-        self._store.hold(peer.secondary_id, self._progress.durable)
+        self._store.hold(self._hold_as, self._progress.durable)
         bye = Bye("closing", "the primary ended the stream")
         try:
             bye = await self._run()
@@ -284,7 +313,9 @@ class _Stream:
         echo_ms, echo_age_ms = (self._echo[0], int((now_s - self._echo[1]) * 1000)) if self._echo else (0, 0)
         head = self._store.head
         if self._canary is None:
-            root = self._store.forest.root(REPLICATED)  # no await since head was read: both are of one instant
+            root = Shipped(
+                self._store.forest, self._classes
+            ).root()  # no await since head was read: both are of one instant
             self._canary = (CompleteUpTo(head.index, head.chain_hash, root, now_ms), now_s)
         beat = Heartbeat(now_ms, echo_ms, echo_age_ms, head.index, advertised.api_addr, advertised.cluster_addrs)
         await self._channel.send(encode(beat))
@@ -304,13 +335,13 @@ class _Stream:
         limit = min(self._options.chunk_records, target - progress.sent)
         records = await self._store.records(progress.sent + 1, limit)
         by_index = {record.index: record for record in records}
-        for frame, last in frames_of(records):
+        for frame, last in frames_of(records, self._classes):
             if not progress.has_room():
                 return False  # the rest is read again: to hold it would cost memory for as long as the peer is slow
             raw = encode(frame)
             parts_bytes = 0
             if isinstance(frame, RecordFrame):
-                async for part in parts_of(self._store, by_index[last]):
+                async for part in parts_of(self._store, by_index[last], self._classes):
                     part_raw = encode(part)
                     parts_bytes += len(part_raw)
                     await self._channel.send(part_raw)
@@ -349,7 +380,7 @@ class _Stream:
         if isinstance(frame, Ack):
             self._progress.acked(frame.applied, frame.durable)
             if not self._told.done():  # nothing is held for a secondary that was just revoked
-                self._store.hold(self._peer.secondary_id, frame.durable)
+                self._store.hold(self._hold_as, frame.durable)
             self._wake.set()
         elif isinstance(frame, Heartbeat):
             self._echo = (frame.clock_ms, now_s)
@@ -358,14 +389,14 @@ class _Stream:
             raise ChannelClosed(f"the secondary ended the stream: {frame.reason}")
 
 
-def frames_of(records: Sequence[Record]) -> list[tuple[RecordFrame | Skip, int]]:
-    """Records as frames, each with the last index it covers: entries of class ``r`` only, and one skip for each run of
+def frames_of(records: Sequence[Record], classes: Collection[str]) -> list[tuple[RecordFrame | Skip, int]]:
+    """Records as frames, each with the last index it covers: entries of ``classes`` only, and one skip for each run of
     records that make none true. What goes before a frame is :func:`~sidecar.replication.parts.parts_of` its record."""
     frames: list[tuple[RecordFrame | Skip, int]] = []
     first_skipped = 0
     for record in records:
-        if concerns_replicated(record):
-            frames.append((RecordFrame(record.only({REPLICATED}).encode()), record.index))
+        if concerns(record, classes):
+            frames.append((RecordFrame(record.only(classes).encode()), record.index))
             first_skipped = 0
         elif first_skipped:
             frames[-1] = (Skip(first_skipped, record.index, record.chain_hash), record.index)

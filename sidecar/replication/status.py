@@ -53,8 +53,9 @@ class IndexFacts:
 
 @dataclass(frozen=True, slots=True)
 class PrimaryFacts:
-    """A primary at one moment."""
+    """A primary at one moment. ``forks``: secondaries that were refused because of another history, and why."""
 
+    mode: str
     set_id: str
     epoch_number: int
     epoch_id: str
@@ -64,6 +65,7 @@ class PrimaryFacts:
     head_index: int
     merkle_root: str
     running: bool = True
+    forks: Sequence[tuple[str, str]] = ()
     index: IndexFacts = IndexFacts()
 
 
@@ -113,12 +115,13 @@ class SecondaryStatusFacts:
 
 
 def primary_status(facts: PrimaryFacts, zone: tzinfo | None = None) -> dict[str, Any]:
-    """The fields of a performance primary; ``zone`` is for tests, None the machine's own."""
+    """The fields of a primary; ``zone`` is for tests, None the machine's own."""
     return {
         "cluster_id": facts.set_id,
         "epoch": {"id": facts.epoch_id, "number": facts.epoch_number},
+        "forks": [{"node_id": name, "reason": reason} for name, reason in facts.forks],
         "known_secondaries": list(facts.known_secondaries),
-        "last_performance_wal": facts.head_index,
+        f"last_{facts.mode}_wal": facts.head_index,
         "last_wal": facts.head_index,
         "merkle_root": facts.merkle_root,
         "mode": "primary",
@@ -131,7 +134,7 @@ def primary_status(facts: PrimaryFacts, zone: tzinfo | None = None) -> dict[str,
 
 
 def secondary_status(facts: SecondaryStatusFacts, zone: tzinfo | None = None) -> dict[str, Any]:
-    """The fields of a performance secondary, with ours added: ``lag_s``, ``last_sync``, ``state_reason``, ``alarm``."""
+    """The fields of a secondary, with ours added: ``lag_s``, ``last_sync``, ``state_reason``, ``alarm``."""
     data: dict[str, Any] = {
         "alarm": facts.alarm,
         "cluster_id": facts.set_id,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from consul_backend.position import Position
@@ -24,8 +24,11 @@ class Head(Protocol):
 class Forest(Protocol):
     """The merkle forest, exact as of the store's head."""
 
-    def root(self, cls: str) -> bytes:
-        """20 bytes over all partitions of a class."""
+    def root_of(self, pairs: Iterable[tuple[str, str]]) -> bytes:
+        """20 bytes over the given (class, partition) pairs."""
+
+    def names(self, cls: str) -> Sequence[str]:
+        """The partitions of a class that hold anything."""
 
     def partitions(self, cls: str) -> Mapping[str, bytes]:
         """Root by partition."""
@@ -71,6 +74,10 @@ class PrimaryStore(IndexedStore, Protocol):
         """Exact as of :attr:`head` whenever no ``await`` lies between reading both."""
 
     @property
+    def positions(self) -> Mapping[str, Position]:
+        """The newest position of each mode, as of :attr:`head` likewise."""
+
+    @property
     def oldest_index(self) -> int:
         """The oldest record that :meth:`records` still has."""
 
@@ -98,7 +105,7 @@ class SecondaryStore(IndexedStore, Protocol):
 
     @property
     def forest(self) -> Forest:
-        """Its class ``r`` is written by replication alone, so it is exact as of the position."""
+        """What travels is written by replication alone, so it is exact as of the position."""
 
     @property
     def positions(self) -> Mapping[str, Position]:

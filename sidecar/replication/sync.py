@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -33,10 +33,11 @@ from consul_backend.position import Position
 from consul_backend.wal import Write
 from sidecar.replication.answers import last_of
 from sidecar.replication.channel import ChannelClosed
-from sidecar.replication.committer import commit, stored_position
+from sidecar.replication.committer import commit, positions_at, stored_position
 from sidecar.replication.diff import SyncPlan, diff_request, dropped_keys
 from sidecar.replication.hello import Identity, Source, fork_problem
-from sidecar.replication.intake import KEYRING_KEY, REPLICATED, Budget, Intake, checked_writes, split_writes
+from sidecar.replication.intake import Budget, Intake, checked_writes, split_writes
+from sidecar.replication.modes import Mode
 from sidecar.replication.protocol import (
     FETCH_FRAME_BYTES_MAX,
     NONE_POSITION,
@@ -57,6 +58,7 @@ from sidecar.replication.protocol import (
     encode,
     is_none,
 )
+from sidecar.replication.shipped import Shipped, load_indexes
 from sidecar.replication.states import Event
 from sidecar.replication.store_view import SecondaryStore
 
@@ -106,12 +108,13 @@ class _Broken(Exception):
 
 class Syncer:
     """One sync. ``request`` makes the first round trip; ``fetch`` the second, yielding raw chunks of the body. Both
-    raise ChannelClosed when the primary cannot be reached. While ``gate`` was last called with progress, reads of class
-    ``r`` must be refused; with None they are open. It is the caller who starts with a closed gate when the stored
+    raise ChannelClosed when the primary cannot be reached. While ``gate`` was last called with progress, reads of what
+    travels must be refused; with None they are open. It is the caller who starts with a closed gate when the stored
     position is none."""
 
     def __init__(
         self,
+        mode: Mode,
         store: SecondaryStore,
         request: Callable[[DiffRequest], Awaitable[DiffReply]],
         fetch: Callable[[FetchRequest], AsyncIterator[bytes]],
@@ -125,7 +128,9 @@ class Syncer:
         staging: Staging | None = None,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
+        self._mode = mode
         self._store = store
+        self._shipped = Shipped(store.forest, mode.classes)
         self._request = request
         self._fetch = fetch
         self._on_event = on_event
@@ -133,7 +138,7 @@ class Syncer:
         self._identity = identity
         self._random_bytes = random_bytes
         self._budget = Budget.of(limits or Limits())
-        self._staging = _Staging(store, self._budget, staging or Staging(), on_applied, gate)
+        self._staging = _Staging(mode, store, self._budget, staging or Staging(), on_applied, gate)
         self._round_trips = 0
         self._bytes = 0
 
@@ -151,7 +156,7 @@ class Syncer:
         return SyncResult(
             event=event,
             reason=reason,
-            position=stored_position(self._store),
+            position=stored_position(self._store, self._mode),
             round_trips=self._round_trips,
             bytes=self._bytes,
             keys=self._staging.keys,
@@ -161,7 +166,7 @@ class Syncer:
     async def _run(self) -> tuple[Event, str]:
         log.info("starting merkle diff")
         try:
-            await self._store.load_index(REPLICATED)
+            await load_indexes(self._store, self._mode)
         except IndexDamaged as error:
             raise _Broken(str(error)) from error
         request, reply = await self._diff()
@@ -169,22 +174,24 @@ class Syncer:
         mine = self._identity
         if mine is not None and (problem := fork_problem(mine.set_id, mine.epoch, mine.epoch_id, source)):
             raise SyncRefused(problem)
+        if mine is not None and mine.epoch_id and (mine.epoch, mine.epoch_id) != (source.epoch, source.epoch_id):
+            raise _Broken("the primary's replication epoch changed: a new hello comes first")
         base = Position(source.set_id, source.generation, source.epoch, reply.base_index, reply.base_hash)
         if reply.equal:
-            await self._staging.finish(base)
+            await self._staging.finish(base, reply.positions)
             return Event.EQUAL, ""
         self._on_event(Event.DIFFERS)
         failpoint("sync:after-diff")
-        plan = SyncPlan.of(request, reply, self._store.forest)
+        plan = SyncPlan.of(request, reply, self._shipped)
         log.info("starting merkle sync: %d extents differ, %d partitions are gone", len(plan.ranges), len(plan.gone))
         self._staging.total = len(plan.ranges)
-        await self._staging.add(plan.deletions(self._store.forest))
+        await self._staging.add(plan.deletions(self._shipped))
         guard = await self._fetch_all(plan, base)
         end = Position(base.set_id, base.generation, base.epoch, guard.index, guard.chain_hash)
         return await self._conclude(guard, end)
 
     async def _diff(self) -> tuple[DiffRequest, DiffReply]:
-        request = await last_of(diff_request(self._store.forest, self._random_bytes(SALT_BYTES)))
+        request = await last_of(diff_request(self._shipped, self._random_bytes(SALT_BYTES)))
         if request is None:
             raise AssertionError("a diff request ends its generator")
         self._round_trips += 1
@@ -195,7 +202,7 @@ class Syncer:
     async def _fetch_all(self, plan: SyncPlan, base: Position) -> Guard:
         """Every request of the plan, one after the other; the last is the final one."""
         pending: FetchRequest | None = None
-        for names, extents in plan.requests(self._store.forest, FETCH_REQUEST_BYTES):
+        for names, extents in plan.requests(self._shipped, FETCH_REQUEST_BYTES):
             if pending is not None:
                 await self._fetch_one(pending, base)
             pending = FetchRequest(base.index, base.chain_hash, False, plan.salt, names, extents)
@@ -207,7 +214,7 @@ class Syncer:
         self._round_trips += 1
         self._bytes += len(encode(request))
         done_before = self._staging.done
-        intake = Intake(base, self._budget)
+        intake = Intake(self._mode, base, self._budget)
         guard: Guard | None = None
         unframer = Unframer(FETCH_FRAME_BYTES_MAX)
         async with _closing(self._fetch(request)) as chunks:
@@ -231,11 +238,11 @@ class Syncer:
     async def _received(self, frame: FromFetch, intake: Intake, done_before: int, request: FetchRequest) -> None:
         if isinstance(frame, Entries):
             self._staging.done = max(self._staging.done, done_before + frame.done)
-            writes = checked_writes([Write(key, value) for key, value in frame.puts])
+            writes = checked_writes([Write(key, value) for key, value in frame.puts], self._mode.classes)
             await self._staging.add([write for write in writes if not self._has_keyring(write)])
             # Of an id that was an old version's the put came before: it is staged, or committed and has another id. All
             # are judged at one instant, because staging a deletion may commit what is staged.
-            dropped = [key for key in dropped_keys(self._store.forest, request, frame) if not self._staging.holds(key)]
+            dropped = [key for key in dropped_keys(self._shipped, request, frame) if not self._staging.holds(key)]
             await self._staging.add([Write(key, None) for key in dropped])
         elif isinstance(frame, RecordFrame | Skip | PartFrame):
             intake.accept(frame)
@@ -246,19 +253,19 @@ class Syncer:
 
     def _has_keyring(self, write: Write) -> bool:
         """Whether a write is the keyring that is here already: it travels with every answer."""
-        if write.key != KEYRING_KEY or write.value is None:
+        if write.key not in self._mode.keyrings or write.value is None:
             return False
-        return self._store.forest.digest_of(KEYRING_KEY) == entry_digest(write.key, write.value)
+        return self._store.forest.digest_of(write.key) == entry_digest(write.key, write.value)
 
     async def _conclude(self, guard: Guard, position: Position) -> tuple[Event, str]:
         if self._staging.is_whole():
-            await self._staging.finish(position)
-            if self._store.forest.root(REPLICATED) == guard.root:
+            await self._staging.finish(position, guard.positions)
+            if self._shipped.root() == guard.root:
                 return Event.SYNCED, ""
         else:
             await self._staging.flush()
-            if self._store.forest.root(REPLICATED) == guard.root:
-                await self._staging.finish(position)
+            if self._shipped.root() == guard.root:
+                await self._staging.finish(position, guard.positions)
                 return Event.SYNCED, ""
         return Event.MISMATCH, f"roots still differ at record {guard.index} after everything was fetched"
 
@@ -268,12 +275,14 @@ class _Staging:
 
     def __init__(
         self,
+        mode: Mode,
         store: SecondaryStore,
         budget: Budget,
         bounds: Staging,
         on_applied: Callable[[Sequence[str]], Awaitable[None]],
         gate: Callable[[SyncProgress | None], None],
     ) -> None:
+        self._mode = mode
         self._store = store
         self._budget = budget
         self._bounds = bounds
@@ -281,7 +290,7 @@ class _Staging:
         self._gate = gate
         self._pending: dict[str, Write] = {}
         self._pending_bytes = 0
-        self._mixed = is_none(stored_position(store))
+        self._mixed = is_none(stored_position(store, mode))
         self.keys = 0
         self.done = 0
         self.total = 0
@@ -297,7 +306,7 @@ class _Staging:
     async def add(self, writes: Sequence[Write]) -> None:
         """Stage writes; commits what no longer fits. The keyring is committed, and loaded, before what follows it."""
         for write in writes:
-            if write.key == KEYRING_KEY and not self._mixed:
+            if write.key in self._mode.keyrings and not self._mixed:
                 await self._commit_keyring(write)
                 continue
             cost = self._cost(write)
@@ -308,7 +317,7 @@ class _Staging:
             self._pending.pop(write.key, None)
             self._pending[write.key] = write
             self._pending_bytes += cost
-            if write.key == KEYRING_KEY:
+            if write.key in self._mode.keyrings:
                 await self.flush()
 
     def _cost(self, write: Write) -> int:
@@ -323,10 +332,10 @@ class _Staging:
 
     async def _commit_keyring(self, write: Write) -> None:
         """A newer keyring holds every older key, so it can go before everything else and nobody reads a mix."""
-        stored = stored_position(self._store)
+        stored = stored_position(self._store, self._mode)
         if stored is None:
             raise AssertionError("data without a position is a mix")
-        await commit(self._store, [write], stored)
+        await commit(self._store, [write], positions_at(self._mode, stored))
         self.keys += 1
         await self._on_applied([write.key])
 
@@ -336,19 +345,19 @@ class _Staging:
             return
         self._mixed = True
         self._gate(SyncProgress(self.done, self.total))
-        await self._commit(NONE_POSITION)
+        await self._commit(NONE_POSITION, {})
         failpoint("sync:half-way")
 
-    async def finish(self, position: Position) -> None:
+    async def finish(self, position: Position, source_positions: Mapping[str, Position]) -> None:
         """Commit what is staged together with the position, and open the gate."""
-        if self._pending or stored_position(self._store) != position:
+        if self._pending or stored_position(self._store, self._mode) != position:
             failpoint("sync:before-guard")
-            await self._commit(position)
+            await self._commit(position, source_positions)
             failpoint("sync:after-guard")
         self._mixed = False
         self._gate(None)
 
-    async def _commit(self, position: Position) -> None:
+    async def _commit(self, position: Position, source_positions: Mapping[str, Position]) -> None:
         writes = list(self._pending.values())
         self._pending.clear()
         self._pending_bytes = 0
@@ -356,7 +365,8 @@ class _Staging:
         while pieces:
             piece = pieces.pop(0)
             try:
-                await commit(self._store, piece, NONE_POSITION if pieces else position)
+                at = NONE_POSITION if pieces else position
+                await commit(self._store, piece, positions_at(self._mode, at, source_positions))
             except TooLarge:
                 if len(piece) <= 1:
                     raise

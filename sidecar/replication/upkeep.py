@@ -26,7 +26,7 @@ from sidecar.replication.wiring import SealedEntries
 
 logger = logging.getLogger(__name__)
 
-HEALTH_KEY = "l/replication/index"
+HEALTH_KEY = "c/replication/index"
 TREES = {"1": ("r", "replicated"), "2": ("l", "local")}
 RUNNING = "a merkle check or a reindex is running already; see sys/replication/status"
 

@@ -1,13 +1,14 @@
-"""What performance replication is given by whoever builds it: node facts, callbacks, options. No behaviour."""
+"""What replication is given by whoever builds it: node facts, callbacks, options. No behaviour."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from consul_backend.index_check import Inspected
 from consul_backend.limits import Limits
+from consul_backend.wal import Write
 from sidecar.replication.activation import ActivationResult
 from sidecar.replication.store_view import PrimaryStore, SecondaryStore
 from sidecar.replication.sync import Staging
@@ -26,13 +27,33 @@ class ClusterStore(PrimaryStore, SecondaryStore, Protocol):
 
 
 class SealedEntries(Protocol):
-    """Plaintext entries on logical keys, encrypted by the barrier. Class ``l`` only is used here."""
+    """Plaintext entries on logical keys, encrypted by the barrier. Classes ``l`` and ``c`` are written here, and
+    whatever class a role entry is of; no write gate lies in between."""
 
     async def get(self, key: str) -> bytes | None:
         """The entry, or None."""
 
+    async def list(self, prefix: str) -> list[str]:
+        """Names one level below ``prefix``; folders end in ``/``."""
+
+    def encode(self, write: Write) -> Write:
+        """``write`` as the store takes it."""
+
     async def put(self, key: str, value: bytes) -> object:
         """Returns once the entry is durable."""
+
+    async def delete(self, key: str) -> object:
+        """Returns once the entry is gone."""
+
+
+class WriteGate(Protocol):
+    """Between the rest of the node and the store: what only replication may write."""
+
+    def restrict(self, classes: Collection[str]) -> None:
+        """From now on nobody but replication commits entries of exactly these classes."""
+
+    async def settled(self) -> None:
+        """Wait until no commit that was let in before is still under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +70,10 @@ class NodeInfo:
 
 @dataclass(frozen=True, slots=True)
 class SecretMaterial:
-    """What a new secondary receives: the bare root key, and the raw entries ``r/core/keyring`` and ``c/core/seal``."""
+    """What a new secondary receives: the bare root key, raw keyrings by logical key, and the raw seal record."""
 
     root_key: bytes = field(repr=False)
-    keyring: bytes = field(repr=False)
+    keyrings: Mapping[str, bytes] = field(repr=False)
     seal: bytes = field(repr=False)
 
 
@@ -70,21 +91,33 @@ class Callbacks:
     """The rest of the node.
 
     ``on_applied`` hears the logical keys of every applied batch, after the commit. ``set_gate`` closes reads of
-    replicated data with a text for people, None opens them. ``secret_material`` is asked at a bootstrap. ``flip``
-    builds a new store generation from an activation and points the cluster at it; when it returns, this tenure is about
-    to end. ``execute`` runs a forwarded request on this node's service; its errors are its answers.
+    replicated data with a text for people, None opens them. ``secret_material`` is asked at a bootstrap for the given
+    keyrings. ``flip`` builds a new store generation from an activation and points the cluster at it; when it returns,
+    this tenure is about to end. ``execute`` runs a forwarded request on this node's service; its errors are its
+    answers. ``restart`` ends this tenure soon, for the next one to begin in the role that was committed. ``keep_keys``
+    commits that every data key in use now stays usable here, whatever keyrings arrive. ``root_key`` is in use now.
+    ``open_entry`` decrypts a stored entry. ``standalone``: entries that make a mirror a cluster of its own.
     """
 
     on_applied: Callable[[Sequence[str]], Awaitable[None]]
     set_gate: Callable[[str | None], None]
-    secret_material: Callable[[], Awaitable[SecretMaterial]]
+    secret_material: Callable[[Collection[str]], Awaitable[SecretMaterial]]
     flip: Callable[[ActivationResult], Awaitable[None]]
     execute: Callable[[ForwardRequest], Awaitable[Executed]]
+    restart: Callable[[], None]
+    keep_keys: Callable[[], Awaitable[None]]
+    root_key: Callable[[], bytes]
+    open_entry: Callable[[str, bytes], Awaitable[bytes]]
+    standalone: Callable[[], Awaitable[Sequence[Write]]]
+    gate: WriteGate
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicationOptions:
-    """Times in seconds. ``wal_wait_s`` is Vault's ``best_effort_wal_wait_duration``."""
+    """Times in seconds. ``wal_wait_s`` is Vault's ``best_effort_wal_wait_duration``. ``probe_timeout_s``: how long a
+    promotion looks for a primary that still lives. ``demote_drain_s``: how long a demotion waits for connected
+    secondaries to have everything. ``promotion_lag_max_s``: a promotion that may lose more than this needs ``force``;
+    0 for no such limit."""
 
     beat_s: float = 5.0
     silent_beats_max: int = 3
@@ -94,6 +127,9 @@ class ReplicationOptions:
     reconnect_min_s: float = 0.25
     reconnect_max_s: float = 15.0
     connect_timeout_s: float = 5.0
+    probe_timeout_s: float = 2.0
+    demote_drain_s: float = 5.0
+    promotion_lag_max_s: float = 0.0
     fetch_idle_timeout_s: float = 30.0
     window_records: int = 1024
     window_bytes: int = 4 * 1024 * 1024

@@ -14,6 +14,7 @@ from sidecar.replication.answers import answer_diff, answer_fetch
 from sidecar.replication.applier import Applier, ApplierOptions
 from sidecar.replication.committer import stored_position
 from sidecar.replication.hello import Identity, Source
+from sidecar.replication.modes import PERFORMANCE
 from sidecar.replication.shipper import Shipper, ShipperOptions
 from sidecar.replication.states import Event
 from sidecar.replication.sync import Staging, Syncer
@@ -30,7 +31,7 @@ class Pair:
 
     def __init__(self, primary, secondary, clock) -> None:
         self.primary, self.secondary = primary, secondary
-        self.shipper = Shipper(primary, SOURCE, ShipperOptions(beat_s=0.05, silent_beats_max=400), clock)
+        self.shipper = Shipper(PERFORMANCE, primary, SOURCE, ShipperOptions(beat_s=0.05, silent_beats_max=400), clock)
         self.applied: list[str] = []
         self.gates: list[object] = []
         self.clock = clock
@@ -40,8 +41,9 @@ class Pair:
 
     def applier(self, limits: Limits) -> Applier:
         return Applier(
+            PERFORMANCE,
             self.secondary,
-            stored_position(self.secondary),
+            stored_position(self.secondary, PERFORMANCE),
             self._on_applied,
             self.clock,
             ApplierOptions(beat_s=0.05, silent_beats_max=400, limits=limits),
@@ -50,13 +52,14 @@ class Pair:
 
     async def sync(self, limits: Limits, staging: Staging | None = None):
         async def ask(request):
-            return await answer_diff(self.primary, SOURCE, request, hold_as="second")
+            return await answer_diff(self.primary, SOURCE, request, mode=PERFORMANCE, hold_as="second")
 
         async def fetch(request):
-            async for chunk in answer_fetch(self.primary, request):
+            async for chunk in answer_fetch(self.primary, request, mode=PERFORMANCE):
                 yield chunk
 
         syncer = Syncer(
+            PERFORMANCE,
             self.secondary,
             ask,
             fetch,
@@ -150,7 +153,7 @@ async def test_large_batches_travel_whole_between_small_ones(clusters):
 async def test_a_batch_cut_between_its_parts_is_asked_for_again(clusters, cut_at):
     async with pair_of(*clusters) as pair:
         await pair.sync(SMALL)
-        before = stored_position(pair.secondary)
+        before = stored_position(pair.secondary, PERFORMANCE)
         sent = 0
 
         def tamper(frame: bytes) -> list[bytes]:
@@ -163,7 +166,7 @@ async def test_a_batch_cut_between_its_parts_is_asked_for_again(clusters, cut_at
         async with pair.streaming(SMALL, tamper) as applier:
             assert not await applier.wait_applied(head.index, 0.3)
         assert await pair.secondary.list(f"r/{PARTITION}/") == []
-        position = stored_position(pair.secondary)
+        position = stored_position(pair.secondary, PERFORMANCE)
         assert position is not None
         assert before is not None
         assert position.index < head.index
@@ -222,7 +225,7 @@ async def test_a_secondary_that_restarts_in_the_middle_has_the_old_or_the_new(cl
             async with pair.streaming(SMALL):
                 while not theirs.statistics()["large_parts"]:  # noqa: ASYNC110  # nothing announces this step
                     await asyncio.sleep(0)
-                crashed_at = stored_position(theirs)
+                crashed_at = stored_position(theirs, PERFORMANCE)
                 await secondary.depose()
         async with secondary.running(QUIET) as theirs:
             assert await theirs.list(f"r/{PARTITION}/") in ([], sorted(f"k{n}" for n in range(2000)))

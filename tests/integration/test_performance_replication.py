@@ -13,6 +13,7 @@ from multidict import CIMultiDict
 from plugin_api.errors import InvalidRequest, PluginError, Unavailable
 from sidecar.replication import roles
 from sidecar.replication.activation import bootstrap, parse_bundle, secondary_identity
+from sidecar.replication.modes import PERFORMANCE
 from sidecar.replication.states import Phase
 from sidecar.replication.upstream import STALL_WARNING
 from sidecar.replication.wiring import Executed, ForwardAnswer, ReplicationOptions
@@ -47,7 +48,12 @@ async def test_from_token_to_streaming(pair: Pair) -> None:
     primary.store.write(("r/m/later", b"x"), ("r/m/key-0", None))
     await until(lambda: in_step(primary, secondary))
     assert {"r/m/later", "r/m/key-0"} <= set(secondary.applied)
-    await until(lambda: secondary.manager._secondary is not None and secondary.manager._secondary.machine.cycles == 0)
+    await until(
+        lambda: (
+            secondary.manager.performance.secondary is not None
+            and secondary.manager.performance.secondary.machine.cycles == 0
+        )
+    )
 
     ours, theirs = await primary.manager.status("performance"), await secondary.manager.status("performance")
     assert ours["merkle_root"] == theirs["merkle_root"]
@@ -69,11 +75,12 @@ async def test_the_activation_result_holds_keys_and_role(pair: Pair) -> None:
     fresh = await pair.start("fresh")
     await fresh.manager.secondary_enable("performance", await pair.token(), "", "", "")
     result = fresh.flipped[0]
-    assert (result.root_key, result.keyring, result.seal) == (MATERIAL.root_key, MATERIAL.keyring, MATERIAL.seal)
-    assert set(result.entries) == {roles.ROLE_KEY}
+    assert (result.root_key, result.seal) == (MATERIAL.root_key, MATERIAL.seal)
+    assert result.keyrings == {"r/core/keyring": b"raw keyring"}, "the local keyring goes to nobody else"
+    assert set(result.entries) == {PERFORMANCE.role_key}
     assert "kkkk" not in repr(result)
     assert "PRIVATE" not in repr(result)
-    assert fresh.manager.mode == "bootstrapping", "until the flip ends the tenure"
+    assert fresh.manager.modes()[0] == "bootstrapping", "until the flip ends the tenure"
     assert await fresh.manager.status("performance") == {"mode": "bootstrapping"}
     with pytest.raises(InvalidRequest, match="running already"):
         await fresh.manager.primary_enable("performance", "")
@@ -88,7 +95,7 @@ async def test_a_restart_catches_up_by_the_log(pair: Pair) -> None:
         primary.store.write(*((f"r/m/{n}-{m}", b"v") for m in range(10)))
     again = await pair.start("eu", secondary.store)
     await until(lambda: in_step(primary, again))
-    service = again.manager._secondary
+    service = again.manager.performance.secondary
     assert service is not None
     await until(lambda: service.last_sync is not None)
     status = await again.manager.status("performance")
@@ -172,14 +179,19 @@ async def test_forwarding_to_a_primary_that_is_down_is_certainly_not_done(pair: 
     with pytest.raises(Unavailable, match="was not carried out"):
         await secondary.manager.forward_to_primary(Request(), Auth())
     assert (await pair.primary.manager.status("performance")) == {"mode": "disabled"}
-    await until(lambda: secondary.manager._secondary is not None and secondary.manager._secondary.state == "idle")
+    await until(
+        lambda: (
+            secondary.manager.performance.secondary is not None
+            and secondary.manager.performance.secondary.state == "idle"
+        )
+    )
     assert (await secondary.manager.status("performance"))["connection_state"] == "transient_failure"
 
 
 async def test_a_revoked_secondary_is_out_at_once_and_stays_out(pair: Pair) -> None:
     primary, secondary = pair.primary, await pair.activate()
     await until(lambda: in_step(primary, secondary))
-    service = secondary.manager._secondary
+    service = secondary.manager.performance.secondary
     assert service is not None
     await primary.manager.revoke_secondary("performance", "eu")
     assert primary.listener.statistics()["connections"] == 0
@@ -192,7 +204,7 @@ async def test_a_revoked_secondary_is_out_at_once_and_stays_out(pair: Pair) -> N
     primary.store.write(("r/m/after", b"secret"))
     await secondary.stop()
     again = await pair.start("eu", secondary.store)
-    retry = again.manager._secondary
+    retry = again.manager.performance.secondary
     assert retry is not None
     await until(lambda: retry._failures >= 3)
     with pytest.raises((Unavailable, PluginError)):
@@ -220,16 +232,16 @@ async def test_a_token_is_good_once(pair: Pair) -> None:
 async def test_a_copied_bundle_is_of_no_use_to_another_store(pair: Pair) -> None:
     payload, claims = await pair.primary.manager.secondary_token("performance", "eu", 1800, "")
     bundle = parse_bundle(payload, claims["ca_sha256"])
-    await bootstrap(bundle, store_id="first", timeout_s=5)
+    await bootstrap(PERFORMANCE, bundle, store_id="first", timeout_s=5)
     with pytest.raises(InvalidRequest, match="used already"):
-        await bootstrap(bundle, store_id="second", timeout_s=5)
+        await bootstrap(PERFORMANCE, bundle, store_id="second", timeout_s=5)
 
 
 async def test_issuing_again_voids_the_first_certificate(pair: Pair) -> None:
     payload, claims = await pair.primary.manager.secondary_token("performance", "eu", 1800, "")
     await pair.primary.manager.secondary_token("performance", "eu", 1800, "")
     with pytest.raises((InvalidRequest, Unavailable)):
-        await bootstrap(parse_bundle(payload, claims["ca_sha256"]), store_id="first", timeout_s=5)
+        await bootstrap(PERFORMANCE, parse_bundle(payload, claims["ca_sha256"]), store_id="first", timeout_s=5)
 
 
 async def test_a_rewrapped_token_is_refused_before_it_is_consumed(pair: Pair) -> None:
@@ -262,7 +274,7 @@ async def test_an_unreachable_primary_leaves_everything_as_it_was(pair: Pair) ->
     before = dict(fresh.store.data)
     with pytest.raises(Unavailable, match="nothing was changed here"):
         await fresh.manager.secondary_enable("performance", token, "", "", "")
-    assert (fresh.flipped, fresh.store.data, fresh.manager.mode) == ([], before, "disabled")
+    assert (fresh.flipped, fresh.store.data, fresh.manager.modes()[0]) == ([], before, "disabled")
     with pytest.raises(InvalidRequest, match="did not answer"):
         await fresh.manager.secondary_enable("performance", await pair.token("eu-2"), f"http://{dead}", "", "")
 
@@ -288,7 +300,9 @@ async def test_a_secondary_can_leave_with_its_data(pair: Pair) -> None:
     assert secondary.manager.is_primary_writable()
     assert secondary.store.data["r/m/a"] == b"1"
     assert (await secondary.manager.status("performance")) == {"mode": "disabled"}
-    assert await secondary.manager._learned(["https://late:8201"]) is None, "a late heartbeat does not bring it back"
+    assert await secondary.manager.performance._learned(["https://late:8201"]) is None, (
+        "a late heartbeat does not bring it back"
+    )
     await until(lambda: pair.primary.listener.statistics()["connections"] == 0)
 
 
@@ -296,11 +310,11 @@ async def test_addresses_of_heartbeats_are_stored(pair: Pair) -> None:
     secondary = await pair.activate()
     address = f"https://127.0.0.1:{pair.primary.listener.port}"
     await until(lambda: in_step(pair.primary, secondary))
-    role = roles.decode_role(secondary.store.data[roles.ROLE_KEY])
+    role = roles.decode_role(secondary.store.data[PERFORMANCE.role_key])
     assert isinstance(role, roles.SecondaryRole)
     assert role.addresses == (address,)
     pair.primary.addresses.append("https://127.0.0.1:2")
-    await until(lambda: b"127.0.0.1:2" in secondary.store.data[roles.ROLE_KEY])
+    await until(lambda: b"127.0.0.1:2" in secondary.store.data[PERFORMANCE.role_key])
     assert (await secondary.manager.status("performance"))["known_primary_cluster_addrs"] == [
         address,
         "https://127.0.0.1:2",
@@ -312,9 +326,9 @@ async def test_a_dead_address_is_passed_over(pair: Pair) -> None:
     primary, secondary = pair.primary, await pair.activate()
     await until(lambda: in_step(primary, secondary))
     await secondary.stop()
-    await until(lambda: secondary.manager._secondary is None)
+    await until(lambda: secondary.manager.performance.secondary is None)
     again = await pair.start("eu", secondary.store)
-    await again.manager._learned(["https://127.0.0.1:1", "https://127.0.0.1:2"])
+    await again.manager.performance._learned(["https://127.0.0.1:1", "https://127.0.0.1:2"])
     await again.stop()
     third = await pair.start("eu", again.store)
     primary.store.write(("r/m/through", b"x"))
@@ -325,7 +339,7 @@ async def test_the_primary_learns_nothing_from_strangers_on_its_calls(pair: Pair
     """A certificate that never said hello gets neither diff, entries nor forwarding."""
     payload, claims = await pair.primary.manager.secondary_token("performance", "eu", 1800, "")
     bundle = parse_bundle(payload, claims["ca_sha256"])
-    client = PeerClient(secondary_identity(bundle), f"127.0.0.1:{pair.primary.listener.port}")
+    client = PeerClient(secondary_identity(PERFORMANCE, bundle), f"127.0.0.1:{pair.primary.listener.port}")
     try:
         for path in ("/diff", "/fetch", "/forward"):
             assert (await client.post(path, b"junk", timeout_s=5)).status == 403

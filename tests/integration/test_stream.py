@@ -29,6 +29,7 @@ from sidecar.replication.applier import Applier, ApplierOptions, End, Outcome
 from sidecar.replication.channel import Channel, ChannelClosed, WebSocketChannel
 from sidecar.replication.committer import stored_position
 from sidecar.replication.hello import Identity, Source
+from sidecar.replication.modes import PERFORMANCE
 from sidecar.replication.protocol import FRAME_BYTES_MAX, encode, is_none
 from sidecar.replication.shipper import Advertised, Shipper, ShipperOptions
 from sidecar.replication.states import Event
@@ -113,6 +114,7 @@ class World:
 
     def serve_primary(self) -> None:
         self.shipper = Shipper(
+            PERFORMANCE,
             self.primary.store,
             SOURCE,
             self.shipper_options,
@@ -129,10 +131,12 @@ class World:
         body = await request.read()
         if request.path == "/diff":
             asked = wire.decode_diff_request(body)
-            return web.Response(body=encode(await answer_diff(self.primary.store, SOURCE, asked, hold_as="second")))
+            return web.Response(
+                body=encode(await answer_diff(self.primary.store, SOURCE, asked, mode=PERFORMANCE, hold_as="second"))
+            )
         response = web.StreamResponse()
         await response.prepare(request)
-        async for chunk in answer_fetch(self.primary.store, wire.decode_fetch_request(body)):
+        async for chunk in answer_fetch(self.primary.store, wire.decode_fetch_request(body), mode=PERFORMANCE):
             await response.write(chunk)
         await response.write_eof()
         return response
@@ -150,7 +154,7 @@ class World:
             await self.wanted[1].wait()
 
     def heard(self, event: Event) -> None:
-        position = stored_position(self.secondary.store)
+        position = stored_position(self.secondary.store, PERFORMANCE)
         if event is Event.IN_STEP and position is not None and position.index == self.primary.store.head.index:
             self.in_step.set()
 
@@ -165,8 +169,9 @@ class World:
     def applier(self, **options) -> Applier:
         store = self.secondary.store
         return Applier(
+            PERFORMANCE,
             store,
-            stored_position(store),
+            stored_position(store, PERFORMANCE),
             self.on_applied,
             CLOCK,
             ApplierOptions(beat_s=0.05, silent_beats_max=100, **options),
@@ -206,6 +211,7 @@ class World:
                         yield chunk
 
             syncer = Syncer(
+                PERFORMANCE,
                 self.secondary.store,
                 request,
                 fetch,
@@ -323,7 +329,7 @@ async def test_exactly_once_over_crashes_at_any_moment(world: World, who: str):
         else:
             await world.primary.lead()
             world.serve_primary()
-        position = stored_position(world.secondary.store)
+        position = stored_position(world.secondary.store, PERFORMANCE)
         assert position is not None, round_number
         there = (await world.primary.store.records(position.index, 1))[0].chain_hash
         assert there == position.chain_hash
@@ -337,7 +343,7 @@ async def test_a_diverged_secondary_is_sent_to_the_diff(world: World):
     await fill(world.primary.store, 100)
     await world.join()
     await write_some(world.primary.store, random.Random(4), 40)
-    position = stored_position(world.secondary.store)
+    position = stored_position(world.secondary.store, PERFORMANCE)
     diverged = Position(position.set_id, position.generation, position.epoch, position.index, bytes(32))
     await world.secondary.store.commit([], positions={"performance": diverged})
     outcome = await world.stream()
@@ -404,7 +410,7 @@ async def test_a_crash_in_the_middle_of_a_sync(world: World):
     syncing.cancel()
     await asyncio.gather(syncing, return_exceptions=True)
     await world.secondary.lead()
-    assert is_none(stored_position(world.secondary.store))
+    assert is_none(stored_position(world.secondary.store, PERFORMANCE))
     there = world.secondary.store.forest.count("r", "p")
     assert 600 <= there < 1500
     assert (await world.stream()).end is End.NEED_DIFF
@@ -480,7 +486,7 @@ async def test_a_secondary_that_stops_reading_costs_a_bounded_amount(world: Worl
     store = world.primary.store
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     async with world.dial() as channel:
-        position = stored_position(world.secondary.store)
+        position = stored_position(world.secondary.store, PERFORMANCE)
         await channel.send(
             encode(wire.Hello(wire.PROTOCOL_VERSIONS, "slow", "s", "set", 1, "epoch-id", position, 0, 0, 0))
         )
@@ -515,7 +521,7 @@ async def test_one_big_message_and_text_close_the_stream(world: World):
                 "set",
                 1,
                 "epoch-id",
-                stored_position(world.secondary.store),
+                stored_position(world.secondary.store, PERFORMANCE),
                 0,
                 0,
                 0,

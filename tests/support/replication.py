@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from consul_backend.errors import TooLarge
 from consul_backend.merkle import Forest, entry_digest
@@ -136,7 +136,11 @@ class MemoryStore:
 
     def replicated(self) -> dict[str, bytes]:
         """The entries of class r."""
-        return {key: value for key, value in self.data.items() if key.startswith("r/")}
+        return self.of_classes(("r",))
+
+    def of_classes(self, classes: Collection[str]) -> dict[str, bytes]:
+        """The entries of these classes."""
+        return {key: value for key, value in self.data.items() if key.split("/", 1)[0] in classes}
 
     def fold(self, index: int) -> dict[str, bytes]:
         """What class r was at record ``index``, from the log alone."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jwt
@@ -16,9 +16,13 @@ from multidict import CIMultiDict
 
 from consul_backend.clock import SystemClock
 from consul_backend.wal import Write
-from sidecar.replication.activation import CREATION_PATH, ActivationResult
-from sidecar.replication.manager import ENABLING_SECONDARY, PLAIN_HTTP, PerformanceReplication
+from sidecar.core.write_gate import WriteGate
+from sidecar.replication.activation import ActivationResult
+from sidecar.replication.manager import Replication
+from sidecar.replication.mode_manager import ModeManager
+from sidecar.replication.modes import PERFORMANCE, Mode
 from sidecar.replication.states import Phase
+from sidecar.replication.texts import ENABLING_SECONDARY, PLAIN_HTTP
 from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
 from sidecar.transport.forwarding import ForwardRequest
 from sidecar.transport.listener import ClusterListener
@@ -27,18 +31,35 @@ from tests.support.replication import MemoryStore
 OPTIONS = ReplicationOptions(
     beat_s=0.1, wal_wait_s=1.0, reconnect_min_s=0.02, reconnect_max_s=0.1, activation_timeout_s=5.0
 )
-MATERIAL = SecretMaterial(b"k" * 32, b"raw keyring", b"raw seal")
+KEYRINGS = {"r/core/keyring": b"raw keyring", "l/core/keyring": b"raw local keyring"}
+MATERIAL = SecretMaterial(b"k" * 32, KEYRINGS, b"raw seal")
 JWT_KEY = ec.generate_private_key(ec.SECP521R1())
 TIMEOUT_S = 15
 
 
 class Store(MemoryStore):
-    """With the names that the manager needs beyond what shipper and applier do."""
+    """With the names that the manager needs beyond what shipper and applier do; nothing is encrypted."""
 
-    generation = "generation-1"
+    def __init__(self, writer: str = "node", writes_max: int = 61) -> None:
+        super().__init__(writer, writes_max)
+        self.generation = f"generation-of-{writer}"
 
     async def put(self, key: str, value: bytes) -> None:
         await self.commit([Write(key, value)])
+
+    async def delete(self, key: str) -> None:
+        await self.commit([Write(key, None)])
+
+    async def list(self, prefix: str) -> list[str]:
+        names: set[str] = set()
+        for key in self.data:
+            if key.startswith(prefix):
+                head, slash, _ = key[len(prefix) :].partition("/")
+                names.add(head + slash)
+        return sorted(names)
+
+    def encode(self, write: Write) -> Write:
+        return write
 
 
 @dataclass
@@ -68,40 +89,83 @@ class Auth:
 
 
 class Cluster:
-    """One node of one cluster, with its manager running."""
+    """One node of one cluster, with its manager running; a tenure that is to begin anew does."""
 
     def __init__(self, name: str, store: Store | None = None, options: ReplicationOptions = OPTIONS) -> None:
         self.name = name
         self.store = store or Store(name)
         self.listener = ClusterListener("127.0.0.1", 0)
         self.gates: list[str | None] = []
+        self.writes = WriteGate()
         self.applied: list[str] = []
         self.flipped: list[ActivationResult] = []
         self.executed: list[ForwardRequest] = []
         self.execute: Callable[[ForwardRequest], Awaitable[Executed]] = self._execute
+        self.kept_keys = 0
+        self.tenures = 0
         self._options = options
+        self._restart = asyncio.Event()
+        self._started = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> Cluster:
         await self.listener.start()
-        address = f"https://127.0.0.1:{self.listener.port}"
-        self.addresses = [address]
-        self.manager = PerformanceReplication(
+        self.address = f"https://127.0.0.1:{self.listener.port}"
+        self.addresses = [self.address]
+        self._task = asyncio.create_task(self._run())
+        started = asyncio.create_task(self._started.wait())
+        await asyncio.wait([self._task, started], return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            self._task.result()
+        for manager in (self.manager.dr, self.manager.performance):
+            if manager.role.kind == "secondary" and (manager is self.manager.dr or not self.manager.mirrors):
+                await until(lambda manager=manager: manager.secondary is not None)
+        return self
+
+    async def _run(self) -> None:
+        while True:
+            self._restart.clear()
+            self.manager = self._make()
+            await self.manager.load()
+            self.tenures += 1
+            async with asyncio.TaskGroup() as tasks:
+                running = tasks.create_task(self.manager.run())
+                self._started.set()
+                await self._restart.wait()
+                running.cancel()
+
+    def _make(self) -> Replication:
+        return Replication(
             store=self.store,
             sealed=self.store,
             listener=self.listener,
             node=NodeInfo(
-                f"{self.name}-0", f"cluster-{self.name}", f"https://{self.name}:8200", address, lambda: self.addresses
+                f"{self.name}-0",
+                f"cluster-{self.name}",
+                f"https://{self.name}:8200",
+                self.address,
+                lambda: self.addresses,
             ),
-            callbacks=Callbacks(self._on_applied, self.gates.append, self._material, self._flip, self._do),
+            callbacks=Callbacks(
+                on_applied=self._on_applied,
+                set_gate=self.gates.append,
+                secret_material=self._material,
+                flip=self._flip,
+                execute=self._do,
+                restart=self._restart.set,
+                keep_keys=self._keep_keys,
+                root_key=lambda: MATERIAL.root_key,
+                open_entry=self._open,
+                standalone=self._standalone,
+                gate=self.writes,
+            ),
             clock=SystemClock(),
             options=self._options,
         )
-        await self.manager.load()
-        self._task = asyncio.create_task(self.manager.run())
-        if self.manager.mode == "secondary":
-            await until(lambda: self.manager._secondary is not None)
-        return self
+
+    def of(self, mode: Mode) -> ModeManager:
+        """The manager of one mode."""
+        return self.manager.performance if mode is PERFORMANCE else self.manager.dr
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -113,11 +177,20 @@ class Cluster:
     async def _on_applied(self, keys: Sequence[str]) -> None:
         self.applied.extend(keys)
 
-    async def _material(self) -> SecretMaterial:
-        return MATERIAL
+    async def _material(self, keyrings: Collection[str]) -> SecretMaterial:
+        return replace(MATERIAL, keyrings={key: KEYRINGS[key] for key in keyrings})
 
     async def _flip(self, result: ActivationResult) -> None:
         self.flipped.append(result)
+
+    async def _keep_keys(self) -> None:
+        self.kept_keys += 1
+
+    async def _open(self, key: str, raw: bytes) -> bytes:
+        return raw
+
+    async def _standalone(self) -> Sequence[Write]:
+        return []
 
     async def _do(self, request: ForwardRequest) -> Executed:
         self.executed.append(request)
@@ -133,7 +206,8 @@ class PrimaryApi:
 
     def __init__(self) -> None:
         self.wrapped: dict[str, dict[str, Any]] = {}
-        self.creation_path = CREATION_PATH
+        self.creation_path = ""
+        self.paths: dict[str, str] = {}
         self.calls: list[str] = []
         self.address = ""
 
@@ -147,9 +221,10 @@ class PrimaryApi:
     async def stop(self) -> None:
         await self._runner.cleanup()
 
-    def wrap(self, payload: dict[str, Any], claims: dict[str, Any]) -> str:
-        jti = f"hvs.{len(self.wrapped)}"
+    def wrap(self, payload: dict[str, Any], claims: dict[str, Any], mode: Mode = PERFORMANCE) -> str:
+        jti = f"hvs.{len(self.paths)}"
         self.wrapped[jti] = payload
+        self.paths[jti] = mode.creation_path
         now_s = SystemClock().time_ms() // 1000
         return jwt.encode(
             {
@@ -173,7 +248,7 @@ class PrimaryApi:
         if token not in self.wrapped:
             return web.json_response({"errors": ["wrapping token is not valid or does not exist"]}, status=400)
         if request.path.endswith("/lookup"):
-            return web.json_response({"data": {"creation_path": self.creation_path}})
+            return web.json_response({"data": {"creation_path": self.creation_path or self.paths[token]}})
         return web.json_response({"data": self.wrapped.pop(token)})
 
 
@@ -190,14 +265,22 @@ class Pair:
         self.started.append(cluster)
         return cluster
 
-    async def token(self, secondary_id: str = "eu") -> str:
-        payload, claims = await self.primary.manager.secondary_token("performance", secondary_id, 1800, "")
-        return self.api.wrap(payload, claims)
+    async def token(self, secondary_id: str = "eu", mode: Mode = PERFORMANCE, of: Cluster | None = None) -> str:
+        manager = (of or self.primary).manager
+        payload, claims = await manager.secondary_token(mode.name, secondary_id, 1800, "")
+        return self.api.wrap(payload, claims, mode)
 
-    async def activate(self, secondary_id: str = "eu", options: ReplicationOptions = OPTIONS) -> Cluster:
+    async def activate(
+        self,
+        secondary_id: str = "eu",
+        options: ReplicationOptions = OPTIONS,
+        *,
+        mode: Mode = PERFORMANCE,
+        of: Cluster | None = None,
+    ) -> Cluster:
         """A cluster that was activated, as it is after the flip."""
         fresh = await self.start(f"{secondary_id}-fresh")
-        response = await fresh.manager.secondary_enable("performance", await self.token(secondary_id), "", "", "")
+        response = await fresh.manager.secondary_enable(mode.name, await self.token(secondary_id, mode, of), "", "", "")
         assert response.warnings == [ENABLING_SECONDARY, PLAIN_HTTP]
         await fresh.stop()
         store = Store(secondary_id)
@@ -212,9 +295,11 @@ async def until(what: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def in_step(primary: Cluster, secondary: Cluster) -> bool:
+def in_step(primary: Cluster, secondary: Cluster, mode: Mode = PERFORMANCE) -> bool:
+    """Whether the secondary streams and holds exactly what travels."""
+    service = secondary.of(mode).secondary
     return (
-        primary.store.replicated() == secondary.store.replicated()
-        and secondary.manager._secondary is not None
-        and (secondary.manager._secondary.machine.phase is Phase.STREAM_WALS)
+        primary.store.of_classes(mode.classes) == secondary.store.of_classes(mode.classes)
+        and service is not None
+        and service.machine.phase is Phase.STREAM_WALS
     )

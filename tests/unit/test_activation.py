@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from plugin_api.errors import InvalidRequest
 from sidecar.replication import activation
 from sidecar.replication.activation import api_address, build_bundle, parse_bundle, parse_token
-from sidecar.replication.roles import Epoch
+from sidecar.replication.history import Epoch
 from sidecar.transport import certificates
 
 KEY = ec.generate_private_key(ec.SECP521R1())

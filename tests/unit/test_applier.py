@@ -17,12 +17,14 @@ from sidecar.replication.applier import Applier, ApplierOptions, End
 from sidecar.replication.channel import ChannelClosed
 from sidecar.replication.committer import stored_position
 from sidecar.replication.hello import Identity, LogFacts, Source, answer_hello
-from sidecar.replication.intake import KEYRING_KEY, Budget, Intake, split_writes
+from sidecar.replication.intake import Budget, Intake, split_writes
+from sidecar.replication.modes import PERFORMANCE
 from sidecar.replication.protocol import NONE_POSITION, ProtocolViolation, RecordFrame, Skip, encode
 from sidecar.replication.shipper import Shipper, ShipperOptions, frames_of
 from sidecar.replication.states import Event
 from tests.support.replication import Crash, FakeClock, MemoryChannel, MemoryStore, channel_pair
 
+KEYRING_KEY = "r/core/keyring"
 SOURCE = Source("primary-cluster", "set", "generation", 1, "epoch-id")
 IDENTITY = Identity("second", "store-id", "set", 1, "epoch-id")
 BUDGET = Budget.of(Limits())
@@ -41,7 +43,7 @@ def in_step_pair() -> tuple[MemoryStore, MemoryStore]:
 
 
 def frame_at(store: MemoryStore, index: int) -> RecordFrame | Skip:
-    return frames_of([store.log[index - 1]])[0][0]
+    return frames_of([store.log[index - 1]], PERFORMANCE.classes)[0][0]
 
 
 async def nothing(keys):
@@ -52,7 +54,7 @@ async def nothing(keys):
 
 
 def intake_for(store: MemoryStore, index: int = 1) -> Intake:
-    return Intake(position_at(store, index), BUDGET)
+    return Intake(PERFORMANCE, position_at(store, index), BUDGET)
 
 
 def test_intake_merges_records_and_keeps_the_last_value():
@@ -76,12 +78,12 @@ def test_local_entries_do_not_leave_and_runs_without_any_travel_as_one_skip():
     store.write(("c/x/y", b"cluster value"))
     store.write(("r/p/a", b"1"), ("l/x/other-path", b"local value"))
     store.write(("l/x/secret-path", None))
-    frames = frames_of(store.log)
+    frames = frames_of(store.log, PERFORMANCE.classes)
     assert [(type(frame), last) for frame, last in frames] == [(Skip, 3), (RecordFrame, 4), (Skip, 5)]
     shipped = b"".join(encode(frame) for frame, _ in frames)
     for word in (b"secret-path", b"other-path", b"local value", b"cluster value"):
         assert word not in shipped
-    intake = Intake(Position("set", "generation", 1, 0, bytes(32)), BUDGET)
+    intake = Intake(PERFORMANCE, Position("set", "generation", 1, 0, bytes(32)), BUDGET)
     for frame, _ in frames:
         intake.accept(frame)
     assert intake.last == position_at(store, 5)
@@ -244,8 +246,9 @@ class Script:
 
 def make_applier(store: MemoryStore, options: ApplierOptions = QUICK, on_applied=nothing, **others) -> Applier:
     return Applier(
+        PERFORMANCE,
         store,
-        stored_position(store),
+        stored_position(store, PERFORMANCE),
         on_applied,
         others.pop("clock", FakeClock()),
         options,
@@ -312,7 +315,7 @@ async def test_skips_move_the_position_and_are_made_durable_in_time():
     script = Script(primary)
     running = asyncio.create_task(applier.run(script.secondary_end))
     assert (await script.greet()).position == position_at(primary, 6)
-    assert stored_position(secondary) == position_at(primary, 6)
+    assert stored_position(secondary, PERFORMANCE) == position_at(primary, 6)
     await script.channel.close("")
     await running
 
@@ -349,7 +352,7 @@ async def test_how_a_stream_ends(frames, end, alarm, word):
     assert word in outcome.reason
     good = sent[0] == frame_at(primary, 2)
     assert secondary.data == ({"r/p/a": b"1"} if good else {})
-    assert stored_position(secondary) == position_at(primary, 2 if good else 1)
+    assert stored_position(secondary, PERFORMANCE) == position_at(primary, 2 if good else 1)
 
 
 async def test_hello_refused_forked_unanswered():
@@ -382,7 +385,7 @@ async def test_a_record_that_is_no_single_commit_here_asks_for_a_diff():
     await script.send(*(frame_at(primary, index) for index in range(2, 6)))
     outcome = await running
     assert outcome.end is End.NEED_DIFF
-    assert stored_position(secondary) == position_at(primary, 4)
+    assert stored_position(secondary, PERFORMANCE) == position_at(primary, 4)
     assert secondary.data == primary.fold(4)
 
 
@@ -463,14 +466,14 @@ class Link:
         self.primary = primary
         self.secondary = secondary
         self.shipper = Shipper(
-            primary, SOURCE, ShipperOptions(beat_s=0.02, silent_beats_max=50, **options), FakeClock()
+            PERFORMANCE, primary, SOURCE, ShipperOptions(beat_s=0.02, silent_beats_max=50, **options), FakeClock()
         )
         self.events: list[Event] = []
         self.in_step = asyncio.Event()
 
     def _event(self, event: Event) -> None:
         self.events.append(event)
-        if event is Event.IN_STEP and stored_position(self.secondary).index == self.primary.head.index:
+        if event is Event.IN_STEP and stored_position(self.secondary, PERFORMANCE).index == self.primary.head.index:
             self.in_step.set()
 
     async def run(self, tamper=None, on_applied=nothing):
@@ -595,6 +598,7 @@ async def test_a_bad_wire_never_applies_anything_wrong(seed):
 async def test_a_slow_secondary_is_bounded_and_does_not_slow_the_primary():
     primary, _ = in_step_pair()
     shipper = Shipper(
+        PERFORMANCE,
         primary,
         SOURCE,
         ShipperOptions(beat_s=0.02, silent_beats_max=1000, window_records=10, chunk_records=4),
@@ -614,12 +618,12 @@ async def test_a_slow_secondary_is_bounded_and_does_not_slow_the_primary():
         beats += isinstance(frame, wire.Heartbeat)
     assert records == 10
     assert shipper.peers["slow"].progress.sent == 11
-    assert primary.holds["slow"] == 1
+    assert primary.holds["performance:slow"] == 1
     assert primary.reads <= 3, "nothing is read for a window that is closed"
     await theirs.send(encode(wire.Ack(11, 6)))
     while records < 20:
         records += isinstance(wire.decode_from_primary(await theirs.recv()), RecordFrame)
-    assert primary.holds["slow"] == 6
+    assert primary.holds["performance:slow"] == 6
     shipper.forget("slow")
     await serving
     assert "slow" not in primary.holds
@@ -644,7 +648,7 @@ async def test_a_collected_record_mid_stream_ends_in_need_diff():
 @pytest.mark.parametrize("ack", [wire.Ack(99, 1), wire.Ack(1, 0)])
 async def test_a_lying_secondary_is_cut(ack):
     primary, _ = in_step_pair()
-    shipper = Shipper(primary, SOURCE, ShipperOptions(), FakeClock())
+    shipper = Shipper(PERFORMANCE, primary, SOURCE, ShipperOptions(), FakeClock())
     ours, theirs = channel_pair()
     hello = wire.Hello(wire.PROTOCOL_VERSIONS, "liar", "s", "set", 1, "epoch-id", position_at(primary, 1), 0, 0, 0)
     serving = asyncio.create_task(shipper.serve(ours, hello))
@@ -655,7 +659,7 @@ async def test_a_lying_secondary_is_cut(ack):
 
 async def test_a_second_stream_of_one_secondary_ends_the_first():
     primary, _ = in_step_pair()
-    shipper = Shipper(primary, SOURCE, ShipperOptions(), FakeClock())
+    shipper = Shipper(PERFORMANCE, primary, SOURCE, ShipperOptions(), FakeClock())
     hello = wire.Hello(wire.PROTOCOL_VERSIONS, "same", "s", "set", 1, "epoch-id", position_at(primary, 1), 0, 0, 0)
 
     async def connect() -> tuple[asyncio.Task[str], MemoryChannel]:

@@ -161,9 +161,9 @@ def test_gauges_have_the_names_of_the_telemetry() -> None:
         roles["core.replication.performance.secondary"],
     ) == (0, 1)
     statistics = {"wal_head_index": 10, "wal_oldest_index": 4, "index_dirty_extents": 3, "cache_hits": 8, "other": 1}
-    primary = store_gauges(statistics, "primary", None)
+    primary = store_gauges(statistics, ("primary", "disabled"), None)
     assert primary["replication.wal.last_wal"] == primary["replication.wal.last_performance_wal"] == 10
     assert (primary["wal.gc.total"], primary["merkle.flushDirty.outstanding_pages"]) == (7, 3)
-    assert store_gauges(statistics, "secondary", 6)["replication.fsm.last_remote_wal"] == 6
-    assert "replication.fsm.last_remote_wal" not in store_gauges(statistics, "secondary", None)
+    assert store_gauges(statistics, ("secondary", "disabled"), 6)["replication.fsm.last_remote_wal"] == 6
+    assert "replication.fsm.last_remote_wal" not in store_gauges(statistics, ("secondary", "disabled"), None)
     assert store_totals(statistics) == {"cache.hit": 8}

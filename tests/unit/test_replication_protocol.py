@@ -30,7 +30,7 @@ FROM_PRIMARY = [
 FROM_SECONDARY = [wire.Ack(9, 8), FROM_PRIMARY[3], FROM_PRIMARY[4]]
 FROM_FETCH = [
     wire.Entries([("r/p/a", b"v")], [(0, b"8 bytes.")], 1),
-    wire.Guard(9, HASH, DIGEST),
+    wire.Guard(9, HASH, DIGEST, {}),
     FROM_PRIMARY[0],
     FROM_PRIMARY[1],
     FROM_PRIMARY[4],
@@ -41,7 +41,9 @@ HELLO = hello_of(
 REPLY = answer_hello(HELLO, SOURCE, LogFacts(9, HASH, HASH), Limits())
 SALT = b"s" * 16
 DIFF_REQUEST = wire.DiffRequest(SALT, DIGEST, {"p": wire.PartitionDigests(DIGEST, 1, bytes(16))})
-DIFF_REPLY = wire.DiffReply("c", "s", "g", 1, "e", 9, HASH, False, ["w"], ["x"], {"p": wire.Cells(4, [1], bytes(64))})
+DIFF_REPLY = wire.DiffReply(
+    "c", "s", "g", 1, "e", 9, HASH, False, ["w"], ["x"], {"r/p": wire.Cells(4, [1], bytes(64))}, {}
+)
 FETCH = wire.FetchRequest(9, HASH, True, SALT, ["p"], [wire.Extent(0, 0, 0, bytes(8)), wire.Extent(0, 4, 2, b"")])
 
 

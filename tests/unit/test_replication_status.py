@@ -28,6 +28,7 @@ BEATS = Heartbeats(
     canary_age_ms=660,
 )
 PRIMARY = PrimaryFacts(
+    mode="performance",
     set_id="set",
     epoch_number=1,
     epoch_id="epoch",
@@ -63,6 +64,7 @@ def test_a_primary_shows_every_field_of_the_contract_with_its_type() -> None:
         "cluster_id": "set",
         "corrupted_merkle_tree": False,
         "epoch": {"id": "epoch", "number": 1},
+        "forks": [],
         "known_secondaries": ["eu-1", "eu-2"],
         "last_corruption_check_epoch": "-62135596800",
         "last_performance_wal": 223,

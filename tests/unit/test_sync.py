@@ -17,12 +17,14 @@ from sidecar.replication.channel import ChannelClosed
 from sidecar.replication.committer import stored_position
 from sidecar.replication.diff import Range, SyncPlan, compare, diff_request
 from sidecar.replication.hello import Identity, Source
-from sidecar.replication.intake import KEYRING_KEY
+from sidecar.replication.modes import PERFORMANCE
 from sidecar.replication.protocol import NONE_POSITION, encode, is_none
+from sidecar.replication.shipped import Shipped
 from sidecar.replication.states import Event
 from sidecar.replication.sync import Syncer, SyncRefused
 from tests.support.replication import LARGE_BYTES, Crash, FakeClock, MemoryStore
 
+KEYRING_KEY = "r/core/keyring"
 SALT = bytes(range(16))
 SOURCE = Source("primary-cluster", "set", "generation", 1, "epoch-id")
 
@@ -44,14 +46,14 @@ class Pair:
     async def _request(self, request: wire.DiffRequest) -> wire.DiffReply:
         self.requests.append(request)
         request = wire.decode_diff_request(encode(request))
-        reply = await answer_diff(self.primary, SOURCE, request, hold_as="second")
+        reply = await answer_diff(self.primary, SOURCE, request, mode=PERFORMANCE, hold_as="second")
         self.meanwhile("diff")
         return wire.decode_diff_reply(encode(reply))
 
     async def _fetch(self, request: wire.FetchRequest):
         self.requests.append(request)
         request = wire.decode_fetch_request(encode(request))
-        frames = [chunk async for chunk in answer_fetch(self.primary, request)]
+        frames = [chunk async for chunk in answer_fetch(self.primary, request, mode=PERFORMANCE)]
         for chunk in self.mangle(frames):
             self.meanwhile("chunk")
             yield chunk
@@ -61,6 +63,7 @@ class Pair:
 
     async def sync(self, **options):
         syncer = Syncer(
+            PERFORMANCE,
             self.secondary,
             self._request,
             self._fetch,
@@ -77,11 +80,15 @@ class Pair:
 
     def assert_in_step(self, index: int) -> None:
         assert self.secondary.replicated() == self.primary.fold(index)
-        assert stored_position(self.secondary) == self.at(index)
+        assert stored_position(self.secondary, PERFORMANCE) == self.at(index)
+
+
+def shipped(store: MemoryStore) -> Shipped:
+    return Shipped(store.forest, PERFORMANCE.classes)
 
 
 def request_of(store: MemoryStore) -> wire.DiffRequest:
-    return next(item for item in diff_request(store.forest, SALT) if item is not None)
+    return next(item for item in diff_request(shipped(store), SALT) if item is not None)
 
 
 def fill(store: MemoryStore, count: int, *, partition: str = "p", value: bytes = b"old") -> None:
@@ -216,7 +223,7 @@ async def test_a_crash_in_the_middle_finds_none_and_fetches_only_the_rest(crash_
     pair.secondary.hook = lambda name: None  # the eleventh commit is the one that sets the position
     there = len(pair.secondary.data)
     if there and (crash_at, step) != (11, "after"):
-        assert is_none(stored_position(pair.secondary))
+        assert is_none(stored_position(pair.secondary, PERFORMANCE))
         assert pair.gates[-1] is not None
     pair.primary.write(("r/p/3", b"newer"))
     result = await pair.sync()
@@ -242,7 +249,7 @@ async def test_a_position_from_before_does_not_survive_a_sync_that_was_cut():
     pair.secondary.hook = die
     with pytest.raises(Crash):
         await pair.sync()
-    assert is_none(stored_position(pair.secondary))
+    assert is_none(stored_position(pair.secondary, PERFORMANCE))
     assert pair.gates[-1] is not None
 
 
@@ -255,7 +262,10 @@ async def test_a_position_from_before_does_not_survive_a_sync_that_was_cut():
         (lambda frames: [frames[0], frames[-1]], "records end at"),
         (lambda frames: [frames[0], frames[2], frames[1], frames[-1]], "after record"),
         (lambda frames: [frames[0], frames[1], frames[1], frames[-1]], "after record"),
-        (lambda frames: [wire.with_length(encode(wire.Entries([("l/x/y", b"1")], [], 0))), *frames], "only class r"),
+        (
+            lambda frames: [wire.with_length(encode(wire.Entries([("l/x/y", b"1")], [], 0))), *frames],
+            "where only r may travel",
+        ),
         (lambda frames: [wire.with_length(encode(wire.Entries([("r/x", b"1")], [], 0))), *frames], "malformed"),
         (lambda frames: [wire.with_length(encode(wire.Bye("need-diff", "collected")))], "collected"),
         (lambda frames: [b"\xff\xff\xff\xff"], "allowed are up to"),
@@ -383,12 +393,12 @@ def test_the_plan_names_exactly_the_cells_that_differ(seed):
         store.write((f"r/{dice.choice('pq')}/{dice.randint(0, 300)}", dice.choice([None, b"changed", b"other"])))
     request = request_of(theirs)
     found = diffing.Differences()
-    for _ in compare(ours.forest, request, found):
+    for _ in compare(shipped(ours), request, found):
         pass
-    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, found.gone, found.cells)
-    plan = SyncPlan.of(request, reply, theirs.forest)
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, found.gone, found.cells, {})
+    plan = SyncPlan.of(request, reply, shipped(theirs))
     named = {key for part in plan.ranges for key in _keys_in(ours, part) | _keys_in(theirs, part)}
-    named |= {write.key for write in plan.deletions(theirs.forest)}
+    named |= {write.key for write in plan.deletions(shipped(theirs))}
     keys = ours.data.keys() | theirs.data.keys()
     differing = {key for key in keys if ours.data.get(key) != theirs.data.get(key)}
     assert differing <= named
@@ -397,7 +407,7 @@ def test_the_plan_names_exactly_the_cells_that_differ(seed):
 
 
 def _keys_in(store: MemoryStore, part: Range) -> set[str]:
-    return {f"r/{part.partition}/{path}" for path, _ in diffing.entries_in(store.forest, part)}
+    return {f"{part.partition}/{path}" for path, _ in diffing.entries_in(shipped(store), part)}
 
 
 def test_the_keyring_comes_first_of_all_ranges_and_of_its_own():
@@ -405,22 +415,22 @@ def test_the_keyring_comes_first_of_all_ranges_and_of_its_own():
     ours.write((KEYRING_KEY, b"1"), ("r/core/mounts", b"1"), ("r/core/auth", b"1"), ("r/a/b", b"1"))
     request = request_of(MemoryStore())
     found = diffing.Differences()
-    for _ in compare(ours.forest, request, found):
+    for _ in compare(shipped(ours), request, found):
         pass
-    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, [], found.cells)
-    plan = SyncPlan.of(request, reply, MemoryStore().forest)
-    assert plan.ranges[0] == Range("core")
-    assert diffing.entries_in(ours.forest, plan.ranges[0])[0][0] == "keyring"
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, [], found.cells, {})
+    plan = SyncPlan.of(request, reply, shipped(MemoryStore()))
+    assert plan.ranges[0] == Range("r/core")
+    assert diffing.entries_in(shipped(ours), plan.ranges[0])[0][0] == "keyring"
     theirs = MemoryStore()
     theirs.write(*((f"r/core/{number}", b"1") for number in range(300)), (KEYRING_KEY, b"0"))
     ours.write(*((f"r/core/{number}", b"2") for number in range(300)))
     request = request_of(theirs)
     found = diffing.Differences()
-    for _ in compare(ours.forest, request, found):
+    for _ in compare(shipped(ours), request, found):
         pass
-    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, [], found.cells)
-    plan = SyncPlan.of(request, reply, theirs.forest)
-    assert ("keyring", entry_digest(KEYRING_KEY, b"1")) in diffing.entries_in(ours.forest, plan.ranges[0])
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, [], found.cells, {})
+    plan = SyncPlan.of(request, reply, shipped(theirs))
+    assert ("keyring", entry_digest(KEYRING_KEY, b"1")) in diffing.entries_in(shipped(ours), plan.ranges[0])
 
 
 async def test_the_wal_after_the_base_is_held():
@@ -458,20 +468,22 @@ async def test_malformed_fingerprints_and_extents_are_refused():
     store = MemoryStore()
     fill(store, 2000)
     request = request_of(store)
-    partition = request.partitions["p"]
+    partition = request.partitions["r/p"]
     other = wire.PartitionDigests(bytes(20), partition.depth, partition.groups[:-8])
     with pytest.raises(wire.ProtocolViolation):
-        list(compare(store.forest, wire.DiffRequest(SALT, bytes(20), {"p": other}), diffing.Differences()))
+        list(compare(shipped(store), wire.DiffRequest(SALT, bytes(20), {"r/p": other}), diffing.Differences()))
     for cells in (wire.Cells(partition.depth - 1, [0], b""), wire.Cells(partition.depth, [1 << partition.depth], b"")):
-        reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, [], [], {"p": cells})
+        reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, [], [], {"r/p": cells}, {})
         with pytest.raises(wire.ProtocolViolation):
-            SyncPlan.of(request, reply, store.forest)
-    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, [], [], {"unasked": wire.Cells(4, [0], b"")})
+            SyncPlan.of(request, reply, shipped(store))
+    reply = wire.DiffReply(
+        "c", "s", "g", 1, "e", 1, bytes(32), False, [], [], {"r/unasked": wire.Cells(4, [0], b"")}, {}
+    )
     with pytest.raises(wire.ProtocolViolation):
-        SyncPlan.of(request, reply, store.forest)
+        SyncPlan.of(request, reply, shipped(store))
     for extent in (wire.Extent(1, 0, 0, b""), wire.Extent(0, 1, 2, b""), wire.Extent(0, 0, 0, b"7 bytes")):
         with pytest.raises(wire.ProtocolViolation):
-            diffing.range_of(wire.FetchRequest(1, bytes(32), True, SALT, ["p"], [extent]), extent)
+            diffing.range_of(wire.FetchRequest(1, bytes(32), True, SALT, ["r/p"], [extent]), extent)
 
 
 async def test_large_values_are_read_one_by_one_and_small_ones_together():

@@ -1,0 +1,376 @@
+"""One mode of replication in one tenure of the active node: its role, its task scope, and the changes of both.
+
+:class:`ModeManager` owns the role: the one entry that says what this cluster is, and the scope in which it acts as
+such. A change is committed first; then :meth:`run` leaves the old role's scope and enters the new one's, or, where the
+whole node must begin anew (a DR secondary serves nobody, a promoted one everybody), the tenure ends. What each change
+allows is decided in :mod:`sidecar.replication.roles`; across modes in :mod:`sidecar.replication.manager`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from consul_backend.clock import Clock
+from consul_backend.failpoint import failpoint
+from consul_backend.position import Position
+from consul_backend.wal import Write
+from plugin_api.errors import Unavailable
+from sidecar.replication import roles
+from sidecar.replication.committer import stored_position
+from sidecar.replication.forecast import Standing
+from sidecar.replication.hello import Source
+from sidecar.replication.history import Epoch, parting
+from sidecar.replication.lost_writes import LostHead, LostWrites
+from sidecar.replication.modes import DR, Mode
+from sidecar.replication.primary import PrimaryService
+from sidecar.replication.protocol import is_none
+from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
+from sidecar.replication.secondary import SecondaryService
+from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions, SealedEntries
+from sidecar.transport.listener import ClusterListener
+
+logger = logging.getLogger(__name__)
+
+SERVING_WAIT_S = 5.0
+SETTLE_S = 10.0
+"""How long a cancelled change waits for its commit: longer than the store needs to resolve an unknown outcome."""
+CHANGING = "the role of this cluster is being changed; try again shortly"
+
+_R = TypeVar("_R", bound=Role)
+
+
+class ModeManager:
+    """See the module. ``store`` is the raw replicated store, ``sealed`` the same through the barrier."""
+
+    def __init__(
+        self,
+        mode: Mode,
+        *,
+        store: ClusterStore,
+        sealed: SealedEntries,
+        listener: ClusterListener,
+        node: NodeInfo,
+        callbacks: Callbacks,
+        clock: Clock,
+        options: ReplicationOptions,
+        restrict: Callable[[], None],
+    ) -> None:
+        self.mode = mode
+        self._restrict = restrict
+        self.store = store
+        self.clock = clock
+        self.options = options
+        self.primary: PrimaryService | None = None
+        self.secondary: SecondaryService | None = None
+        self.lost = LostWrites(mode, store, sealed)
+        self.lost_heads: list[LostHead] = []
+        self._sealed = sealed
+        self._listener = listener
+        self._node = node
+        self._callbacks = callbacks
+        self._role: Role = DisabledRole()
+        self._changing = asyncio.Lock()
+        self._turned = asyncio.Event()
+        self._serving = asyncio.Event()
+        self._resting = asyncio.Event()
+        self._resting.set()
+        self._allowed = asyncio.Event()
+        self._allowed.set()
+        self._running = False
+        self._ending = False
+
+    @property
+    def role(self) -> Role:
+        """The newest committed role; it holds secrets."""
+        return self._role
+
+    async def load(self) -> None:
+        """Read the role; once, before anything else. Raises BackendError."""
+        self._role = roles.decode_role(await self._sealed.get(self.mode.role_key))
+        self.lost_heads = await self.lost.heads()
+
+    async def reload(self) -> None:
+        """The entry was changed by another mode's replication."""
+        self._role = roles.decode_role(await self._sealed.get(self.mode.role_key))
+
+    async def run(self) -> None:
+        """Act as the role says until cancelled, through every change of it. What ends the tenure comes out as an
+        exception group: the errors of this cluster's own store, and bugs."""
+        self._running = True
+        try:
+            while True:
+                await self._allowed.wait()
+                self._turned.clear()
+                self._resting.clear()
+                try:
+                    await self._act()
+                finally:
+                    self._resting.set()
+        finally:
+            self._running = False
+
+    # ---- changes of the role
+
+    async def change(self, change: Callable[[Role], _R]) -> _R:
+        """Apply ``change`` to the newest role and commit the result, one change at a time.
+
+        The role in memory moves only after the commit: nobody is let in, or acts, by a role that a crash would undo.
+        """
+        async with self._changing:
+            self.require_steady()
+            return await self._commit(change(self._role))
+
+    async def _commit(self, after: _R, also: Sequence[Write] = (), positions: dict[str, Position] | None = None) -> _R:
+        if after is self._role and not also and not positions:
+            return after
+        committing = asyncio.create_task(self._store_role(after, also, positions))
+        try:
+            await asyncio.shield(committing)
+        except asyncio.CancelledError:
+            # The role in memory must not fall behind the stored one because a scope was left meanwhile.
+            await asyncio.wait({committing}, timeout=SETTLE_S)
+            if committing.done() and not committing.cancelled():
+                committing.exception()
+            raise
+        return after
+
+    async def _store_role(self, after: Role, also: Sequence[Write], positions: dict[str, Position] | None) -> None:
+        failpoint("role:before-commit")
+        entries = [Write(self.mode.role_key, roles.encode_role(after)), *also]
+        await self.store.commit([self._sealed.encode(entry) for entry in entries], positions=positions)
+        failpoint("role:after-commit")
+        self._role = after
+
+    async def turn(self) -> None:
+        """Have :meth:`run` enter the new role, and wait a moment until a new primary is on the cluster port."""
+        self._serving.clear()
+        self._turned.set()
+        if not self._running or not isinstance(self._role, PrimaryRole):
+            return
+        try:
+            async with asyncio.timeout(SERVING_WAIT_S):
+                await self._serving.wait()
+        except TimeoutError:
+            logger.warning("replication: the cluster port does not serve the new role yet")
+
+    def require_steady(self) -> None:
+        """Raises Unavailable once a change was committed that ends this tenure."""
+        if self._ending:
+            raise Unavailable(CHANGING)
+
+    @property
+    def ending(self) -> bool:
+        """Whether a committed change is about to end this tenure."""
+        return self._ending
+
+    def end_tenure(self) -> None:
+        """A change was committed that only a new tenure can put into effect."""
+        self._ending = True
+        self._callbacks.restart()
+
+    async def demote(self) -> SecondaryRole:
+        """Stop being primary, with nothing half done: no write is let in, connected secondaries get what they lack,
+        and then the role is committed together with where this cluster stands: at the end of its own log."""
+        roles.require(self.mode, self._role, "primary/demote")
+        gate = self._callbacks.gate
+        gate.restrict(DR.classes)  # tokens too: else the log would grow on while secondaries catch up
+        try:
+            await gate.settled()
+            await self._drain()
+            async with self.halted(), self._changing:
+                self.require_steady()
+                after = roles.demote(self.mode, self._role)
+                head = self.store.head
+                position = Position(
+                    after.set_id, self.store.generation, after.epoch.number, head.index, head.chain_hash
+                )
+                await self._callbacks.keep_keys()
+                await self._commit(after, positions={self.mode.name: position})
+                if self.mode is DR:
+                    self.end_tenure()
+                return after
+        finally:
+            self._restrict()
+
+    async def _drain(self) -> None:
+        primary = self.primary
+        if primary is None:
+            return
+        try:
+            async with asyncio.timeout(self.options.demote_drain_s):
+                await primary.drained()
+        except TimeoutError:
+            head_index = self.store.head.index
+            late = [
+                name for name, peer in primary.shipper.peers.items() if peer.connected and peer.applied < head_index
+            ]
+            logger.warning("demotion: these secondaries do not have everything: %s", ", ".join(late))
+
+    def restricted(self) -> tuple[str, ...]:
+        """The classes that nobody but replication may write in this role."""
+        return self.mode.classes if isinstance(self._role, SecondaryRole) else ()
+
+    @asynccontextmanager
+    async def halted(self) -> AsyncIterator[None]:
+        """Inside, no scope runs: nothing is shipped, served or applied. Afterwards the newest role's scope begins."""
+        self._allowed.clear()
+        self._serving.clear()
+        self._turned.set()
+        try:
+            await self._resting.wait()
+            yield
+        finally:
+            if not self._ending:
+                self._allowed.set()
+
+    async def promote(
+        self, build: Callable[[Role, Position | None], Awaitable[tuple[PrimaryRole, Sequence[Write]]]]
+    ) -> PrimaryRole:
+        """Become primary: ``build`` makes the role, and what else is to be committed with it, from the role and the
+        position at which nothing more is applied."""
+        async with self.halted(), self._changing:
+            self.require_steady()
+            position = stored_position(self.store, self.mode)
+            failpoint("promote:before-commit")
+            after, also = await build(self._role, None if is_none(position) else position)
+            await self._commit(after, also)
+            failpoint("promote:after-commit")
+            if self.mode is DR:
+                self.end_tenure()
+        self._restrict()
+        logger.warning("replication: promoted to %s primary, epoch %d", self.mode.name, after.epoch.number)
+        return after
+
+    async def commit_with(self, change: Callable[[Role], _R], also: Sequence[Write]) -> _R:
+        """:meth:`change` together with other entries, while nothing runs. Ends the tenure in mode DR."""
+        async with self.halted(), self._changing:
+            self.require_steady()
+            after = await self._commit(change(self._role), also)
+            if self.mode is DR:
+                self.end_tenure()
+        self._restrict()
+        return after
+
+    async def standing(self, *, probe: bool) -> Standing:
+        """Where a secondary stands now. With ``probe`` the primary is looked for, which takes up to twice the probe
+        time-out. Raises InvalidRequest for what is no secondary."""
+        role = roles.require_secondary(self.mode, self._role)
+        position = stored_position(self.store, self.mode)
+        service, now_s = self.secondary, self.clock.monotonic()
+        upstream = service.applier.upstream if service is not None else None
+        applied = service.applier.position if service is not None else position
+        heard_at_s = upstream.heard_at_s if upstream is not None else None
+        alive_at = ""
+        if probe and service is not None and role.attached:
+            alive_at = await service.primary_lives(self.options.probe_timeout_s)
+        return Standing(
+            attached=role.attached,
+            complete=not is_none(position),
+            applied=applied.index if applied is not None else 0,
+            seen=upstream.head_index if upstream is not None else 0,
+            heard_age_s=None if heard_at_s is None else now_s - heard_at_s,
+            complete_age_s=service.applier.lag_s() if service is not None else None,
+            connected=upstream is not None and upstream.connected,
+            alive_at=alive_at,
+            lag_max_s=self.options.promotion_lag_max_s,
+        )
+
+    # ---- acting as the role says
+
+    async def _act(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            acting = tasks.create_task(self._act_as(self._role), name=f"{self.mode.name} {self._role.kind}")
+            await self._turned.wait()
+            acting.cancel()
+
+    async def _act_as(self, role: Role) -> None:
+        try:
+            if isinstance(role, PrimaryRole):
+                self.primary = PrimaryService(
+                    self.mode,
+                    self.store,
+                    self._listener,
+                    self._node,
+                    self._callbacks,
+                    self.clock,
+                    self.options,
+                    role,
+                    newest=self._primary_of(role.epoch),
+                    change=self._change_primary,
+                    serving=self._serving,
+                )
+                await self.primary.run()
+            elif isinstance(role, SecondaryRole):
+                self.secondary = SecondaryService(
+                    self.mode,
+                    self.store,
+                    self._node,
+                    self._callbacks,
+                    self.clock,
+                    self.options,
+                    role,
+                    learned=self._learned,
+                    adopt=self._adopt,
+                )
+                await self.secondary.run()
+        finally:
+            self.primary = self.secondary = None
+
+    def _primary_of(self, epoch: Epoch) -> Callable[[], PrimaryRole | None]:
+        def newest() -> PrimaryRole | None:
+            role = self._role
+            return role if isinstance(role, PrimaryRole) and role.epoch == epoch else None
+
+        return newest
+
+    async def _change_primary(self, change: Callable[[Role], PrimaryRole]) -> PrimaryRole:
+        return await self.change(change)
+
+    async def _learned(self, addresses: Sequence[str]) -> SecondaryRole | None:
+        def learn(newest: Role) -> Role:
+            return roles.learn_addresses(newest, addresses) if isinstance(newest, SecondaryRole) else newest
+
+        after = await self.change(learn)
+        return after if isinstance(after, SecondaryRole) else None
+
+    async def _adopt(self, source: Source) -> SecondaryRole | None:
+        """A primary answered the hello: take over its history, after keeping what this cluster holds and the primary's
+        history never had. None when this is no secondary any more. Raises BackendError."""
+        async with self._changing:
+            role = self._role
+            if not isinstance(role, SecondaryRole) or role.set_id != source.set_id or not source.history:
+                return None
+            if role.history == source.history and role.accepts is None:
+                return role
+            where = parting(role.history, source.history, self.store.generation)
+            head = await self.lost.gather(
+                where,
+                set_id=role.set_id,
+                epoch=role.epoch.number,
+                new_epoch=Epoch(source.epoch, source.epoch_id),
+                now_ms=self.clock.time_ms(),
+            )
+            also: list[Write] = []
+            if head is not None:
+                await self._callbacks.keep_keys()
+                also = [self.lost.head(head)]
+                failpoint("lost-writes:before-head")
+            after = await self._commit(roles.adopt(role, source.history), also)
+            if head is not None:
+                self.lost_heads = [*(one for one in self.lost_heads if one.id != head.id), head]
+                logger.error(
+                    "replication: %s%d entries in %d records (%d to %d of this cluster's log) exist here and not on "
+                    "the new primary; they are kept as %s lost-writes %s and will be replaced",
+                    "at least " if head.at_least else "",
+                    head.entries,
+                    head.records,
+                    head.first,
+                    head.last,
+                    self.mode.name,
+                    head.id,
+                )
+            return after

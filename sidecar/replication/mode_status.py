@@ -1,0 +1,140 @@
+"""The status of one mode of replication, from its manager's parts at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from consul_backend.clock import Clock
+from consul_backend.errors import NotLoaded
+from sidecar.replication import status as statuses
+from sidecar.replication.committer import stored_position
+from sidecar.replication.forecast import forecast
+from sidecar.replication.history import Promotion
+from sidecar.replication.lost_writes import summary
+from sidecar.replication.mode_manager import ModeManager
+from sidecar.replication.roles import PrimaryRole, SecondaryRole
+from sidecar.replication.shipped import Shipped
+from sidecar.replication.shipper import Peer
+
+
+async def status_of(manager: ModeManager, index: statuses.IndexFacts) -> dict[str, Any]:
+    """The fields of contract 1.2 for whatever role the cluster has in this mode."""
+    role = manager.role
+    if isinstance(role, PrimaryRole):
+        return _primary(manager, role, index) | _common(manager, role.history)
+    if isinstance(role, SecondaryRole):
+        found = _secondary(manager, role, index) | _common(manager, role.history)
+        return found | {"promotion_forecast": forecast(await manager.standing(probe=False))}
+    return dict(statuses.DISABLED) | _lost(manager)
+
+
+def _common(manager: ModeManager, history: tuple[Promotion, ...]) -> dict[str, Any]:
+    shown = [
+        {"number": one.number, "id": one.id, "began_ms": one.time_ms, "fork_wal": one.fork.index if one.fork else None}
+        for one in history
+    ]
+    return {"epochs": shown} | _lost(manager)
+
+
+def _lost(manager: ModeManager) -> dict[str, Any]:
+    return {"lost_writes": [summary(head) for head in manager.lost_heads]} if manager.lost_heads else {}
+
+
+def _primary(manager: ModeManager, role: PrimaryRole, index: statuses.IndexFacts) -> dict[str, Any]:
+    service = manager.primary
+    peers = service.shipper.peers if service is not None else {}
+    return statuses.primary_status(
+        statuses.PrimaryFacts(
+            mode=manager.mode.name,
+            set_id=role.set_id,
+            epoch_number=role.epoch.number,
+            epoch_id=role.epoch.id,
+            primary_cluster_addr=role.primary_cluster_addr,
+            known_secondaries=sorted(role.secondaries),
+            secondaries=[
+                _peer(manager.clock, id_, peers[id_])
+                for id_ in sorted(role.secondaries)
+                if id_ in peers and peers[id_].heard_at_s is not None
+            ],
+            head_index=manager.store.head.index,
+            merkle_root=_root_hex(manager),
+            running=service is not None and service.serving.is_set(),
+            forks=sorted(service.shipper.forks.items()) if service is not None else (),
+            index=index,
+        )
+    )
+
+
+def _peer(clock: Clock, id_: str, peer: Peer) -> statuses.SecondaryFacts:
+    lag_s = peer.lag_s(clock.monotonic())
+    return statuses.SecondaryFacts(
+        id_,
+        acked_index=peer.applied,
+        heartbeats=statuses.Heartbeats(
+            connected=peer.connected,
+            api_addr=peer.advertised.api_addr,
+            cluster_addr=next(iter(peer.advertised.cluster_addrs), ""),
+            last_ms=_heard_ms(clock, peer.heard_at_s),
+            canary_age_ms=None if lag_s is None else int(lag_s * 1000),
+        ),
+    )
+
+
+def _secondary(manager: ModeManager, role: SecondaryRole, index: statuses.IndexFacts) -> dict[str, Any]:
+    service, clock = manager.secondary, manager.clock
+    position = stored_position(manager.store, manager.mode)
+    facts = statuses.SecondaryStatusFacts(
+        set_id=role.set_id,
+        epoch_number=role.epoch.number,
+        epoch_id=role.epoch.id,
+        secondary_id=role.secondary_id,
+        primary_cluster_addr=role.primary_cluster_addr,
+        known_addresses=role.dial_order,
+        state="idle",
+        connection_state="idle",
+        last_remote_wal=position.index if position else 0,
+        last_wal=manager.store.head.index,
+        merkle_root=_root_hex(manager),
+        started_ms=clock.time_ms(),
+        index=index,
+    )
+    if service is None:
+        return statuses.secondary_status(facts)
+    applied, upstream = service.applier.position, service.applier.upstream
+    lag_s = service.applier.lag_s()
+    beats = statuses.Heartbeats(
+        connected=upstream.connected,
+        api_addr=upstream.advertised.api_addr or role.primary_api_addr,
+        cluster_addr=service.connected_to or role.primary_cluster_addr,
+        last_ms=_heard_ms(clock, upstream.heard_at_s),
+        canary_age_ms=None if lag_s is None else int(lag_s * 1000),
+    )
+    return statuses.secondary_status(
+        replace(
+            facts,
+            state=service.state,
+            connection_state=service.connection_state,
+            started_ms=service.started_ms,
+            last_remote_wal=applied.index if applied else 0,
+            reason=service.machine.reason,
+            alarm=service.machine.alarm,
+            lag_s=lag_s,
+            last_sync=service.last_sync,
+            sync_progress=service.sync_progress,
+            primary=beats if upstream.heard_at_s is not None else None,
+        )
+    )
+
+
+def _root_hex(manager: ModeManager) -> str:
+    try:
+        return Shipped(manager.store.forest, manager.mode.classes).root().hex()
+    except NotLoaded:
+        return ""
+
+
+def _heard_ms(clock: Clock, heard_at_s: float | None) -> int:
+    if heard_at_s is None:
+        return 0
+    return clock.time_ms() - int((clock.monotonic() - heard_at_s) * 1000)
