@@ -31,10 +31,10 @@ from sidecar.api.mirror_service import MirrorService
 from sidecar.api.service import Service, ServiceOptions
 from sidecar.config import ConsulStorage, EmbeddedStorage, ServerConfig
 from sidecar.core.audit.options import LocalRules
-from sidecar.core.barrier import Barrier, load_barrier
+from sidecar.core.barrier import Barrier, DecryptionFailed, load_barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.init import build_mirror_genesis, build_secondary_genesis
-from sidecar.core.keys import CLUSTER, LEASES, PRIVATE_CLUSTER, REPLICATED_KEYRING, SEAL
+from sidecar.core.keys import CLUSTER, LEASES, PRIVATE_CLUSTER, REPLICATED_KEYRING, SEAL, partition_of
 from sidecar.core.lockout_rules import LockoutSettings, LockoutTuning
 from sidecar.core.rotation import keep_keys
 from sidecar.core.seal_record import root_fingerprint
@@ -203,7 +203,7 @@ class ActiveScope:
                 restart=self.restart_asked.set,
                 keep_keys=self._keep_keys,
                 root_key=barrier.root_key,
-                open_entry=barrier.open_value,
+                open_entry=self._open_entry,
                 standalone=self._standalone,
                 gate=self._writes,
             ),
@@ -302,6 +302,16 @@ class ActiveScope:
 
     async def _keep_keys(self) -> None:
         await keep_keys(self._sealed, self._clock.time_ms() / 1000)
+
+    async def _open_entry(self, key: str, raw: bytes) -> bytes | None:
+        """For an operator who looks at lost writes: data, but nothing that this cluster's own keys and trust hang on."""
+        if partition_of(key).endswith(("/core", "/replication")):
+            return None
+        try:
+            return await self._sealed.barrier.open_value(key, raw)
+        except DecryptionFailed as error:
+            log.error("a lost write cannot be shown: %s", error)
+            return None
 
     async def _standalone(self) -> Sequence[Write]:
         """The identity that a mirror has had of its own becomes the cluster's."""

@@ -272,9 +272,10 @@ def summary(head: LostHead) -> dict[str, Any]:
 
 
 async def shown_entries(
-    entries: Collection[LostEntry], open_entry: Callable[[str, bytes], Awaitable[bytes]] | None
+    entries: Collection[LostEntry], open_entry: Callable[[str, bytes], Awaitable[bytes | None]] | None
 ) -> list[dict[str, Any]]:
-    """Entries as the API shows them: without ``open_entry`` keys only, with it the plaintext in base64 too."""
+    """Entries as the API shows them: without ``open_entry`` keys only, with it the plaintext in base64 too, or
+    that it is withheld."""
     shown = []
     for entry in entries:
         row: dict[str, Any] = {
@@ -284,7 +285,8 @@ async def shown_entries(
             "deleted": entry.kept and entry.value is None,
         }
         if open_entry is not None and entry.kept and entry.value is not None:
-            row["value"] = base64.b64encode(await open_entry(entry.key, entry.value)).decode()
+            plain = await open_entry(entry.key, entry.value)
+            row |= {"value_withheld": True} if plain is None else {"value": base64.b64encode(plain).decode()}
         elif open_entry is not None and not entry.kept:
             row["value_not_kept"] = True
         shown.append(row)

@@ -204,10 +204,7 @@ class ModeManager:
             async with asyncio.timeout(self.options.demote_drain_s):
                 await primary.drained()
         except TimeoutError:
-            head_index = self.store.head.index
-            late = [
-                name for name, peer in primary.shipper.peers.items() if peer.connected and peer.applied < head_index
-            ]
+            late = primary.behind(self.store.head.index)
             logger.warning("demotion: these secondaries do not have everything: %s", ", ".join(late))
 
     def restricted(self) -> tuple[str, ...]:

@@ -117,6 +117,8 @@ class PrimaryService:
             clock,
             advertise=self._advertised,
         )
+        self._silence_s = options.beat_s * options.silent_beats_max
+        self._seen_at_s: dict[str, float] = {}
         self._streams: dict[str, asyncio.Event] = {}
         self._handlers: dict[tuple[str, str], Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]] = {
             ("POST", BOOTSTRAP_PATH): self._bootstrap,
@@ -154,14 +156,25 @@ class PrimaryService:
             await self._listener.remove(name)
 
     async def drained(self) -> None:
-        """Wait until every connected secondary has everything; cancel it when that takes too long."""
+        """Wait until every secondary that is there has everything; cancel it when that takes too long. One that was
+        heard of within the silence that ends a stream is there: it may be on its way from a sync to its stream."""
         head_index = self._store.head.index
-        while any(peer.connected and peer.applied < head_index for peer in self.shipper.peers.values()):  # noqa: ASYNC110
+        while self.behind(head_index):  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_POLL_S)  # acknowledgements of many streams, for seconds at most
+
+    def behind(self, head_index: int) -> list[str]:
+        """The ids of those secondaries that do not have record ``head_index`` yet."""
+        since_s = self._clock.monotonic() - self._silence_s
+        return [
+            name
+            for name, peer in self.shipper.peers.items()
+            if peer.applied < head_index and (peer.connected or self._seen_at_s.get(name, since_s) > since_s)
+        ]
 
     async def dismiss(self, secondary_id: str, fingerprint: str) -> None:
         """After the role without it was committed: tell it, briefly, and cut what is open."""
         self.shipper.forget(secondary_id)
+        self._seen_at_s.pop(secondary_id, None)
         ended = self._streams.get(fingerprint)
         try:
             async with asyncio.timeout(FAREWELL_S):
@@ -197,6 +210,7 @@ class PrimaryService:
         known = self._known(peer_of(request).fingerprint)
         if known is None or not known.connected:
             raise PermissionDenied("say hello on a stream first")
+        self._seen_at_s[known.id] = self._clock.monotonic()
         return known
 
     async def _bootstrap(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -257,6 +271,7 @@ class PrimaryService:
             if self._newest() is not None and (known is None or known.id != hello.secondary_id):
                 raise PermissionDenied("the hello names another secondary than the certificate does, or it was revoked")
             await self._change(lambda newest: connect(self._mode, newest, fingerprint, hello.set_id, hello.store_id))
+            self._seen_at_s[hello.secondary_id] = self._clock.monotonic()
             return await self.shipper.serve(channel, hello)
         except PermissionDenied as refusal:
             await self._refuse(channel, str(refusal))

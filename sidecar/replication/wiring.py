@@ -96,7 +96,8 @@ class Callbacks:
     this tenure is about to end. ``execute`` runs a forwarded request on this node's service; its errors are its
     answers. ``restart`` ends this tenure soon, for the next one to begin in the role that was committed. ``keep_keys``
     commits that every data key in use now stays usable here, whatever keyrings arrive. ``root_key`` is in use now.
-    ``open_entry`` decrypts a stored entry. ``standalone``: entries that make a mirror a cluster of its own.
+    ``open_entry`` decrypts a stored entry, None for what
+    nobody is shown. ``standalone``: entries that make a mirror a cluster of its own.
     """
 
     on_applied: Callable[[Sequence[str]], Awaitable[None]]
@@ -107,7 +108,7 @@ class Callbacks:
     restart: Callable[[], None]
     keep_keys: Callable[[], Awaitable[None]]
     root_key: Callable[[], bytes]
-    open_entry: Callable[[str, bytes], Awaitable[bytes]]
+    open_entry: Callable[[str, bytes], Awaitable[bytes | None]]
     standalone: Callable[[], Awaitable[Sequence[Write]]]
     gate: WriteGate
 

@@ -344,11 +344,9 @@ def in_step(primary: Node, secondary: Node) -> bool:
     return bool(ours["merkle_root"] == theirs.get("merkle_root"))
 
 
-def activation_token(primary: Cluster, secondary_id: str, **parameters: Any) -> str:
+def activation_token(primary: Cluster, secondary_id: str, *, mode: str = "performance", **parameters: Any) -> str:
     """A new activation token. Raises ClusterError."""
-    reply = primary.call(
-        "POST", "sys/replication/performance/primary/secondary-token", {"id": secondary_id, **parameters}
-    )
+    reply = primary.call("POST", f"sys/replication/{mode}/primary/secondary-token", {"id": secondary_id, **parameters})
     if reply.status != 200:
         raise ClusterError(f"secondary-token answered {reply.status}: {reply.errors}")
     return str(reply.body["wrap_info"]["token"])
