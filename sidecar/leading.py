@@ -304,7 +304,7 @@ class ActiveScope:
         await keep_keys(self._sealed, self._clock.time_ms() / 1000)
 
     async def _open_entry(self, key: str, raw: bytes) -> bytes | None:
-        """For an operator who looks at lost writes: data, but nothing that this cluster's own keys and trust hang on."""
+        """For an operator who looks at lost writes: data, but nothing that this cluster's keys and trust hang on."""
         if partition_of(key).endswith(("/core", "/replication")):
             return None
         try:
