@@ -203,6 +203,37 @@ class FakeReplication:
         self.calls.append(("secondary_disable", mode))
         return Response(warnings=["disabled"])
 
+    async def primary_demote(self, mode: str) -> Response:
+        self.calls.append(("primary_demote", mode))
+        return Response(warnings=["demoted"])
+
+    async def secondary_promote(self, mode: str, primary_cluster_addr: str, *, force: bool, preview: bool) -> Response:
+        self.calls.append(("secondary_promote", mode, primary_cluster_addr, force, preview))
+        return Response(data={"progress": 0, "required": 1, "complete": False}, warnings=["promoted"])
+
+    async def secondary_update_primary(
+        self,
+        mode: str,
+        token: str,
+        *,
+        primary_api_addr: str = "",
+        ca_file: str = "",
+        ca_path: str = "",
+        addresses: Sequence[str] = (),
+    ) -> Response:
+        self.calls.append(("secondary_update_primary", mode, token, primary_api_addr, tuple(addresses)))
+        return Response(warnings=["updated"])
+
+    async def lost_writes(self, mode: str) -> Response:
+        return Response(data={"lost_writes": []})
+
+    async def lost_writes_read(self, mode: str, name: str, page: str, *, values: bool) -> Response:
+        self.calls.append(("lost_writes_read", mode, name, page, values))
+        return Response(data={"lost_entries": []})
+
+    async def lost_writes_delete(self, mode: str, name: str) -> None:
+        self.calls.append(("lost_writes_delete", mode, name))
+
 
 @dataclass(frozen=True)
 class Reply:

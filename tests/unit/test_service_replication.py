@@ -58,6 +58,37 @@ async def test_replication_endpoints_ask_replication() -> None:
         assert denied.status == 403
 
 
+async def test_role_changes_and_lost_writes_ask_replication() -> None:
+    replication = FakeReplication()
+    async with running(replication=replication) as node:
+        base = "sys/replication/performance"
+        assert (await node.call("POST", f"{base}/primary/demote", {})).body["warnings"] == ["demoted"]
+        promoted = await node.call("POST", "sys/replication/secondary/promote", {"force": "true"})
+        assert promoted.data["required"] == 1
+        unsaid = await node.call("POST", f"{base}/secondary/update-primary", {})
+        assert (unsaid.status, "token must be specified" in unsaid.errors[0]) == (400, True)
+        await node.call("POST", f"{base}/secondary/update-primary", {"token": "t ", "primary_api_addr": "https://p/"})
+        await node.call(
+            "POST", f"{base}/secondary/update-primary", {"update_primary_addrs": ["https://a:1", "https://b:1"]}
+        )
+        assert (await node.call("GET", "sys/replication/dr/lost-writes")).data == {"lost_writes": []}
+        await node.call("GET", "sys/replication/dr/lost-writes/1-2-ab?page=3")
+        await node.call("GET", "sys/replication/dr/lost-writes/1-2-ab/export")
+        assert (await node.call("DELETE", "sys/replication/dr/lost-writes/1-2-ab")).status == 204
+        assert replication.calls == [
+            ("primary_demote", "performance"),
+            ("secondary_promote", "performance", "", True, False),
+            ("secondary_update_primary", "performance", "t", "https://p", ()),
+            ("secondary_update_primary", "performance", "", "", ("https://a:1", "https://b:1")),
+            ("lost_writes_read", "dr", "1-2-ab", "3", False),
+            ("lost_writes_read", "dr", "1-2-ab", "", True),
+            ("lost_writes_delete", "dr", "1-2-ab"),
+        ]
+        plain = await node.token('path "sys/replication/*" { capabilities = ["read", "update", "list", "delete"] }')
+        for path in ("", "/1-2-ab", "/1-2-ab/export"):
+            assert (await node.call("GET", f"sys/replication/dr/lost-writes{path}", token=plain)).status == 403
+
+
 async def test_an_activation_token_is_always_a_wrapped_jwt() -> None:
     async with running(replication=FakeReplication()) as node:
         path = "sys/replication/performance/primary/secondary-token"

@@ -1,0 +1,188 @@
+"""Where histories part, what a promotion says before it is done, and that what is reported lost is what is lost."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from consul_backend.position import Position
+from plugin_api.errors import InvalidRequest, Unavailable
+from sidecar.replication.forecast import Standing, forecast, objections, require_safe
+from sidecar.replication.history import HISTORY_MAX, Epoch, Promotion, extended, fork_between, parting
+from sidecar.replication.lost_writes import LostWrites
+from sidecar.replication.modes import DR, PERFORMANCE, Mode
+from tests.support.replication_cluster import Store
+
+
+def at(generation: str, index: int) -> Position:
+    return Position("set", generation, 1, index, bytes(32))
+
+
+ONE = Promotion(1, "a", generation="A", index=1)
+B2 = Promotion(2, "b", fork=at("A", 100), generation="B", index=40)
+C2 = Promotion(2, "c", fork=at("A", 90), generation="C", index=70)
+D3 = Promotion(3, "d", fork=at("B", 60), generation="D", index=5)
+
+
+def test_forks_are_seen_at_any_number() -> None:
+    assert fork_between(1, "a", (ONE, B2)) == ""
+    assert fork_between(2, "b", (ONE, B2)) == ""
+    assert "fork" in fork_between(2, "c", (ONE, B2))
+    assert "fork" in fork_between(2, "c", (ONE, B2, D3)), "also when the primary has gone on since"
+    assert "older" in fork_between(3, "d", (ONE, B2))
+    assert fork_between(0, "", (ONE,)) == "", "whoever has no data yet follows anybody"
+
+
+def test_a_history_is_bounded() -> None:
+    history: tuple[Promotion, ...] = (ONE,)
+    for number in range(2, 200):
+        history = extended(history, Promotion(number, str(number)))
+    assert len(history) == HISTORY_MAX
+    assert history[-1].number == 199
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "generation", "common", "lost"),
+    [
+        pytest.param((ONE,), (ONE, B2), "A", [(100, None)], [(101, None)], id="the old primary"),
+        pytest.param((ONE,), (ONE, B2, D3), "A", [(100, None)], [(101, None)], id="the old primary, two epochs late"),
+        pytest.param((ONE,), (ONE, B2), "S", [(9, at("A", 100))], [(9, at("A", 101))], id="a secondary ahead"),
+        pytest.param((ONE,), (ONE,), "S", [(9, at("A", 500))], [], id="the same epoch"),
+        pytest.param((ONE, B2), (ONE, B2, D3), "B", [(60, at("A", 100))], [(61, at("A", 100))], id="second failover"),
+        pytest.param((ONE, C2), (ONE, B2), "C", [(70, at("A", 90))], [(71, at("A", 90))], id="a fork that gives up"),
+        pytest.param((ONE, B2), (ONE, C2), "B", [(30, at("A", 90))], [(31, at("A", 91)), (41, at("A", 90))], id="fork"),
+        pytest.param((ONE, B2), (ONE,), "B", [(40, at("A", 100))], [(41, at("A", 100))], id="back to the first"),
+        pytest.param(
+            (ONE, B2), (ONE, C2), "S", [(5, at("A", 90))], [(6, at("A", 95)), (7, at("B", 41))], id="follower"
+        ),
+    ],
+)
+def test_where_a_log_leaves_the_new_primary(
+    mine: tuple[Promotion, ...],
+    theirs: tuple[Promotion, ...],
+    generation: str,
+    common: list[tuple[int, Position | None]],
+    lost: list[tuple[int, Position | None]],
+) -> None:
+    where = parting(mine, theirs, generation)
+    assert where.known
+    assert all(where.holds(*point) for point in common)
+    assert not any(where.holds(*point) for point in lost)
+    assert where.parts == bool(lost)
+
+
+def test_without_a_common_epoch_nothing_is_claimed() -> None:
+    for mine, theirs in (((ONE,), (Promotion(1, "x"),)), ((ONE,), (ONE, Promotion(2, "blind")))):
+        where = parting(mine, theirs, "A")
+        assert (where.known, where.parts) == (False, True)
+
+
+SAFE = Standing(True, True, 100, 100, 1.0, 0.5, connected=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({}, None, ""),
+        ({"attached": False, "seen": 500, "complete": False}, None, ""),
+        ({"alive_at": "https://us:8201"}, InvalidRequest, "alive and reachable at https://us:8201"),
+        ({"seen": 107}, Unavailable, "7 records of the primary are known and not applied"),
+        ({"seen": 107, "alive_at": "https://us:8201"}, InvalidRequest, "alive and reachable"),
+        ({"complete": False}, InvalidRequest, "no complete copy"),
+        ({"lag_max_s": 0.4}, InvalidRequest, "last had everything 0.5 s ago"),
+        ({"lag_max_s": 0.6}, None, ""),
+        ({"lag_max_s": 5.0, "complete_age_s": None}, InvalidRequest, "an unknown time"),
+    ],
+)
+def test_what_forbids_a_promotion(changes: dict[str, object], error: type[Exception] | None, text: str) -> None:
+    from dataclasses import replace
+
+    standing = replace(SAFE, **changes)  # type: ignore[arg-type]  # fields by name
+    shown = forecast(standing)
+    assert shown["objections"] == objections(standing)
+    if error is None:
+        require_safe(standing)
+        assert shown["objections"] == []
+        return
+    with pytest.raises(error, match=text):
+        require_safe(standing)
+    assert shown["known_missing_records"] == max(standing.seen - standing.applied, 0)
+    assert shown["known_missing_range"] == ([101, standing.seen] if standing.seen > 100 else [])
+
+
+def test_a_forecast_does_not_claim_to_know_what_it_cannot() -> None:
+    from dataclasses import replace
+
+    assert "how much is not known" in forecast(replace(SAFE, heard_age_s=None))["may_be_lost"]
+    assert "its last 0.5 s that never arrived" in forecast(SAFE)["may_be_lost"]
+
+
+def write_some(store: Store, dice: random.Random, commits: int) -> None:
+    """Random commits of every class; deletions too."""
+    for _ in range(commits):
+        keys = {f"{dice.choice('rrlc')}/p{dice.randint(0, 2)}/{dice.randint(0, 30)}" for _ in range(dice.randint(1, 4))}
+        store.write(*((key, None if dice.random() < 0.2 else dice.randbytes(8)) for key in sorted(keys)))
+
+
+@pytest.mark.parametrize("mode", [PERFORMANCE, DR], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("first", range(0, 500, 50))
+async def test_what_is_reported_lost_is_lost_and_nothing_else(first: int, mode: Mode) -> None:
+    """A thousand forced promotions: the primary dies with a tail that the promoted secondary never got."""
+    for seed in range(first, first + 50):
+        dice = random.Random(seed)
+        primary = Store("A")
+        write_some(primary, dice, dice.randint(1, 40))
+        applied = dice.randint(1, primary.head.index)
+        write_some(primary, dice, dice.randint(0, 15))
+        fork = Position("set", "generation-of-A", 1, applied, primary.log[applied - 1].chain_hash)
+        theirs = (
+            Promotion(1, "a", generation="generation-of-A"),
+            Promotion(2, "b", fork=fork, generation="generation-of-B", index=7),
+        )
+        collected = dice.random() < 0.3
+        primary.oldest_index = dice.randint(1, primary.head.index) if collected else 1
+        tail = primary.log[max(applied, primary.oldest_index - 1) :]
+        really = [
+            (record.index, write.key, write.value)
+            for record in tail
+            for write in record.writes()
+            if write.key[0] in mode.classes
+        ]
+        where = parting(theirs[:1], theirs, primary.generation)
+        lost = LostWrites(mode, primary, primary)
+        head = await lost.gather(where, set_id="set", epoch=1, new_epoch=Epoch(2, "b"), now_ms=1)
+        short = primary.oldest_index > applied + 1
+        if head is None:
+            assert not really
+            assert not short
+            continue
+        entries = [entry for page in range(1, head.pages + 1) for entry in await lost.page(head, page)]
+        assert [(entry.index, entry.key, entry.value) for entry in entries] == really
+        assert (head.entries, head.at_least) == (len(really), short)
+        assert head.records == len({index for index, _, _ in really})
+        if really:
+            assert (head.first, head.last) == (really[0][0], really[-1][0])
+
+
+@pytest.mark.parametrize("seed", range(100))
+async def test_a_secondary_ahead_reports_exactly_what_it_applied_beyond(seed: int) -> None:
+    """Its own log holds what it applied, several of the primary's records in one; one that straddles counts as lost."""
+    dice = random.Random(seed)
+    mine = Store("S")
+    upstream = 1
+    rows: list[tuple[int, int]] = []
+    for _ in range(dice.randint(1, 40)):
+        upstream += dice.randint(1, 4)
+        mine.positions = {"dr": Position("set", "generation-of-A", 1, upstream, bytes(32))}
+        mine.write((f"r/m/{dice.randint(0, 9)}", dice.randbytes(4)))
+        rows.append((mine.head.index, upstream))
+    fork_index = dice.randint(1, upstream + 3)
+    history = (Promotion(1, "a"), Promotion(2, "b", fork=at("generation-of-A", fork_index), generation="B", index=3))
+    lost = LostWrites(DR, mine, mine)
+    where = parting(history[:1], history, mine.generation)
+    head = await lost.gather(where, set_id="set", epoch=1, new_epoch=Epoch(2, "b"), now_ms=1)
+    beyond = [index for index, position in rows if position > fork_index]
+    assert (head.records if head else 0) == len(beyond)
+    if head and beyond:
+        assert (head.first, head.last) == (beyond[0], beyond[-1])
