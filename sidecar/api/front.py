@@ -25,7 +25,7 @@ from sidecar.core.seal import SealConfig, decode_share
 from sidecar.request.fields import Fields
 from sidecar.request.types import HttpRequest, HttpResponse
 
-FEATURES = ("Performance Replication",)
+FEATURES = ("Performance Replication", "DR Replication")
 """What ``sys/license/features`` lists; the web UI shows its replication pages by it."""
 LOCAL_ONLY = frozenset({"sys/host-info", "sys/metrics"})
 _WRITE_METHODS = frozenset({"PUT", "POST"})

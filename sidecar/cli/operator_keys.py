@@ -15,6 +15,8 @@ from sidecar.cli.flags import Flag, UsageError
 Body = Mapping[str, Any]
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
+DR_TOKEN_PATH = "sys/replication/dr/secondary/generate-operation-token"  # noqa: S105 - a path
+
 REKEYED = """
 The unseal key was replaced: the {shares} key shares above, of which {threshold} are needed, replace all
 shares of before. Give each to another person; lost shares cannot be brought back."""
@@ -103,19 +105,18 @@ def generate_root(call: Call) -> int:
         token = decode_token(call.values.text("decode"), call.values.text("otp"))
         return call.show_value({"token": token}, token)
     client = call.client(token="")
+    base = DR_TOKEN_PATH if call.values.flag("dr-token") else "sys/generate-root"
     if what == "cancel":
         with doing("canceling root token generation"):
-            client.delete("sys/generate-root/attempt")
+            client.delete(f"{base}/attempt")
         call.say("Success! Root token generation canceled (if it was started)")
         return EXIT_OK
     if what == "init":
         otp = call.values.text("otp")
         with doing("initializing root generation"):
-            return _show_generation(
-                call, client.put("sys/generate-root/attempt", {"otp": otp} if otp else {}).body or {}
-            )
+            return _show_generation(call, client.put(f"{base}/attempt", {"otp": otp} if otp else {}).body or {})
     with doing("getting root generation status"):
-        state = client.get("sys/generate-root/attempt").body or {}
+        state = client.get(f"{base}/attempt").body or {}
     if what == "generate-otp":
         otp = _otp(int(state.get("otp_length") or 0))
         return call.show_value({"otp": otp}, otp)
@@ -125,7 +126,7 @@ def generate_root(call: Call) -> int:
         raise Failed("No root generation is in progress; start one with -init", EXIT_SERVER)
     request = {"key": _share(call), "nonce": call.values.text("nonce") or state.get("nonce", "")}
     with doing("posting unseal key"):
-        return _show_generation(call, client.put("sys/generate-root/update", request).body or {})
+        return _show_generation(call, client.put(f"{base}/update", request).body or {})
 
 
 def _show_generation(call: Call, body: Body) -> int:
@@ -251,6 +252,7 @@ GENERATE_ROOT = Command(
         Flag("generate-otp", "Print a password for -init -otp.", "bool"),
         Flag("decode", "The encoded token to decode; needs -otp."),
         Flag("otp", "The one-time password."),
+        Flag("dr-token", "Make a DR operation token, on a DR secondary, instead of a root token.", "bool"),
         NONCE_FLAG,
     ),
 )

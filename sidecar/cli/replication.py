@@ -1,4 +1,4 @@
-"""``outrider replication``: what Vault's users do with raw paths, as verbs. Performance replication."""
+"""``outrider replication``: what Vault's users do with raw paths, as verbs; ``-mode`` says for which mode."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 from sidecar.cli import output
 from sidecar.cli.command import EXIT_OK, Call, Command, doing
-from sidecar.cli.flags import Flag
+from sidecar.cli.flags import Flag, UsageError
 
-BASE = "sys/replication/performance"
+MODES = ("performance", "dr")
+DR_TOKEN_VARIABLE = "DR_OPERATION_TOKEN"  # noqa: S105 - a name
 PEER_COLUMNS = (
     ("Id", "node_id"),
     ("Connection", "connection_status"),
@@ -63,10 +64,41 @@ def _update(call: Call, path: str, what: str, request: dict[str, Any]) -> int:
     return call.show_secret(reply)
 
 
+def _base(call: Call) -> str:
+    return f"sys/replication/{_mode(call)}"
+
+
+def _mode(call: Call) -> str:
+    mode = call.values.text("mode", MODES[0])
+    if mode not in MODES:
+        raise UsageError(f"-mode is {' or '.join(MODES)}")
+    return mode
+
+
+def _secondary(call: Call, action: str, what: str, request: dict[str, Any]) -> int:
+    """An action on a secondary. A DR secondary knows no token but its own kind, which travels in the body."""
+    if _mode(call) == "dr":
+        token = call.setting(DR_TOKEN_VARIABLE) or call.hidden("DR operation token (will be hidden): ").strip()
+        request["dr_operation_token"] = token
+    return _update(call, f"{_base(call)}/secondary/{action}", what, request)
+
+
+def _activation_token(call: Call) -> str:
+    """From the argument, a file, or typed without echo."""
+    token = call.arguments[0].removeprefix("token=") if call.arguments else "-"
+    if token == "-":  # noqa: S105 - the sign for standard input
+        return call.hidden("Activation token (will be hidden): ").strip()
+    if token.startswith("@"):
+        from sidecar.cli.values import parse_data
+
+        return str(parse_data([f"token={token}"], call.read_stdin)["token"]).strip()
+    return token
+
+
 def enable_primary(call: Call) -> int:
     call.at_most(0)
     request = {"primary_cluster_addr": call.values.text("primary-cluster-addr")}
-    return _update(call, f"{BASE}/primary/enable", "enabling the primary", request)
+    return _update(call, f"{_base(call)}/primary/enable", "enabling the primary", request)
 
 
 def secondary_token(call: Call) -> int:
@@ -76,38 +108,101 @@ def secondary_token(call: Call) -> int:
     request.update({key: call.values.text(key) for key in ("ttl",) if key in call.values})
     if "secondary-public-key" in call.values:
         request["secondary_public_key"] = call.values.text("secondary-public-key")
-    return _update(call, f"{BASE}/primary/secondary-token", "issuing the token", request)
+    return _update(call, f"{_base(call)}/primary/secondary-token", "issuing the token", request)
 
 
 def enable_secondary(call: Call) -> int:
     call.at_most(1)
-    token = call.arguments[0].removeprefix("token=") if call.arguments else "-"
-    if token == "-":  # noqa: S105 - the sign for standard input
-        token = call.hidden("Activation token (will be hidden): ").strip()
-    elif token.startswith("@"):
-        from sidecar.cli.values import parse_data
+    request = {"token": _activation_token(call), **_unwrap_options(call)}
+    return _update(call, f"{_base(call)}/secondary/enable", "enabling the secondary", request)
 
-        token = str(parse_data([f"token={token}"], call.read_stdin)["token"]).strip()
-    request = {"token": token}
-    for flag in ("primary-api-addr", "ca-file", "ca-path"):
-        if flag in call.values:
-            request[flag.replace("-", "_")] = call.values.text(flag)
-    return _update(call, f"{BASE}/secondary/enable", "enabling the secondary", request)
+
+def _unwrap_options(call: Call) -> dict[str, Any]:
+    names = ("primary-api-addr", "ca-file", "ca-path")
+    return {name.replace("-", "_"): call.values.text(name) for name in names if name in call.values}
+
+
+def demote(call: Call) -> int:
+    call.at_most(0)
+    return _update(call, f"{_base(call)}/primary/demote", "demoting the primary", {})
+
+
+def promote(call: Call) -> int:
+    call.at_most(0)
+    request: dict[str, Any] = {"force": call.values.flag("force"), "preview": call.values.flag("preview")}
+    if "primary-cluster-addr" in call.values:
+        request["primary_cluster_addr"] = call.values.text("primary-cluster-addr")
+    return _secondary(call, "promote", "promoting the secondary", request)
+
+
+def update_primary(call: Call) -> int:
+    call.at_most(1)
+    request: dict[str, Any]
+    if call.values.flag("forget"):
+        request = {"token": ""}
+    elif "addr" in call.values:
+        request = {"update_primary_addrs": call.values.texts("addr")}
+    else:
+        request = {"token": _activation_token(call), **_unwrap_options(call)}
+    return _secondary(call, "update-primary", "pointing the secondary at its primary", request)
+
+
+def disable(call: Call) -> int:
+    call.at_most(1)
+    role = call.argument(0, "primary or secondary")
+    if role not in ("primary", "secondary"):
+        raise UsageError("say which role to give up: primary or secondary")
+    if role == "secondary":
+        return _secondary(call, "disable", "disabling the secondary", {})
+    return _update(call, f"{_base(call)}/primary/disable", "disabling the primary", {})
+
+
+def lost_writes(call: Call) -> int:
+    call.at_most(1)
+    token = call.setting(DR_TOKEN_VARIABLE) if _mode(call) == "dr" else ""
+    client = call.client(token=token or None)
+    path = f"{_base(call)}/lost-writes"
+    if call.arguments:
+        path += f"/{call.path(0, 'ID')}" + ("/export" if call.values.flag("export") else "")
+    query = {"page": call.values.text("page")} if "page" in call.values else None
+    with doing("reading lost writes"):
+        reply = client.get(path, query)
+    data = (reply.body or {}).get("data") or {}
+    rows = data.get("lost_entries") if call.arguments else data.get("lost_writes")
+    names = LOST_ENTRY if call.arguments else LOST_RECORD
+    shown = [name for name in names if any(name in row for row in rows or [])] or list(names)
+    as_table = output.table(shown, [[row.get(name, "") for name in shown] for row in rows or []])
+    return call.show_value(data, as_table if rows else "No lost writes.")
 
 
 def revoke(call: Call) -> int:
     call.at_most(1)
     name = call.values.text("id") or call.path(0, "ID")
-    return _update(call, f"{BASE}/primary/revoke-secondary", f"revoking {name}", {"id": name})
+    return _update(call, f"{_base(call)}/primary/revoke-secondary", f"revoking {name}", {"id": name})
 
 
+LOST_RECORD = ("id", "first_wal", "last_wal", "records", "entries", "exact", "complete", "pages")
+LOST_ENTRY = ("key", "wal", "deleted", "value", "value_withheld", "value_not_kept")
+
+MODE_FLAG = Flag("mode", "Mode of replication: performance or dr.", default="performance")
+ADDRESS_FLAG = Flag(
+    "primary-cluster-addr", "Cluster address that secondaries connect to, where it is not the node's own."
+)
+UNWRAP_FLAGS = (
+    Flag("primary-api-addr", "API address of the primary, where the token holds none or another one is needed."),
+    Flag("ca-file", "PEM file, on the server, with the CA of the primary's API."),
+    Flag("ca-path", "Directory, on the server, with such CAs."),
+)
+WHO_MAY = (
+    "\n  A DR secondary wants a DR operation token: it is read from OUTRIDER_DR_OPERATION_TOKEN, or asked for, hidden."
+)
 ID_FLAG = Flag("id", "Id of the secondary; the same as the argument.")
 STATUS = Command("replication status [flags]", "Show roles, positions and connections.", status, field=True)
 ENABLE_PRIMARY = Command(
     "replication enable-primary [flags]",
     "Make this cluster the primary of a new replication set.",
     enable_primary,
-    (Flag("primary-cluster-addr", "Cluster address that secondaries connect to, where it is not the node's own."),),
+    (MODE_FLAG, ADDRESS_FLAG),
     field=True,
 )
 SECONDARY_TOKEN = Command(
@@ -115,6 +210,7 @@ SECONDARY_TOKEN = Command(
     "Issue the token that makes another cluster the secondary ID. It works once.",
     secondary_token,
     (
+        MODE_FLAG,
         ID_FLAG,
         Flag("ttl", "How long the token can be used.", default="30m"),
         Flag("secondary-public-key", "Encrypt the token to this key of the secondary instead of wrapping it."),
@@ -126,16 +222,61 @@ ENABLE_SECONDARY = Command(
     "Make this cluster a secondary. EVERYTHING in it is replaced by the primary's, keys included.\n"
     "  Without TOKEN it is asked for, hidden; @file reads it from a file.",
     enable_secondary,
-    (
-        Flag("primary-api-addr", "API address of the primary, where the token holds none or another one is needed."),
-        Flag("ca-file", "PEM file, on the server, with the CA of the primary's API."),
-        Flag("ca-path", "Directory, on the server, with such CAs."),
-    ),
+    (MODE_FLAG, *UNWRAP_FLAGS),
     field=True,
 )
 REVOKE = Command(
     "replication revoke [flags] ID",
     "Cut a secondary off at once; its certificate is never accepted again.",
     revoke,
-    (ID_FLAG,),
+    (MODE_FLAG, ID_FLAG),
+)
+DEMOTE = Command(
+    "replication demote [flags]",
+    "Make this primary a secondary that follows nobody yet. A demoted DR primary serves no client from then on.",
+    demote,
+    (MODE_FLAG,),
+    field=True,
+)
+PROMOTE = Command(
+    "replication promote [flags]",
+    "Make this secondary the primary. -preview says what may be lost and changes nothing." + WHO_MAY,
+    promote,
+    (
+        MODE_FLAG,
+        Flag("preview", "Only say what may be lost, and what would forbid it.", "bool"),
+        Flag("force", "Promote although the primary is alive, or something is known to be missing.", "bool"),
+        ADDRESS_FLAG,
+    ),
+    field=True,
+)
+UPDATE_PRIMARY = Command(
+    "replication update-primary [flags] [TOKEN]",
+    "Have this secondary follow another primary of its set. Nothing is wiped; what only this cluster had is kept as\n"
+    "  lost writes. Without TOKEN it is asked for, hidden; @file reads it from a file." + WHO_MAY,
+    update_primary,
+    (
+        MODE_FLAG,
+        Flag("addr", "Instead of a token: another cluster address of the same primary. Repeatable.", "texts"),
+        Flag("forget", "Instead of a token: follow nobody.", "bool"),
+        *UNWRAP_FLAGS,
+    ),
+    field=True,
+)
+DISABLE = Command(
+    "replication disable [flags] primary|secondary",
+    "Give up a role. The data stays; whoever is attached to a primary can no longer connect." + WHO_MAY,
+    disable,
+    (MODE_FLAG,),
+    field=True,
+)
+LOST_WRITES = Command(
+    "replication lost-writes [flags] [ID]",
+    "List what this cluster held that its new primary never had; with ID the keys of one record.",
+    lost_writes,
+    (
+        MODE_FLAG,
+        Flag("export", "Show values too, in base64.", "bool"),
+        Flag("page", "Which page of a record.", "int", default="1"),
+    ),
 )
