@@ -126,7 +126,7 @@ class Expiration:
                 # Whoever runs the store learns of a lost lead by itself; here it is only work for later.
                 _log.warning("expiration is waiting for the store: %s", type(error).__name__)
                 return False
-            if not found:
+            if not found and not self._refill():
                 break
             for due in found:
                 self._enqueue(due)
@@ -172,14 +172,18 @@ class Expiration:
             self._busy.discard(due.key)
             group.running -= 1
             self._running -= 1
-            self._refill(name, group)
+            if not group.waiting and not group.running and not group.left_in_store:
+                self._groups.pop(name, None)
             self._changed.set()
 
-    def _refill(self, name: str, group: _Group) -> None:
-        """Bring back some of what was left in the store: all of it would mostly be left there again."""
-        if len(group.waiting) <= QUEUE_PER_GROUP_MAX // 2:
-            for at_s in heapq.nsmallest(REFILL_SECONDS, group.left_in_store):
-                group.left_in_store.discard(at_s)
-                self._schedule.add(at_s)
-        if not group.waiting and not group.running and not group.left_in_store:
-            self._groups.pop(name, None)
+    def _refill(self) -> bool:
+        """Bring back some of what was left in the store, for queues that have room again; all of it would mostly be
+        left there once more. Called when nothing else is due, so that what was brought back has been read."""
+        refilled = False
+        for group in self._groups.values():
+            if group.left_in_store and len(group.waiting) <= QUEUE_PER_GROUP_MAX // 2:
+                for at_s in heapq.nsmallest(REFILL_SECONDS, group.left_in_store):
+                    group.left_in_store.discard(at_s)
+                    self._schedule.add(at_s)
+                refilled = True
+        return refilled
