@@ -9,7 +9,17 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
-from consul_backend import index_check, merkle, merkle_flush, merkle_pages, recovery, reindex, replicated, retention
+from consul_backend import (
+    index_check,
+    merkle,
+    merkle_flush,
+    merkle_pages,
+    recovery,
+    reindex,
+    replicated,
+    retention,
+    went_back,
+)
 from consul_backend.batching import Packing
 from consul_backend.checkpoint import Checkpoint
 from consul_backend.errors import Conflict
@@ -218,7 +228,7 @@ def check_of_a_deposed_node(stack: ExitStack) -> None:
 @bug("restored-store-is-recovered", RESTORED)
 def restored_is_recovered(stack: ExitStack) -> None:
     """A node does not compare what it recovers with what it knows: it leads again on an old snapshot."""
-    stack.enter_context(patch.object(replicated, "require_seen", lambda tip, seen_index: None))
+    stack.enter_context(patch.object(went_back, "require_seen", lambda tip, seen_index: None))
 
 
 @bug("newest-record-is-not-watched", RESTORED_QUIET)

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 from consul_backend import lease as lease_table
 from consul_backend import merkle_flush, retention
+from consul_backend.delivery import Delivery
 from consul_backend.errors import BackendError, Conflict, OutcomeUnknown, Unavailable
 from consul_backend.group_commit import GroupCommit
 from consul_backend.lease import Action, Event, Phase
@@ -38,13 +39,13 @@ NOWHERE = CheckNotExists("nowhere")
 
 
 def _change_commits(stack: ExitStack, change: Callable[[list[Op]], None]) -> None:
-    deliver = GroupCommit._deliver
+    deliver = Delivery.deliver
 
-    async def changed(self: GroupCommit, sent: Any) -> int:
+    async def changed(self: Delivery, sent: Any) -> int:
         change(sent.ops)
         return await deliver(self, sent)
 
-    stack.enter_context(patch.object(GroupCommit, "_deliver", changed))
+    stack.enter_context(patch.object(Delivery, "deliver", changed))
 
 
 # -- the three guards of a commit
@@ -84,9 +85,9 @@ def tenure_without_chain(stack: ExitStack) -> None:
 @bug("data-before-record", CALM)
 def data_before_record(stack: ExitStack) -> None:
     """The data is written in a transaction of its own, a moment before its record."""
-    deliver = GroupCommit._deliver
+    deliver = Delivery.deliver
 
-    async def changed(self: GroupCommit, sent: Any) -> int:
+    async def changed(self: Delivery, sent: Any) -> int:
         data = sent.ops[2:-1]
         if data and sent.record.header.large is None:
             with suppress(BackendError):
@@ -94,7 +95,7 @@ def data_before_record(stack: ExitStack) -> None:
                 sent.ops[2:-1] = []
         return await deliver(self, sent)
 
-    stack.enter_context(patch.object(GroupCommit, "_deliver", changed))
+    stack.enter_context(patch.object(Delivery, "deliver", changed))
 
 
 @bug("commit-overwrites-record", LATE)
@@ -116,7 +117,7 @@ def commit_overwrites_record(stack: ExitStack) -> None:
 def lost_answer_is_failure(stack: ExitStack) -> None:
     """A transaction whose answer was lost is reported as not applied."""
 
-    async def deliver(self: GroupCommit, sent: Any) -> int:
+    async def deliver(self: Delivery, sent: Any) -> int:
         try:
             return (await self._physical.txn(sent.ops)).modify_index
         except Conflict as refusal:
@@ -124,15 +125,15 @@ def lost_answer_is_failure(stack: ExitStack) -> None:
         except OutcomeUnknown:
             raise Unavailable("no answer") from None
 
-    stack.enter_context(patch.object(GroupCommit, "_deliver", deliver))
+    stack.enter_context(patch.object(Delivery, "_deliver", deliver))
 
 
 @bug("lost-answer-is-success", UNRESOLVED)
 def lost_answer_is_success(stack: ExitStack) -> None:
     """A transaction whose answer was lost is reported as applied."""
-    deliver = GroupCommit._deliver
+    deliver = Delivery.deliver
 
-    async def changed(self: GroupCommit, sent: Any) -> int:
+    async def changed(self: Delivery, sent: Any) -> int:
         try:
             return await deliver(self, sent)
         except OutcomeUnknown:
@@ -141,54 +142,62 @@ def lost_answer_is_success(stack: ExitStack) -> None:
                     batch.future.set_result(Head(sent.record.index, sent.record.chain_hash, 0))
             raise
 
-    stack.enter_context(patch.object(GroupCommit, "_deliver", changed))
+    stack.enter_context(patch.object(Delivery, "deliver", changed))
 
 
 @bug("lost-answer-is-repeated-under-a-new-index", LOST)
 def lost_answer_is_repeated(stack: ExitStack) -> None:
     """Instead of resolving a lost answer, its batches are queued again and written as another record."""
 
-    async def deliver(self: GroupCommit, sent: Any) -> int:
+    commit = GroupCommit._commit
+    owners: dict[Delivery, GroupCommit] = {}
+
+    async def owned(self: GroupCommit, sent: Any) -> None:
+        owners[self._delivery] = self
+        await commit(self, sent)
+
+    async def deliver(self: Delivery, sent: Any) -> int:
         try:
             return (await self._physical.txn(sent.ops)).modify_index
         except Conflict as refusal:
             return await self._judge(sent, refusal)
         except OutcomeUnknown:
-            self._queue.extendleft(reversed(sent.packing.batches))
+            owners[self]._queue.extendleft(reversed(sent.packing.batches))
             sent.packing.batches = []
             item = await self._physical.get(sent.key, consistent=True)
             if item is not None:
                 return item.modify_index
             raise Unavailable("no answer") from None
 
-    stack.enter_context(patch.object(GroupCommit, "_deliver", deliver))
+    stack.enter_context(patch.object(Delivery, "_deliver", deliver))
+    stack.enter_context(patch.object(GroupCommit, "_commit", owned))
 
 
 @bug("deposed-means-not-applied", LOST_AND_DEPOSED)
 def deposed_means_not_applied(stack: ExitStack) -> None:
     """A resent commit that the fence refuses is reported as not applied, though its first sending may have been."""
-    judge = GroupCommit._judge
+    judge = Delivery._judge
 
-    async def changed(self: GroupCommit, sent: Any, refusal: Any) -> int:
+    async def changed(self: Delivery, sent: Any, refusal: Any) -> int:
         if any(failure.op_index == 0 for failure in refusal.failures):
             sent.unknown = False
         return await judge(self, sent, refusal)
 
-    stack.enter_context(patch.object(GroupCommit, "_judge", changed))
+    stack.enter_context(patch.object(Delivery, "_judge", changed))
 
 
 @bug("acknowledged-before-applied")
 def acknowledged_before_applied(stack: ExitStack) -> None:
     """Callers are told ok when their transaction is sent."""
-    deliver = GroupCommit._deliver
+    deliver = Delivery.deliver
 
-    async def changed(self: GroupCommit, sent: Any) -> int:
+    async def changed(self: Delivery, sent: Any) -> int:
         for batch in sent.packing.batches:
             if hasattr(batch, "future") and not batch.future.done():
                 batch.future.set_result(Head(sent.record.index, sent.record.chain_hash, 0))
         return await deliver(self, sent)
 
-    stack.enter_context(patch.object(GroupCommit, "_deliver", changed))
+    stack.enter_context(patch.object(Delivery, "deliver", changed))
 
 
 @bug("flush-forgets-lost-answer", LOST)

@@ -85,7 +85,11 @@ LATE = Focus(faults={"request:late": 0.01, "request:duplicated": 0.02, "answer:r
 LATE_AND_COLLECTED = replace(LATE, faults={"request:duplicated": 0.1}, store=SMALL_LOG, kinds=("step-down",))
 LOST = Focus(faults={"answer:reset": 0.03, "request:late": 0.01}, kinds=("step-down", "kill"))
 UNRESOLVED = Focus(
-    kinds=("cut", "kill"), every_s=1.5, for_s=8.0, faults={"answer:reset": 0.05}, store={"resolve_timeout_s": 0.5}
+    kinds=("cut", "step-down"),
+    every_s=4.0,
+    for_s=2.0,
+    faults={"request:reset": 0.35, "request:refused": 0.25},
+    store={"resolve_timeout_s": 0.5},
 )
 LOST_AND_DEPOSED = Focus(
     kinds=("destroy-session",),
