@@ -93,6 +93,7 @@ class ScopeParts:
             replication=ReplicationOptions(
                 beat_s=config.replication.heartbeat_interval_s,
                 wal_wait_s=config.replication.best_effort_wal_wait_duration_s,
+                promotion_lag_max_s=config.replication.promotion_lag_max_s,
                 staging=Staging(config.replication.sync_staging_entries, config.replication.sync_staging_bytes),
             ),
         )
@@ -200,7 +201,7 @@ class ActiveScope:
                 secret_material=self._secret_material,
                 flip=self._flip,
                 execute=self._execute,
-                restart=self.restart_asked.set,
+                restart=self._begin_anew,
                 keep_keys=self._keep_keys,
                 root_key=barrier.root_key,
                 open_entry=self._open_entry,
@@ -299,6 +300,11 @@ class ActiveScope:
         if len(found) != len(keyrings) or seal is None:
             raise Unavailable("a keyring or the seal record of this cluster is missing")
         return SecretMaterial(self._opened.root_key, found, seal)
+
+    def _begin_anew(self) -> None:
+        """A role was committed that only a new tenure can play; until then nobody is served by the old one."""
+        self._gate = "the role of this cluster is being changed; try again shortly"
+        self.restart_asked.set()
 
     async def _keep_keys(self) -> None:
         await keep_keys(self._sealed, self._clock.time_ms() / 1000)

@@ -89,6 +89,7 @@ class Replication:
         self._options = options or ReplicationOptions()
         self._activating = asyncio.Lock()
         self._bootstrapping: Mode | None = None
+        self._began_as_mirror = False
         self._upkeep = IndexUpkeep(store, sealed, clock)
         self.performance = self._manager(PERFORMANCE, callbacks)
         # Reads are gated for performance alone: a DR secondary serves none.
@@ -119,6 +120,8 @@ class Replication:
             "bootstrapping" if self._bootstrapping is manager.mode else manager.role.kind
             for manager in (self.performance, self.dr)
         )
+        if self.dr.ending and self._began_as_mirror:
+            disaster = "secondary"  # nobody is served before the next tenure, whatever was committed
         return performance, disaster
 
     async def load(self) -> None:
@@ -126,6 +129,7 @@ class Replication:
         await self.performance.load()
         await self.dr.load()
         await self._upkeep.load()
+        self._began_as_mirror = self.mirrors
         self._restrict()
 
     async def run(self) -> None:

@@ -68,7 +68,7 @@ listener "tcp" {
 
 telemetry { prometheus_retention_time = "24h" }
 seal "shamir" {}
-replication { best_effort_wal_wait_duration = "500ms" logshipper_buffer_length = 100 resolver_discover_servers = true }
+replication { best_effort_wal_wait_duration = "500ms" promotion_lag_max = "5m" logshipper_buffer_length = 100 resolver_discover_servers = true }
 sidecar { beat_ttl = "2s" beat_interval = "500ms" lock_delay = 0.25 wal_keep_records = 1000 wal_keep_size = "64MiB" }
 """
 
@@ -93,7 +93,7 @@ def test_a_vault_file_loads_with_warnings_only():
     registration = loaded.service_registration
     assert (registration.disable, registration.service, registration.tags) == (False, "vault", ("a", "b"))
     assert (registration.check_timeout_s, registration.connection) == (7.0, None)
-    assert loaded.replication == ReplicationSettings(0.5, 5.0)
+    assert loaded.replication == ReplicationSettings(0.5, 5.0, promotion_lag_max_s=300.0)
     assert listener.forwarded_for == ForwardedForSettings(("10.0.0.0/8",))
     assert (listener.unauthenticated_metrics_access, loaded.prometheus_retention_s) == (True, 86400.0)
     assert loaded.election == ElectionSettings(2.0, 0.5, 0.25, 10.0)

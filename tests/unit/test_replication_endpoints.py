@@ -216,3 +216,23 @@ async def test_sealing_a_dr_secondary_takes_an_operation_token() -> None:
     token = await node.service._tokens.issue()  # type: ignore[union-attr]  # the role decides which service it is
     assert (await node.call("PUT", "sys/seal", {}, token=token)).status == 204
     assert node.node.asked == ["seal"]
+
+
+@pytest.mark.parametrize(
+    ("disaster", "call", "shown"),
+    [
+        ("secondary", ("secondary/promote", {"force": True}), "secondary"),
+        ("secondary", ("secondary/disable", {}), "secondary"),
+        ("primary", ("primary/demote", {}), "secondary"),
+    ],
+)
+async def test_health_does_not_promise_a_service_before_the_next_tenure(
+    disaster: str, call: tuple[str, dict[str, Any]], shown: str
+) -> None:
+    node = await role_node("disabled", disaster)
+    token = await node.service._tokens.issue() if disaster == "secondary" else None  # type: ignore[union-attr]  # the role decides
+    path, body = call
+    reply = await node.call("POST", f"sys/replication/dr/{path}", {**body, "dr_operation_token": token})
+    assert reply.status == 200, reply.errors
+    assert node.restarts
+    assert node.replication.modes()[1] == shown
