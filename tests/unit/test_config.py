@@ -68,7 +68,12 @@ listener "tcp" {
 
 telemetry { prometheus_retention_time = "24h" }
 seal "shamir" {}
-replication { best_effort_wal_wait_duration = "500ms" promotion_lag_max = "5m" logshipper_buffer_length = 100 resolver_discover_servers = true }
+replication {
+  best_effort_wal_wait_duration = "500ms"
+  promotion_lag_max = "5m"
+  logshipper_buffer_length = 100
+  resolver_discover_servers = true
+}
 sidecar { beat_ttl = "2s" beat_interval = "500ms" lock_delay = 0.25 wal_keep_records = 1000 wal_keep_size = "64MiB" }
 """
 
