@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import ipaddress
 import logging
+import os
 import signal
 import ssl
 import sys
@@ -29,16 +30,22 @@ from consul_backend.store import ConsulStore
 from sidecar.api.client_address import ForwardedFor
 from sidecar.api.front import Front
 from sidecar.api.server import ApiServer, ServerLimits
+from sidecar.auto_unseal import keep_unsealed
 from sidecar.config import (
     ConsulStorage,
     DevOptions,
     EmbeddedStorage,
     Listener,
+    SealSettings,
     ServerConfig,
+    TransitSealSettings,
     load,
     split_address,
 )
 from sidecar.core.metrics import METRICS
+from sidecar.core.seals import AutoSeal
+from sidecar.core.seals.static import BadStaticKey, StaticSeal, load_static_key
+from sidecar.core.seals.transit import TransitSeal, TransitSettings
 from sidecar.dev import DevServer, print_dev_banner
 from sidecar.failpoints import POINTS
 from sidecar.leading import ScopeParts
@@ -66,6 +73,9 @@ def run_server(config: ServerConfig, dev: DevOptions | None, config_paths: tuple
     except BackendError as error:
         print(f"Error initializing storage: {error}", file=sys.stderr)
         return 1
+    except BadStaticKey as error:
+        print(f"Error initializing seal: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"Error initializing listener: {error}", file=sys.stderr)
         return 1
@@ -83,7 +93,17 @@ async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tup
         await physical.open()
         stack.push_async_callback(physical.close)
         identity = NodeIdentity(str(uuid.uuid4()), config.api_addr, config.cluster_addr)
-        sealing = Sealing(physical, node_id=identity.node_id, cluster_name=config.cluster_name, clock=clock)
+        seal = make_seal(config.seal)
+        if seal is not None:
+            stack.push_async_callback(seal.close)
+        sealing = Sealing(
+            physical,
+            node_id=identity.node_id,
+            cluster_name=config.cluster_name,
+            clock=clock,
+            seal=seal,
+            disabled_seals=config.seal.disabled,
+        )
         ha_enabled = isinstance(config.storage, ConsulStorage)
         node = Node(identity, sealing, storage_type=physical.kind, ha_enabled=ha_enabled)
         front = Front(node, prometheus=config.prometheus_retention_s > 0)
@@ -113,6 +133,8 @@ async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tup
                 tasks.create_task(registration.run(), name="service registration"),
                 tasks.create_task(watch_loop_lag(), name="event loop lag"),
             ]
+            if seal is not None:
+                running.append(tasks.create_task(keep_unsealed(sealing, seal), name="auto-unseal"))
             if dev is not None:
                 print_dev_banner(config, await DevServer(node, front).prepare(dev))
             await stopping.wait()
@@ -127,6 +149,38 @@ def make_physical(config: ServerConfig) -> PhysicalStore:
     if isinstance(storage, ConsulStorage):
         return ConsulStore(ConsulConfig.from_env({**storage.connection.explicit(), "path": storage.path}))
     return EmbeddedStore(storage.path if isinstance(storage, EmbeddedStorage) else None)
+
+
+def make_seal(settings: SealSettings) -> AutoSeal | None:
+    """The auto seal that the configuration names; None for Shamir's. Raises BadStaticKey."""
+    seal = settings.seal
+    if seal is None:
+        return None
+    if isinstance(seal, TransitSealSettings):
+        return TransitSeal(
+            TransitSettings(
+                address=seal.address,
+                token=seal.token,
+                key_name=seal.key_name,
+                mount_path=seal.mount_path,
+                namespace=seal.namespace,
+                key_id_prefix=seal.key_id_prefix,
+                renew=not seal.disable_renewal,
+                ca_file=seal.tls_ca_cert,
+                client_cert_file=seal.tls_client_cert,
+                client_key_file=seal.tls_client_key,
+                server_name=seal.tls_server_name,
+                skip_verify=seal.tls_skip_verify,
+            )
+        )
+    warnings: list[str] = []
+    current = load_static_key("current_key", seal.current_key_id, seal.current_key, os.environ, warnings)
+    previous = None
+    if seal.previous_key:
+        previous = load_static_key("previous_key", seal.previous_key_id, seal.previous_key, os.environ, warnings)
+    for warning in warnings:
+        log.warning("seal: %s", warning)
+    return StaticSeal(current, previous)
 
 
 def make_registration(config: ServerConfig, identity: NodeIdentity) -> Registrar:

@@ -8,6 +8,8 @@ from __future__ import annotations
 POINTS: tuple[str, ...] = (
     "init:before-genesis",
     "init:after-genesis",
+    "seal:before-change",
+    "seal:after-change",
     "lead:before-serving",
     "lead:before-release",
     "role:before-commit",

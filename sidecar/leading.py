@@ -37,7 +37,7 @@ from sidecar.core.init import build_mirror_genesis, build_secondary_genesis
 from sidecar.core.keys import CLUSTER, LEASES, PRIVATE_CLUSTER, REPLICATED_KEYRING, SEAL, partition_of
 from sidecar.core.lockout_rules import LockoutSettings, LockoutTuning
 from sidecar.core.rotation import keep_keys
-from sidecar.core.seal_record import root_fingerprint
+from sidecar.core.seal_record import SealRecord, root_fingerprint
 from sidecar.core.store_view import SealedStore
 from sidecar.core.write_gate import GatedStore, WriteGate
 from sidecar.forwarding import LEADER_KEY, ForwardingServer, TenureCredentials, from_message
@@ -122,6 +122,10 @@ def sanitized(config: ServerConfig) -> dict[str, Any]:
         ],
         "log_format": config.log_format,
         "log_level": config.log_level,
+        "seals": [
+            *({"type": kind, "disabled": True} for kind in config.seal.disabled),
+            {"type": config.seal.kind, "disabled": False},
+        ],
         "storage": {
             "type": kind,
             "api_addr": config.api_addr,
@@ -180,6 +184,7 @@ class ActiveScope:
         barrier = await load_barrier(store.get, self._opened.root_key)
         sealed = SealedStore(store, barrier)
         self._sealed = sealed
+        await self._node.sealing.settle(sealed)
         mirror = isinstance(decode_role(await sealed.get(DR.role_key)), SecondaryRole)
         cluster = await ClusterInfo.load(sealed, mirror=mirror)
         await sealed.put(LEADER_KEY, msgspec.msgpack.encode(self._credentials.record(cluster)))
@@ -299,7 +304,8 @@ class ActiveScope:
         found = {key: raw for key in keyrings if (raw := await self._store.get(key)) is not None}
         if len(found) != len(keyrings) or seal is None:
             raise Unavailable("a keyring or the seal record of this cluster is missing")
-        return SecretMaterial(self._opened.root_key, found, seal)
+        # Its auto seal is of no use to another cluster, which has its own or none.
+        return SecretMaterial(self._opened.root_key, found, SealRecord.decode(seal).with_auto(None).encode())
 
     def _begin_anew(self) -> None:
         """A role was committed that only a new tenure can play; until then nobody is served by the old one."""
@@ -352,7 +358,7 @@ class ActiveScope:
         if found is None or found[0] != self._opened.generation:
             raise Unavailable("the store's generation changed during the activation; nothing was changed here")
         target = Generation(os.urandom(4).hex(), str(uuid.uuid4()), root_fingerprint(result.root_key))
-        writes = self._genesis_of(result)
+        writes = self._genesis_of(result, await self._node.sealing.own_record(result.seal, result.root_key))
         await genesis(
             self._physical,
             target.id,
@@ -371,13 +377,13 @@ class ActiveScope:
         self._gate = "this cluster is becoming a replication secondary; try again shortly"
         self._node.sealing.install(Opened(target, result.root_key))
 
-    def _genesis_of(self, result: ActivationResult) -> list[Write]:
+    def _genesis_of(self, result: ActivationResult, seal_raw: bytes) -> list[Write]:
         now_s, cluster_name = self._clock.time_ms() / 1000, self._parts.cluster_name or None
         if result.mode is DR:
             return build_mirror_genesis(
                 root_key=result.root_key,
                 keyrings=result.keyrings,
-                seal_raw=result.seal,
+                seal_raw=seal_raw,
                 now_s=now_s,
                 random_bytes=os.urandom,
                 extra=result.entries,
@@ -386,7 +392,7 @@ class ActiveScope:
         return build_secondary_genesis(
             root_key=result.root_key,
             replicated_keyring_raw=result.keyrings[REPLICATED_KEYRING],
-            seal_raw=result.seal,
+            seal_raw=seal_raw,
             now_s=now_s,
             random_bytes=os.urandom,
             extra=result.entries,

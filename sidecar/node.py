@@ -9,7 +9,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from consul_backend.election import LeaderInfo
@@ -24,6 +24,7 @@ from sidecar.api.node_view import (
     SealStatus,
 )
 from sidecar.core.cluster import ClusterInfo
+from sidecar.core.seals import Sealer
 from sidecar.forwarding import Heard, StandbyForwarder
 from sidecar.gauges import role_gauges
 from sidecar.request.types import HttpRequest, HttpResponse
@@ -195,14 +196,7 @@ class Node:
         cluster = self._role.cluster if self._role else None
         if status.sealed or cluster is None:
             return status
-        return SealStatus(
-            initialized=True,
-            sealed=False,
-            t=status.t,
-            n=status.n,
-            cluster_name=cluster.cluster_name,
-            cluster_id=cluster.cluster_id,
-        )
+        return replace(status, cluster_name=cluster.cluster_name, cluster_id=cluster.cluster_id)
 
     async def leader(self) -> LeaderStatus:
         if not self._ha_enabled:
@@ -259,8 +253,15 @@ class Node:
     async def init(self, options: InitOptions) -> InitOutcome:
         return await self.sealing.init(options)
 
-    async def unseal(self, key: bytes) -> SealStatus:
-        await self.sealing.unseal(key)
+    @property
+    def seal_kind(self) -> str:
+        return self.sealing.kind
+
+    async def sealer(self) -> Sealer | None:
+        return await self.sealing.sealer()
+
+    async def unseal(self, key: bytes, *, migrate: bool) -> SealStatus:
+        await self.sealing.unseal(key, migrate=migrate)
         return await self.seal_status()
 
     async def reset_unseal(self) -> SealStatus:

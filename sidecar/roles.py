@@ -133,7 +133,9 @@ class Roles:
 
     def _halt(self, error: BaseException) -> None:
         self._seen = ("", 0)  # whoever unseals this node again has decided to go on with the store as it is
-        self._node.sealing.seal(f"{error} (this node serves nothing until it is unsealed again)")
+        self._node.sealing.seal(
+            f"{error} (this node serves nothing until it is unsealed again, or restarted where it unseals itself)"
+        )
 
     # ---- standing by
 
@@ -174,7 +176,7 @@ class Roles:
         while True:
             try:
                 if reason := await self._node.sealing.stale_reason(opened):
-                    self._node.sealing.seal(reason)
+                    self._node.sealing.seal(reason, reopen=True)
                     return
                 _, index = await self._physical.watch(GENERATION_KEY, index, 10.0)
             except Unavailable as error:
@@ -265,7 +267,7 @@ class Roles:
             else:
                 await self._election.lost(held)
         if left.stale:
-            self._node.sealing.seal(left.stale)
+            self._node.sealing.seal(left.stale, reopen=True)
         error = _first(lost)
         if isinstance(error, HALTING):
             raise error

@@ -50,6 +50,8 @@ async def decode(request: HttpRequest, request_id: str) -> Call:
     if operation is Operation.LIST and not path.endswith("/"):
         path += "/"
     data = await _body(request, operation) if operation in _WRITES else query_data(request.query)
+    if operation is Operation.DELETE and request.body.lstrip()[:1] == b"{":
+        data = {**json_codec.decode_object(request.body), **data}
     return Call(
         operation=operation,
         path=path,

@@ -6,7 +6,7 @@ Everything here is answered without a token and without the store of a tenure; t
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -18,10 +18,12 @@ from plugin_api.formats import format_time
 from sidecar.api import envelopes, json_codec
 from sidecar.api.decoding import MethodNotAllowed, client_token
 from sidecar.api.health import health_code
+from sidecar.api.init_request import init_request
 from sidecar.api.metrics_answer import metrics_answer
-from sidecar.api.node_view import InitOptions, NodeView, NotForwarded, SealStatus
+from sidecar.api.node_view import NodeView, NotForwarded, SealStatus
 from sidecar.api.statuses import refusal
-from sidecar.core.seal import SealConfig, decode_share
+from sidecar.core.seal import decode_share
+from sidecar.core.seal_record import SHAMIR
 from sidecar.request.fields import Fields
 from sidecar.request.types import HttpRequest, HttpResponse
 
@@ -143,10 +145,13 @@ class Front:
             "progress": status.progress,
             "nonce": status.nonce,
             "version": self._node.version,
-            "migration": False,
-            "recovery_seal": False,
+            "migration": status.migration,
+            "recovery_seal": status.recovery_seal,
             "storage_type": self._node.storage_type,
         }
+        if status.recovery_seal:
+            # The recovery shares are Shamir's, and unseal a node whose auto seal cannot.
+            body.update(recovery_seal_type=SHAMIR, unseal_recovery_enabled=True)
         if not status.sealed:
             body.update(cluster_name=status.cluster_name, cluster_id=status.cluster_id)
         if status.warnings:
@@ -178,16 +183,10 @@ class Front:
         if request.method == "GET":
             return _json(200, {"initialized": (await self._node.health()).initialized})
         _require(request, "PUT", "POST")
-        options = _init_options(Fields(json_codec.decode_object(request.body)))
-        outcome = await self._node.init(options)
-        return _json(
-            200,
-            {
-                "keys": [key.hex() for key in outcome.keys],
-                "keys_base64": [base64.b64encode(key).decode() for key in outcome.keys],
-                "root_token": outcome.root_token,
-            },
-        )
+        kind = self._node.seal_kind
+        wanted = await asyncio.to_thread(init_request, Fields(json_codec.decode_object(request.body)), kind)
+        outcome = await self._node.init(wanted.options)
+        return _json(200, wanted.answer(outcome))
 
     async def _unseal(self, request: HttpRequest) -> HttpResponse:
         _require(request, "PUT", "POST")
@@ -200,7 +199,8 @@ class Front:
             return _json(200, self._seal_body(await self._node.reset_unseal()))
         if not text:
             raise InvalidRequest("'key' must be specified in request body as JSON, or 'reset' set to true")
-        return _json(200, self._seal_body(await self._node.unseal(decode_share(text))))
+        migrate = fields.boolean("migrate")
+        return _json(200, self._seal_body(await self._node.unseal(decode_share(text), migrate=migrate)))
 
     def _metrics(self, request: HttpRequest) -> HttpResponse:
         """On a listener that shows them to anybody, whatever this node's state."""
@@ -215,19 +215,6 @@ class Front:
     async def _feature_flags(self, request: HttpRequest) -> HttpResponse:
         _require(request, "GET")
         return _json(200, {"feature_flags": None})
-
-
-def _init_options(fields: Fields) -> InitOptions:
-    for name in ("pgp_keys", "recovery_pgp_keys", "root_token_pgp_key"):
-        if fields.given(name) and fields.strings(name):
-            raise InvalidRequest("encrypting keys or tokens with PGP is not supported")
-    if fields.integer("recovery_shares") or fields.integer("recovery_threshold"):
-        raise InvalidRequest("parameters recovery_shares,recovery_threshold not applicable to seal type shamir")
-    if fields.integer("stored_shares"):
-        raise InvalidRequest("parameters stored_shares not applicable to seal type shamir")
-    config = SealConfig(fields.integer("secret_shares"), fields.integer("secret_threshold"))
-    config.validate()
-    return InitOptions(config.shares, config.threshold)
 
 
 def _check_directives(request: HttpRequest) -> None:

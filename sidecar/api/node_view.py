@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from sidecar.core.seals import Sealer
 from sidecar.request.types import HttpRequest, HttpResponse
 
 
 @dataclass(frozen=True, slots=True)
 class SealStatus:
-    """``sys/seal-status`` (contract 4.3). ``n``, ``t`` are 0 when uninitialised; names are empty while sealed."""
+    """``sys/seal-status`` (contract 4.3). ``n``, ``t`` are 0 when uninitialised, and those of the recovery shares with
+    an auto seal (``recovery_seal``); ``migration``: the configured seal is to replace the cluster's. Names are empty
+    while sealed."""
 
     initialized: bool
     sealed: bool
@@ -23,6 +26,8 @@ class SealStatus:
     progress: int = 0
     nonce: str = ""
     type: str = "shamir"
+    recovery_seal: bool = False
+    migration: bool = False
     cluster_name: str = ""
     cluster_id: str = ""
     warnings: tuple[str, ...] = ()
@@ -61,7 +66,7 @@ class LeaderStatus:
 
 @dataclass(frozen=True, slots=True)
 class InitOptions:
-    """A checked ``sys/init`` request."""
+    """A checked ``sys/init`` request: of the unseal shares, or with an auto seal of the recovery shares."""
 
     shares: int
     threshold: int
@@ -69,7 +74,7 @@ class InitOptions:
 
 @dataclass(frozen=True, slots=True)
 class InitOutcome:
-    """The unseal shares and the root token, shown once."""
+    """The unseal or recovery shares and the root token, shown once."""
 
     keys: tuple[bytes, ...] = field(repr=False)
     root_token: str = field(repr=False)
@@ -103,6 +108,13 @@ class NodeView(Protocol):
     def storage_type(self) -> str:
         """``consul``, ``embedded`` or ``inmem``."""
 
+    @property
+    def seal_kind(self) -> str:
+        """The configured seal: ``shamir``, or the auto seal's type."""
+
+    async def sealer(self) -> Sealer | None:
+        """What puts a root key under the configured auto seal; None without one. Raises Unavailable."""
+
     async def health(self) -> NodeHealth:
         """Never raises for a sealed or unreachable store: it reports what is known."""
 
@@ -118,9 +130,10 @@ class NodeView(Protocol):
     async def init(self, options: InitOptions) -> InitOutcome:
         """Raises InvalidRequest ``Vault is already initialized``, Unavailable."""
 
-    async def unseal(self, key: bytes) -> SealStatus:
-        """Take one share (32 or 33 bytes). Raises InvalidRequest for a wrong combination (progress back to 0). A
-        repeated share and a node unsealed already change nothing. Returns once the node is unsealed, not active."""
+    async def unseal(self, key: bytes, *, migrate: bool) -> SealStatus:
+        """Take one share (32 or 33 bytes), with ``migrate`` to change the seal. Raises InvalidRequest for a wrong
+        combination (progress back to 0). A repeated share and a node unsealed already change nothing. Returns once the
+        node is unsealed, not active."""
 
     async def reset_unseal(self) -> SealStatus:
         """Forget the shares given so far. Raises InvalidRequest ``vault is unsealed``."""

@@ -446,6 +446,7 @@ def sys_backend(core: SysCore, quotas: Quotas) -> SysBackend:
         SysWrapping(core),
         SysSeal(core),
         SysRekey(core),
+        SysRekey(core, recovery=True),
         SysHost(core),
         SysTools(core),
         SysQuotas(core, quotas),

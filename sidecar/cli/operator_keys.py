@@ -11,6 +11,7 @@ from sidecar.cli import output
 from sidecar.cli.client import Client
 from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
 from sidecar.cli.flags import Flag, UsageError
+from sidecar.cli.pgp_files import read_key, read_keys
 
 Body = Mapping[str, Any]
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -32,12 +33,17 @@ def rekey(call: Call) -> int:
     call.at_most(1)
     verifying = call.values.flag("verify")
     client = call.client(token="")
-    path = "sys/rekey/verify" if verifying else "sys/rekey/init"
-    if _only_one(call, "init", "status", "cancel") == "init":
-        return _show_rekey(call, _start_rekey(call, client))
+    what = _only_one(call, "init", "status", "cancel", "backup-retrieve", "backup-delete")
+    prefix = _rekey_prefix(call)
+    if what.startswith("backup"):
+        return _rekey_backup(call, what, recovery=prefix != "sys/rekey")
+    path = f"{prefix}/verify" if verifying else f"{prefix}/init"
+    if what == "init":
+        return _show_rekey(call, _start_rekey(call, client, path))
     if call.values.flag("cancel"):
+        nonce = call.values.text("nonce")
         with doing("canceling rekey"):
-            client.delete(path)
+            client.call("DELETE", path, body={"nonce": nonce} if nonce else None, has_body=bool(nonce))
         call.say("Success! Canceled rekeying (if it was started)")
         return EXIT_OK
     with doing("getting rekey status"):
@@ -48,7 +54,7 @@ def rekey(call: Call) -> int:
         raise Failed("No rekey is in progress; start one with -init", EXIT_SERVER)
     request = {"key": _share(call), "nonce": call.values.text("nonce") or state.get("nonce", "")}
     with doing("posting unseal key"):
-        body = client.put("sys/rekey/verify" if verifying else "sys/rekey/update", request).body or {}
+        body = client.put(f"{prefix}/verify" if verifying else f"{prefix}/update", request).body or {}
     call.warn_of(body)
     if not body.get("complete"):
         return _show_rekey(call, body)
@@ -57,14 +63,38 @@ def rekey(call: Call) -> int:
     return call.show_value(body, _new_keys(body, state))
 
 
-def _start_rekey(call: Call, client: Client) -> Body:
-    request = {
+def _rekey_prefix(call: Call) -> str:
+    target = call.values.text("target", "barrier")
+    prefixes = {"barrier": "sys/rekey", "recovery": "sys/rekey-recovery-key"}
+    if target not in prefixes:
+        raise UsageError("-target must be barrier or recovery")
+    return prefixes[target]
+
+
+def _start_rekey(call: Call, client: Client, path: str) -> Body:
+    request: dict[str, Any] = {
         "secret_shares": call.values.integer("key-shares", 5),
         "secret_threshold": call.values.integer("key-threshold", 3),
         "require_verification": call.values.flag("require-verification"),
     }
+    if files := call.values.text("pgp-keys"):
+        request |= {"pgp_keys": read_keys(files), "backup": call.values.flag("backup")}
     with doing("initializing rekey"):
-        return client.put("sys/rekey/init", request).body or {}
+        return client.put(path, request).body or {}
+
+
+def _rekey_backup(call: Call, what: str, *, recovery: bool) -> int:
+    client = call.client()
+    path = "sys/rekey/recovery-key-backup" if recovery else "sys/rekey/backup"
+    if what == "backup-delete":
+        with doing("deleting backed-up keys"):
+            client.delete(path)
+        call.say("Success! Delete backed-up keys (if they existed)")
+        return EXIT_OK
+    with doing("reading backed-up keys"):
+        data = (client.get(path).body or {}).get("data") or {}
+    rows = [(name, key) for name, found in (data.get("keys_base64") or {}).items() for key in found]
+    return call.show_value(data, output.pairs([("Nonce", data.get("nonce", "")), *rows]))
 
 
 def _show_rekey(call: Call, body: Body) -> int:
@@ -112,9 +142,12 @@ def generate_root(call: Call) -> int:
         call.say("Success! Root token generation canceled (if it was started)")
         return EXIT_OK
     if what == "init":
-        otp = call.values.text("otp")
+        otp, pgp_file = call.values.text("otp"), call.values.text("pgp-key")
+        request = {"otp": otp} if otp else {}
+        if pgp_file:
+            request["pgp_key"] = read_key(pgp_file)
         with doing("initializing root generation"):
-            return _show_generation(call, client.put(f"{base}/attempt", {"otp": otp} if otp else {}).body or {})
+            return _show_generation(call, client.put(f"{base}/attempt", request).body or {})
     with doing("getting root generation status"):
         state = client.get(f"{base}/attempt").body or {}
     if what == "generate-otp":
@@ -136,7 +169,12 @@ def _show_generation(call: Call, body: Body) -> int:
         ("Progress", f"{body.get('progress', 0)}/{body.get('required', 0)}"),
         ("Complete", bool(body.get("complete"))),
     ]
-    for name, key in (("OTP", "otp"), ("OTP Length", "otp_length"), ("Encoded Token", "encoded_token")):
+    for name, key in (
+        ("OTP", "otp"),
+        ("OTP Length", "otp_length"),
+        ("Encoded Token", "encoded_token"),
+        ("PGP Fingerprint", "pgp_fingerprint"),
+    ):
         if body.get(key):
             rows.append((name, body[key]))
     return call.show_value(body, output.pairs(rows))
@@ -237,6 +275,11 @@ REKEY = Command(
         Flag("key-threshold", "Number of new shares that unseal.", "int", "3", aliases=("t",)),
         Flag("require-verification", "With -init: the new shares count only once they were given back.", "bool"),
         Flag("verify", "Give back one of the new shares.", "bool"),
+        Flag("target", "barrier, or recovery: with an auto seal, the recovery shares.", default="barrier"),
+        Flag("pgp-keys", "With -init: files with a PGP key for each new share, with commas."),
+        Flag("backup", "With -init and -pgp-keys: the server keeps the encrypted shares.", "bool"),
+        Flag("backup-retrieve", "Show what the server has kept.", "bool"),
+        Flag("backup-delete", "Delete it.", "bool"),
         NONCE_FLAG,
     ),
 )
@@ -253,6 +296,7 @@ GENERATE_ROOT = Command(
         Flag("decode", "The encoded token to decode; needs -otp."),
         Flag("otp", "The one-time password."),
         Flag("dr-token", "Make a DR operation token, on a DR secondary, instead of a root token.", "bool"),
+        Flag("pgp-key", "With -init: file with the PGP key that the token is encrypted for."),
         NONCE_FLAG,
     ),
 )

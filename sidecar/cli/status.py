@@ -40,15 +40,19 @@ def show_seal_status(call: Call, seal: Mapping[str, Any], leader: Mapping[str, A
 def _seal_rows(seal: Mapping[str, Any]) -> Rows:
     sealed = bool(seal.get("sealed", True))
     rows: Rows = [
+        *([("Recovery Seal Type", seal["recovery_seal_type"])] if seal.get("recovery_seal_type") else []),
         ("Seal Type", seal.get("type", "")),
         ("Initialized", bool(seal.get("initialized"))),
         ("Sealed", sealed),
-        ("Total Shares", seal.get("n", 0)),
+        ("Total Recovery Shares" if seal.get("recovery_seal") else "Total Shares", seal.get("n", 0)),
         ("Threshold", seal.get("t", 0)),
     ]
     if sealed:
         rows.append(("Unseal Progress", f"{seal.get('progress', 0)}/{seal.get('t', 0)}"))
         rows.append(("Unseal Nonce", seal.get("nonce", "")))
+    if seal.get("migration"):
+        rows.append(("Seal Migration in Progress", True))
+    rows.extend(("Warning", text) for text in seal.get("warnings") or ())
     rows.append(("Version", seal.get("version", "")))
     for name, key in (
         ("Build Date", "build_date"),

@@ -17,6 +17,7 @@ from sidecar import hcl
 from sidecar.config import stanzas
 from sidecar.config.lockout import read_user_lockout
 from sidecar.config.reader import ConfigError, Reader, parse_boolean
+from sidecar.config.seals import read_seals
 from sidecar.config.stanzas import log_level
 from sidecar.config.values import (
     AuditSettings,
@@ -30,9 +31,12 @@ from sidecar.config.values import (
     Listener,
     LockoutStanza,
     ReplicationSettings,
+    SealSettings,
     ServerConfig,
     ServiceRegistrationSettings,
+    StaticSealSettings,
     StoreSettings,
+    TransitSealSettings,
     join_address,
     split_address,
 )
@@ -50,9 +54,12 @@ __all__ = [
     "Listener",
     "LockoutStanza",
     "ReplicationSettings",
+    "SealSettings",
     "ServerConfig",
     "ServiceRegistrationSettings",
+    "StaticSealSettings",
     "StoreSettings",
+    "TransitSealSettings",
     "join_address",
     "load",
     "load_dev",
@@ -120,8 +127,11 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
     cluster_name = top.text("cluster_name")
     prometheus_retention_s = stanzas.read_telemetry(top)
     user_lockout = read_user_lockout(top)
+    seal = read_seals(top, environ)
     stanzas.read_the_rest(top)
     top.finish()
+    if dev is not None and seal.seal is not None:
+        raise ConfigError(f'-dev has one unseal key of its own: leave seal "{seal.kind}" out')
     if storage is None:
         raise ConfigError('no storage is configured; add storage "consul" {...} or storage "embedded" {...}')
     if not listeners:
@@ -150,6 +160,7 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
         audit=audit,
         user_lockout=user_lockout,
         disable_user_lockout=_environment_flag(environ, "DISABLE_USER_LOCKOUT"),
+        seal=seal,
         warnings=tuple(warnings),
     )
 

@@ -219,6 +219,10 @@ class Reader:
             if place:
                 self.warn(f'{place}: "{name}"{self._where()} has no effect')
 
+    def ignore(self, *names: str) -> None:
+        """Keys that may stand there and are not looked at."""
+        self._known.update(names)
+
     def not_available(self, **reasons: str) -> None:
         """Keys and blocks that must not be passed over, since something would be other than the file says."""
         for name, reason in reasons.items():

@@ -360,13 +360,7 @@ def read_the_rest(top: Reader) -> None:
     top.no_effect(*_NO_MEANING_AT_TOP)
     if top.boolean("disable_clustering"):
         raise top.error("disable_clustering", "is not available: nodes and clusters talk over the cluster port")
-    top.not_available(hsm="there is no such seal")
-    for stanza in top.blocks("seal"):
-        if stanza.labels != ("shamir",):
-            raise ConfigError(
-                f'{stanza.body.filename}:{stanza.line}: seal "{" ".join(stanza.labels)}" is not available; '
-                'there is "shamir"'
-            )
+    top.not_available(hsm='there is no such seal; there are "shamir", "static" and "transit"')
 
 
 def advertised(listener: Listener, api_addr: str, cluster_addr: str, *, several_nodes: bool) -> tuple[str, str]:

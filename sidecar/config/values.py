@@ -111,6 +111,49 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True)
+class StaticSealSettings:
+    """``seal "static"``. The keys are as they were given: base64 or hex, ``env://NAME`` or ``file://PATH``."""
+
+    current_key_id: str
+    current_key: str = field(repr=False)
+    previous_key_id: str = ""
+    previous_key: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TransitSealSettings:
+    """``seal "transit"``, its environment variables included. ``address`` and ``mount_path`` end in no slash."""
+
+    address: str
+    token: str = field(repr=False)
+    key_name: str
+    mount_path: str
+    namespace: str = ""
+    key_id_prefix: str = ""
+    disable_renewal: bool = False
+    tls_ca_cert: str = ""
+    tls_client_cert: str = ""
+    tls_client_key: str = ""
+    tls_server_name: str = ""
+    tls_skip_verify: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SealSettings:
+    """``seal`` None is Shamir's. ``disabled`` are the types of the stanzas that say so: the cluster leaves them."""
+
+    seal: StaticSealSettings | TransitSealSettings | None = None
+    disabled: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """``shamir``, ``static``, ``transit``."""
+        if self.seal is None:
+            return "shamir"
+        return "static" if isinstance(self.seal, StaticSealSettings) else "transit"
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceRegistrationSettings:
     """How the node shows itself in Consul's catalog. ``connection`` None means the storage's own; ``address`` replaces
     the host of ``api_addr``."""
@@ -190,6 +233,7 @@ class ServerConfig:
     audit: AuditSettings = field(default_factory=AuditSettings)
     user_lockout: Mapping[str, LockoutStanza] = field(default_factory=dict)
     disable_user_lockout: bool = False
+    seal: SealSettings = field(default_factory=SealSettings)
     warnings: tuple[str, ...] = ()
 
 

@@ -25,6 +25,7 @@ from sidecar.core.policies import DEFAULT, DEFAULT_POLICY
 from sidecar.core.rotation import FIRST_RESERVATION
 from sidecar.core.seal import SealConfig, split
 from sidecar.core.seal_record import make_seal_record
+from sidecar.core.seals import Sealer
 from sidecar.core.token_entry import ROOT_POLICY, TokenEntry
 from sidecar.core.token_ids import RANDOM_LENGTH, SALT_BYTES, SERVICE_PREFIX, base62, creation, keyed_hash
 
@@ -48,13 +49,17 @@ def build_genesis(
     now_s: float,
     random_bytes: Callable[[int], bytes],
     root_token: str | None = None,
+    sealer: Sealer | None = None,
 ) -> Genesis:
     """A new cluster: keys, mounts, policies and one root token (``root_token`` is a custom one, for development).
-    Raises InvalidRequest for an impossible seal configuration."""
+    ``sealer`` is that of the auto seal, with which the shares are recovery shares. Raises InvalidRequest for an
+    impossible seal configuration."""
     config = SealConfig(shares, threshold)
     config.validate()
-    unseal_key, root_key = random_bytes(KEY_BYTES), random_bytes(KEY_BYTES)
-    record = make_seal_record(root_key, unseal_key, config, int(now_s), random_bytes)
+    share_key, root_key = random_bytes(KEY_BYTES), random_bytes(KEY_BYTES)
+    record = make_seal_record(root_key, share_key, config, int(now_s), random_bytes)
+    if sealer is not None:
+        record = record.with_auto(sealer(root_key))
     replicated, local = (_reserved(Keyring.generate(now_s, random_bytes)) for _ in range(2))
     barrier = Barrier(root_key, replicated, local, random_bytes=random_bytes)
     cluster = ClusterInfo.generate(cluster_name, random_bytes)
@@ -73,7 +78,7 @@ def build_genesis(
         Write(LOCAL_KEYRING, barrier.encode_ring("l", local)),
         *_sealed(plain, barrier),
     ]
-    keys = split(unseal_key, shares, threshold, random_bytes)
+    keys = split(share_key, shares, threshold, random_bytes)
     return Genesis(writes, keys, token, barrier.root_fingerprint, cluster)
 
 
@@ -87,9 +92,10 @@ def build_secondary_genesis(
     extra: Mapping[str, bytes],
     cluster_name: str | None = None,
 ) -> list[Write]:
-    """A cluster that becomes a secondary: the primary's root key, replicated keyring and seal record as they arrived,
-    and a local keyring, identity and token salt of its own. ``extra`` has further plaintext entries of class ``l`` or
-    ``c``, and replaces what would be made here. Raises WrongKey where keyring and root key do not belong together."""
+    """A cluster that becomes a secondary: the primary's root key and replicated keyring as they arrived, a seal record
+    for them, and a local keyring, identity and token salt of its own. ``extra`` has further plaintext entries of class
+    ``l`` or ``c``, and replaces what would be made here. Raises WrongKey where keyring and root key do not belong
+    together."""
     if any(key.startswith("r/") for key in extra):
         raise ValueError("a secondary makes no replicated entries")
     replicated = Keyring.decode(replicated_keyring_raw, root_key, REPLICATED_KEYRING)

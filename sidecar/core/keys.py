@@ -14,6 +14,10 @@ PRIVATE_CLUSTER = "c/core/cluster"
 JWT_KEY = "r/core/jwtkey"
 QUOTAS = "r/quota/rate-limit/"
 VERSIONS = "l/core/versions/"
+ROTATION = "r/core/rotation"
+# PGP messages of a rekey with a backup: they belong to the seal record, and go where it goes.
+UNSEAL_KEYS_BACKUP = "c/core/unseal-keys-backup"
+RECOVERY_KEYS_BACKUP = "c/core/recovery-keys-backup"
 
 # These entries protect themselves with the root key or the unseal key: the barrier cannot open what it is made from.
 RAW_KEYS = frozenset({SEAL, REPLICATED_KEYRING, LOCAL_KEYRING, PRIVATE_KEYRING})

@@ -1,150 +1,163 @@
-"""A rekey: the root key stays, the unseal key that guards it becomes a new one in new shares. Pure but for the random
-bytes it is given.
+"""A rekey: the root key stays, and what opens it becomes new. Pure but for the random bytes it is given.
 
-The holders of the old shares agree by giving a threshold of them. With verification asked for, the new seal record
-comes into force only once a threshold of the *new* shares was given back: whoever loses the answer with the new
-shares has lost nothing.
+Three things can be renewed, each authorised by a threshold of the shares in force (contract 4.6):
+
+* the unseal shares of a cluster without an auto seal;
+* the recovery shares of a cluster with one, which it keeps beside it;
+* the auto seal's own part of the seal record, for which nobody is given any shares.
+
+All are one new :class:`~sidecar.core.seal_record.SealRecord`. With verification asked for, it comes into force only
+once a threshold of the *new* shares was given back: whoever loses the answer with the new shares has lost nothing.
 """
 
 from __future__ import annotations
 
+import enum
 import hmac
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from plugin_api.errors import InvalidRequest
-from sidecar.core.seal import (
-    KEY_BYTES,
-    SHARE_BYTES_MAX,
-    SHARE_BYTES_MIN,
-    InvalidShares,
-    SealConfig,
-    UnsealAttempt,
-    split,
-)
+from sidecar.core.pgp import PgpKey, encrypt_shares
+from sidecar.core.quorum import Quorum, Words
+from sidecar.core.seal import KEY_BYTES, SealConfig, split
 from sidecar.core.seal_record import SealRecord, WrongKey, make_seal_record, open_root_key, root_fingerprint
+from sidecar.core.seals import Sealer
 
-NewNonce = Callable[[], str]
+CANCEL_NEEDS_NONCE_S = 600
+"""So long after its start a rekey is only cancelled by who knows its nonce (as Vault since CVE-2025-4656)."""
+_OLD_SHARES = Words("rekey", "rekey", "rekey aborted")
+_NEW_SHARES = Words("verify", "verify", "rekey verification failed")
+
+
+class Target(enum.Enum):
+    """What a rekey renews."""
+
+    UNSEAL_SHARES = "unseal shares"
+    RECOVERY_SHARES = "recovery shares"
+    AUTO_SEAL = "auto seal"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for. ``keys`` are one for each share, or none."""
+
+    target: Target
+    shape: SealConfig
+    keys: tuple[PgpKey, ...] = ()
+    backup: bool = False
+    require_verification: bool = False
+
+    @property
+    def fingerprints(self) -> list[str] | None:
+        """Of the PGP keys, in order; None without any."""
+        return [key.fingerprint for key in self.keys] or None
 
 
 @dataclass(frozen=True, slots=True)
 class NewKeys:
-    """The new shares, shown once, and the record they open."""
+    """The new shares as they are handed out, once, under their PGP keys where there are any; and the record they
+    open."""
 
-    shares: list[bytes] = field(repr=False)
+    shares: Sequence[bytes] = field(repr=False)
     record: SealRecord
 
 
-class Verification:
-    """Waits for a threshold of the new shares."""
-
-    def __init__(self, record: SealRecord, new_nonce: NewNonce) -> None:
-        self.config = record.config
-        self.nonce = new_nonce()
-        self._record = record
-        self._new_nonce = new_nonce
-        self._attempt = UnsealAttempt(record.config)
-
-    def __repr__(self) -> str:
-        return f"Verification({self.nonce}, {self.progress}/{self.config.threshold})"
-
-    @property
-    def progress(self) -> int:
-        """How many new shares were given back."""
-        return self._attempt.progress
-
-    def restart(self) -> None:
-        """Forget what was given back; the nonce of before is worth nothing any more."""
-        self._attempt.reset()
-        self.nonce = self._new_nonce()
-
-    def provide(self, share: bytes, nonce: str) -> SealRecord | None:
-        """The record to commit once enough shares open it, else None. Raises InvalidRequest; a threshold of wrong
-        shares starts the verification over."""
-        _check_nonce("verify", self.nonce, nonce)
-        _check_share(self._attempt, share, "verify")
-        try:
-            unseal_key = self._attempt.provide(share)
-            if unseal_key is None:
-                return None
-            open_root_key(self._record, unseal_key)
-        except (InvalidShares, WrongKey):
-            self.restart()
-            raise InvalidRequest("rekey verification failed: these are not the new keys") from None
-        return self._record
-
-
 class Rekey:
-    """One attempt. ``current`` is the shape of the shares in force, ``target`` of those to be made."""
+    """One rekey: first the old shares, then the new record and, if that was asked for, the new shares back."""
 
     def __init__(
-        self, current: SealConfig, target: SealConfig, *, require_verification: bool, new_nonce: NewNonce
+        self, in_force: SealRecord, request: Request, *, started_s: float, new_nonce: Callable[[], str]
     ) -> None:
-        target.validate()
-        self.target = target
-        self.required = current.threshold
-        self.require_verification = require_verification
-        self.nonce = new_nonce()
-        self.verification: Verification | None = None
+        request.shape.validate()
+        self.request = request
+        self.started_s = started_s
+        self.old_shares = Quorum(in_force.config, new_nonce(), _OLD_SHARES)
+        self.new_shares: Quorum | None = None
+        self._unproven = in_force
         self._new_nonce = new_nonce
-        self._attempt = UnsealAttempt(current)
 
     def __repr__(self) -> str:
-        return f"Rekey({self.nonce}, {self.progress}/{self.required})"
+        return f"Rekey({self.request.target.value}, {self.old_shares}, {self.new_shares})"
 
     @property
-    def progress(self) -> int:
-        """How many old shares are held."""
-        return self._attempt.progress
+    def nonce(self) -> str:
+        """Names the rekey."""
+        return self.old_shares.nonce
 
-    def provide(self, share: bytes, nonce: str) -> bytes | None:
-        """The old unseal key once enough of its shares are held, else None. Raises InvalidRequest."""
-        if self.verification is not None:
+    def authorise(self, share: bytes, nonce: str) -> bytes | None:
+        """Take one old share; the old share key once there are enough, else None. Raises InvalidRequest."""
+        if self.new_shares is not None:
             raise InvalidRequest(
-                f'the new keys were issued and wait for verification; its nonce is "{self.verification.nonce}"'
+                f'the new keys were issued and wait for verification; its nonce is "{self.new_shares.nonce}"'
             )
-        _check_nonce("rekey", self.nonce, nonce)
-        _check_share(self._attempt, share, "rekey")
-        try:
-            return self._attempt.provide(share)
-        except InvalidShares:
-            raise InvalidRequest("rekey aborted: the keys do not belong together") from None
+        return self.old_shares.give(share, nonce)
 
-    def make(
+    def issue(
         self,
-        record: SealRecord,
-        unseal_key: bytes,
+        in_force: SealRecord,
+        share_key: bytes,
         fingerprint: str,
+        sealer: Sealer | None,
         now_s: float,
         random_bytes: Callable[[int], bytes],
     ) -> NewKeys:
-        """New shares of a new unseal key for the root key in ``record``, which must have ``fingerprint``. Raises
-        InvalidRequest where ``unseal_key`` does not open it."""
+        """The new record, in the place of ``in_force``, whose root key ``share_key`` opens and ``fingerprint`` names.
+        ``sealer`` is the configured auto seal's. Raises InvalidRequest, after which the old shares are asked for
+        again."""
+        root_key = _open(in_force, share_key, fingerprint)
+        if self.request.target is Target.AUTO_SEAL:
+            if sealer is None:
+                raise InvalidRequest("rekey aborted: this node is not configured for the cluster's auto seal")
+            return NewKeys((), replace(in_force, auto=sealer(root_key)))
+        fresh, shape = random_bytes(KEY_BYTES), self.request.shape
+        shares = split(fresh, shape.shares, shape.threshold, random_bytes)
+        record = make_seal_record(root_key, fresh, shape, int(now_s), random_bytes).with_auto(in_force.auto)
+        return NewKeys(encrypt_shares(shares, self.request.keys), record)
+
+    def prove_first(self, record: SealRecord) -> Quorum:
+        """Keep ``record`` back until a threshold of its shares was given back."""
+        self._unproven = record
+        self.new_shares = Quorum(record.config, self._new_nonce(), _NEW_SHARES)
+        return self.new_shares
+
+    def prove_again(self) -> Quorum:
+        """Forget which new shares were given back; the nonce of before is worth nothing any more. Raises
+        InvalidRequest."""
+        proof = self.proof()
+        proof.restart(self._new_nonce())
+        return proof
+
+    def proof(self) -> Quorum:
+        """The new shares given back so far. Raises InvalidRequest where none are waited for."""
+        if self.new_shares is None:
+            raise InvalidRequest("no rekey verification in progress")
+        return self.new_shares
+
+    def prove(self, share: bytes, nonce: str) -> SealRecord | None:
+        """Take one new share back; the record to commit once enough open it, else None. Raises InvalidRequest; a
+        threshold of wrong shares starts the verification over."""
+        proof, record = self.proof(), self._unproven
+        share_key = proof.give(share, nonce)
+        if share_key is None:
+            return None
         try:
-            root_key = open_root_key(record, unseal_key)
-        except WrongKey as error:
-            raise InvalidRequest(f"rekey aborted: {error}") from None
-        if not hmac.compare_digest(root_fingerprint(root_key), fingerprint):
-            raise InvalidRequest("rekey aborted: the keys are those of another cluster")
-        fresh = random_bytes(KEY_BYTES)
-        shares = split(fresh, self.target.shares, self.target.threshold, random_bytes)
-        return NewKeys(shares, make_seal_record(root_key, fresh, self.target, int(now_s), random_bytes))
+            open_root_key(record, share_key)
+        except WrongKey:
+            self.prove_again()
+            raise InvalidRequest("rekey verification failed: these are not the new keys") from None
+        return record
 
-    def verify_first(self, record: SealRecord) -> Verification:
-        """Keep ``record`` back until its shares were given back."""
-        self.verification = Verification(record, self._new_nonce)
-        return self.verification
+    def may_cancel(self, nonce: str, now_s: float) -> bool:
+        """Whether a request to cancel with this nonce, or none, counts."""
+        return nonce == self.nonce or (not nonce and now_s - self.started_s >= CANCEL_NEEDS_NONCE_S)
 
 
-def _check_nonce(what: str, wanted: str, given: str) -> None:
-    if given != wanted:
-        raise InvalidRequest(f'incorrect nonce supplied; nonce for this {what} operation is "{wanted}"')
-
-
-def _check_share(attempt: UnsealAttempt, share: bytes, what: str) -> None:
-    if len(share) < SHARE_BYTES_MIN:
-        raise InvalidRequest(f"key is shorter than minimum {SHARE_BYTES_MIN} bytes")
-    if len(share) > SHARE_BYTES_MAX:
-        raise InvalidRequest(f"key is longer than maximum {SHARE_BYTES_MAX} bytes")
-    if attempt.has(share):
-        raise InvalidRequest(f"given key has already been provided during this {what} operation")
+def _open(record: SealRecord, share_key: bytes, fingerprint: str) -> bytes:
+    try:
+        root_key = open_root_key(record, share_key)
+    except WrongKey as error:
+        raise InvalidRequest(f"rekey aborted: {error}") from None
+    if not hmac.compare_digest(root_fingerprint(root_key), fingerprint):
+        raise InvalidRequest("rekey aborted: the keys are those of another cluster")
+    return root_key

@@ -25,6 +25,7 @@ from sidecar.core.init import Genesis, build_genesis
 from sidecar.core.lockout_rules import LockoutSettings
 from sidecar.core.seal import UnsealAttempt, combine
 from sidecar.core.seal_record import SealRecord, open_root_key
+from sidecar.core.seals import AutoSeal, Sealer, prepare
 from sidecar.request.plugins import PluginRegistry
 from sidecar.request.types import ForwardedAuth, HttpRequest, HttpResponse
 
@@ -93,6 +94,7 @@ class FakeNode:
     storage_type: str = "inmem"
     attempt: UnsealAttempt | None = None
     nodes: list[Member] = field(default_factory=list)
+    auto_seal: AutoSeal | None = None
 
     async def health(self) -> NodeHealth:
         return self.state
@@ -113,8 +115,15 @@ class FakeNode:
         self.asked.append(f"init {options.shares}/{options.threshold}")
         return InitOutcome(tuple(self.genesis.keys), self.genesis.root_token)
 
-    async def unseal(self, key: bytes) -> SealStatus:
-        self.asked.append(f"unseal {len(key)}")
+    @property
+    def seal_kind(self) -> str:
+        return self.auto_seal.kind if self.auto_seal else "shamir"
+
+    async def sealer(self) -> Sealer | None:
+        return await prepare(self.auto_seal, os.urandom) if self.auto_seal else None
+
+    async def unseal(self, key: bytes, *, migrate: bool) -> SealStatus:
+        self.asked.append(f"unseal {len(key)}{' migrate' if migrate else ''}")
         return await self.seal_status()
 
     async def reset_unseal(self) -> SealStatus:

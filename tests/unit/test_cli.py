@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -241,7 +242,33 @@ def test_https_to_a_server_without_tls_says_what_to_do(server, run):
     assert "the server does not speak TLS; use an http:// address" in err
 
 
+def test_operator_init_with_an_auto_seal_and_pgp_keys(server, run, tmp_path):
+    binary, armored, encoded = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    binary.write_bytes(b"\x99key")
+    armored.write_text("-----BEGIN PGP PUBLIC KEY BLOCK-----\n")
+    encoded.write_text(base64.b64encode(b"\x99key").decode() + "\n")
+    server.answer("GET", "sys/seal-status", (200, {"recovery_seal": True}))
+    server.answer("PUT", "sys/init", (200, {"keys": [], "recovery_keys_base64": ["qg=="], "root_token": "hvs.root"}))
+    files = f"{binary},{armored},{encoded}"
+    code, out, err = run(
+        "operator", "init", "-recovery-shares=3", "-recovery-threshold=2", f"-recovery-pgp-keys={files}",
+        f"-root-token-pgp-key={binary}", "-key-shares=7",
+    )  # fmt: skip
+    assert (code, "-key-shares is ignored: this server unseals itself" in err) == (0, True)
+    assert out.startswith("Recovery Key 1: qg==\n")
+    key = base64.b64encode(b"\x99key").decode()
+    armored_key = base64.b64encode(armored.read_bytes()).decode()
+    assert server.last["body"] == {
+        "recovery_shares": 3, "recovery_threshold": 2, "recovery_pgp_keys": [key, armored_key, key],
+        "root_token_pgp_key": key,
+    }  # fmt: skip
+    for bad, text in (("keybase:joe", "not fetched from Keybase"), ("/no/such", "No such file")):
+        code, _, err = run("operator", "init", f"-recovery-pgp-keys={bad}")
+        assert (code, text in err) == (1, True)
+
+
 def test_operator_init(server, run):
+    server.answer("GET", "sys/seal-status", (200, {"recovery_seal": False}))
     server.answer("PUT", "sys/init", (200, {"keys": ["aa"], "keys_base64": ["qg=="], "root_token": "hvs.root"}))
     code, out, _ = run("operator", "init", "-key-shares=1", "-t", "1")
     assert code == 0
@@ -265,6 +292,8 @@ def test_operator_unseal_takes_the_key_from_argument_or_standard_input(server, r
     monkeypatch.setattr("sys.stdin", io.StringIO("from-stdin\n"))
     run("operator", "unseal")
     assert server.last["body"] == {"key": "from-stdin"}
+    run("operator", "unseal", "-migrate", "abc")
+    assert server.last["body"] == {"key": "abc", "migrate": True}
     run("operator", "unseal", "-reset")
     assert server.last["body"] == {"reset": True}
 

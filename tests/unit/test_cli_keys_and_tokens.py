@@ -18,6 +18,30 @@ STARTED = IDLE | {"nonce": "n-1", "started": True, "t": 3, "n": 5}
 # --- rekey ----------------------------------------------------------------------------------------------------------
 
 
+def test_rekey_of_recovery_shares_under_pgp_keys(server, run, tmp_path):
+    (tmp_path / "k").write_bytes(b"\x99key")
+    server.answer("PUT", "sys/rekey-recovery-key/init", (200, STARTED))
+    run("operator", "rekey", "-target=recovery", "-init", "-n=1", "-t=1", f"-pgp-keys={tmp_path / 'k'}", "-backup")
+    assert server.last["body"] == {
+        "secret_shares": 1,
+        "secret_threshold": 1,
+        "require_verification": False,
+        "pgp_keys": ["mWtleQ=="],
+        "backup": True,
+    }
+    server.answer(
+        "GET", "sys/rekey/recovery-key-backup", (200, {"data": {"nonce": "n-1", "keys_base64": {"fp": ["qg=="]}}})
+    )
+    code, out, _ = run("operator", "rekey", "-target=recovery", "-backup-retrieve")
+    assert (code, "qg==" in out) == (0, True)
+    server.answer("DELETE", "sys/rekey/backup", (204, None))
+    assert run("operator", "rekey", "-backup-delete")[0] == 0
+    server.answer("DELETE", "sys/rekey/init", (204, None))
+    run("operator", "rekey", "-cancel", "-nonce=n-1")
+    assert server.last["body"] == {"nonce": "n-1"}
+    assert run("operator", "rekey", "-target=other", "-init")[0] == 1
+
+
 def test_rekey_from_start_to_end(server, run):
     server.answer("PUT", "sys/rekey/init", (200, STARTED))
     code, out, _ = run("operator", "rekey", "-init", "-key-shares=5", "-t=3")

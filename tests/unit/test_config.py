@@ -23,7 +23,9 @@ from sidecar.config import (
     InmemStorage,
     LockoutStanza,
     ReplicationSettings,
+    SealSettings,
     ServerConfig,
+    TransitSealSettings,
     load,
     load_dev,
     load_text,
@@ -171,7 +173,29 @@ def test_assigned_objects_are_blocks_as_in_hcl_1():
         ('listener "tcp" { tls_disable = 1 proxy_protocol_behavior = "use_always" }', "is not available"),
         ('listener "tcp" { tls_disable = 1 max_request_size = "big" }', "must be a number of bytes"),
         ('listener tcp { tls_disable = 1 }\nlistener tcp { tls_disable = 1 }', "two listeners have the same address"),
-        ('seal "awskms" {}', 'f:1: seal "awskms" is not available'),
+        ('seal "awskms" {}', 'f:1: seal "awskms" is not available; there are "shamir", "static" and "transit"'),
+        ('seal {}', 'f:1: expected seal "type"'),
+        ('seal "static" { current_key = "k" }', 'f:1: seal "static" needs "current_key_id"'),
+        ('seal "static" { current_key_id = "k" current_key = "k" previous_key = "p" }', "together"),
+        (
+            'seal "static" { current_key_id = "k" current_key = "k" previous_key = "p" previous_key_id = "k" }',
+            "another key has another name",
+        ),
+        ('seal "static" { current_key_id = "k" current_key = "k" curent = "" }', 'did you mean "current_key"'),
+        ('seal "transit" { address = "http://h:1" token = "t" key_name = "k" }', 'needs "mount_path" or the variable'),
+        (
+            'seal "transit" { address = "h:1" token = "t" key_name = "k" mount_path = "m" }',
+            '"address" in seal "transit" must be http',
+        ),
+        (
+            'seal "transit" { address = "http://h:1" token = "t" key_name = "a/b" mount_path = "m" }',
+            "is not the name of a transit key",
+        ),
+        (
+            'seal "static" { current_key_id = "k" current_key = "k" }\nseal "shamir" {}',
+            'f:2: a second seal; say disabled = "true"',
+        ),
+        ('seal "static" { current_key_id = "k" current_key = "k" priority = 1 }', "one seal at a time"),
         (MINIMAL + 'default_lease_ttl = "800h"', 'f:3: "default_lease_ttl" leaves default_lease_ttl'),
         (MINIMAL + "default_lease_ttl = true", "must be a duration"),
         (MINIMAL + 'log_level = "loud"', 'f:3: "log_level" must be one of trace'),
@@ -376,3 +400,59 @@ def test_the_environment_turns_lockouts_off() -> None:
         with pytest.raises(ConfigError, match="DISABLE_USER_LOCKOUT"):
             load_text(MINIMAL, environ={name: "perhaps"})
     assert not load_text(MINIMAL).disable_user_lockout
+
+
+TRANSIT = """
+seal "transit" { address = "https://other:8200/" token = "hvs.secret" key_name = "unseal" mount_path = "/transit/"
+  namespace = "ns1/" disable_renewal = "true" tls_ca_cert = "/ca.pem" tls_server_name = "other" }
+"""
+
+
+def test_transit_seal_with_its_environment():
+    seal = load_text(MINIMAL + TRANSIT).seal
+    assert (seal.kind, seal.disabled) == ("transit", ())
+    assert seal.seal == TransitSealSettings(
+        address="https://other:8200",
+        token="hvs.secret",
+        key_name="unseal",
+        mount_path="transit",
+        namespace="ns1/",
+        disable_renewal=True,
+        tls_ca_cert="/ca.pem",
+        tls_server_name="other",
+    )
+    assert "hvs.secret" not in repr(seal)
+    environ = {
+        "VAULT_TOKEN": "hvs.environment",
+        "VAULT_TRANSIT_SEAL_KEY_NAME": "other",
+        "VAULT_TRANSIT_SEAL_DISABLE_RENEWAL": "false",
+    }
+    loaded = load_text(MINIMAL + TRANSIT, "f", environ)
+    assert isinstance(loaded.seal.seal, TransitSealSettings)
+    assert (loaded.seal.seal.token, loaded.seal.seal.key_name) == ("hvs.environment", "other")
+    assert loaded.seal.seal.disable_renewal is False
+    assert any(
+        '"token" in seal "transit" gives way to the environment variable VAULT_TOKEN' in w for w in loaded.warnings
+    )
+    assert not any("hvs." in warning for warning in loaded.warnings)
+    only = {"VAULT_SEAL_TYPE": "transit", "VAULT_ADDR": "http://h:1", "VAULT_TOKEN": "t"}
+    with pytest.raises(ConfigError, match=r"environment SEAL_TYPE: .*key_name"):
+        load_text(MINIMAL, "f", only)
+    more = {**only, "VAULT_TRANSIT_SEAL_KEY_NAME": "k", "VAULT_TRANSIT_SEAL_MOUNT_PATH": "transit"}
+    assert load_text(MINIMAL, "f", more).seal.kind == "transit"
+
+
+def test_a_disabled_seal_needs_nothing_and_opens_nothing():
+    text = (
+        'seal "transit" { disabled = "true" address = "x" }\nseal "static" { current_key_id = "k" current_key = "s" }'
+    )
+    seal = load_text(MINIMAL + text).seal
+    assert (seal.kind, seal.disabled) == ("static", ("transit",))
+    assert load_text(MINIMAL + 'seal "static" { disabled = "true" }').seal == SealSettings(None, ("static",))
+    assert load_text(MINIMAL).seal == SealSettings()
+
+
+def test_dev_has_no_auto_seal(tmp_path):
+    (tmp_path / "seal.hcl").write_text('seal "static" { current_key_id = "k" current_key = "s" }')
+    with pytest.raises(ConfigError, match="-dev has one unseal key"):
+        load_dev(DevOptions(), [str(tmp_path / "seal.hcl")], {})
