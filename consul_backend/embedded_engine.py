@@ -6,6 +6,7 @@ decided inside one SQLite transaction. Opening a file releases every lock in it:
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,9 @@ class Engine:
     def open(self) -> None:
         """Open or create the file and release its locks. Raises Corrupt, Unavailable."""
         with _translated(None):
+            if self._path != ":memory:":
+                # SQLite gives its other files this one's mode.
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
             try:
                 _prepare(db)

@@ -48,6 +48,7 @@ from sidecar.core.seals.static import BadStaticKey, StaticSeal, load_static_key
 from sidecar.core.seals.transit import TransitSeal, TransitSettings
 from sidecar.dev import DevServer, print_dev_banner
 from sidecar.failpoints import POINTS
+from sidecar.hardening import protect_process
 from sidecar.leading import ScopeParts
 from sidecar.loop_lag import watch_loop_lag
 from sidecar.measured_store import MeasuredStore
@@ -65,6 +66,8 @@ log = logging.getLogger("core")
 def run_server(config: ServerConfig, dev: DevOptions | None, config_paths: tuple[str, ...] = ()) -> int:
     """Run until SIGINT or SIGTERM; returns the exit code. ``config_paths`` are read again on SIGHUP."""
     configure_logging(config.log_level, config.log_format)
+    for warning in protect_process(lock_memory=config.lock_memory):
+        log.warning("%s", warning)
     declare(POINTS)
     arm_from_environment()
     faulthandler.register(signal.SIGUSR2, all_threads=True)

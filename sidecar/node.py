@@ -25,7 +25,7 @@ from sidecar.api.node_view import (
 )
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.seals import Sealer
-from sidecar.forwarding import Heard, StandbyForwarder
+from sidecar.forwarding import PEER_TTL_S, Heard, StandbyForwarder
 from sidecar.gauges import role_gauges
 from sidecar.request.types import HttpRequest, HttpResponse
 from sidecar.sealing import Sealing
@@ -105,6 +105,18 @@ class StandbyRole:
     modes: tuple[str, str] = ("unknown", "unknown")
     cluster: ClusterInfo | None = None
     ready: bool = False
+    since_s: float = field(default_factory=time.monotonic)
+    heard_s: float | None = None
+    echo_s: float = 0.0
+
+    def heard(self, took_s: float) -> None:
+        """The active node has answered a heartbeat, which took ``took_s``."""
+        self.heard_s, self.echo_s = time.monotonic(), took_s
+
+    @property
+    def silent_s(self) -> float:
+        """For how long the active node has not been heard of."""
+        return time.monotonic() - (self.since_s if self.heard_s is None else self.heard_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +193,11 @@ class Node:
             )
         performance, disaster = role.modes if role else ("unknown", "unknown")
         cluster = role.cluster if role else None
+        heard = role is not None and role.heard_s is not None
         return NodeHealth(
+            ha_healthy=role is None or role.silent_s < PEER_TTL_S,
+            heartbeat_age_ms=int(role.silent_s * 1000) if role and heard else None,
+            echo_ms=int(role.echo_s * 1000) if role else 0,
             initialized=True,
             sealed=False,
             standby=True,

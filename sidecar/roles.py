@@ -211,6 +211,7 @@ class Roles:
             role.forwarder = StandbyForwarder(leader, record, timeout_s=self._options.forward_timeout_s)
             role.cluster = role.forwarder.cluster
         identity = self._node.identity
+        sent_s = time.monotonic()
         reply = await role.forwarder.echo(
             Echo(
                 identity.node_id,
@@ -221,6 +222,7 @@ class Roles:
                 self._node.version,
             )
         )
+        role.heard(time.monotonic() - sent_s)
         self._see(opened, reply.head_index)
         role.modes = (reply.performance_mode, reply.dr_mode)
         if not role.ready:

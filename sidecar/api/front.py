@@ -125,6 +125,11 @@ class Front:
             body.update(cluster_name=health.cluster_name, cluster_id=health.cluster_id)
         if health.last_wal:
             body["last_wal"] = health.last_wal
+        if health.standby and not health.sealed:
+            body["ha_connection_healthy"] = health.ha_healthy
+            if health.heartbeat_age_ms is not None:
+                body["last_request_forwarding_heartbeat_ms"] = health.heartbeat_age_ms
+                body["echo_duration_ms"] = health.echo_ms
         if health.audit_blocked:
             body["audit_blocked"] = True
         if health.sealed_reason:

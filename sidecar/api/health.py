@@ -14,6 +14,7 @@ _DEFAULTS = {
     "drsecondarycode": 472,
     "sealedcode": 503,
     "uninitcode": 501,
+    "haunhealthycode": 474,
 }
 
 
@@ -21,7 +22,7 @@ def health_code(health: NodeHealth, query: Mapping[str, list[str]]) -> int:
     """Which status the node answers. Raises InvalidRequest without text for a parameter that cannot be read."""
     codes = {name: _code(query, name, default) for name, default in _DEFAULTS.items()}
     # Codes of states this server never has are read all the same: a bad one is refused.
-    for name in ("performancestandbycode", "haunhealthycode", "removedcode"):
+    for name in ("performancestandbycode", "removedcode"):
         _code(query, name, 0)
     standby_ok = _flag(query, "standbyok")
     _flag(query, "perfstandbyok")
@@ -29,6 +30,8 @@ def health_code(health: NodeHealth, query: Mapping[str, list[str]]) -> int:
         return codes["uninitcode"]
     if health.sealed:
         return codes["sealedcode"]
+    if health.standby and not health.ha_healthy:
+        return codes["haunhealthycode"]
     if health.dr_mode == "secondary":
         return codes["drsecondarycode"]
     if health.standby and not standby_ok:

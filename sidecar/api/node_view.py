@@ -37,7 +37,9 @@ class SealStatus:
 class NodeHealth:
     """``sys/health`` (contract 4.1). Modes: disabled, primary, secondary, bootstrapping, unknown. Uninitialised and
     sealed nodes report ``standby`` True. ``last_wal`` is 0 where it is not known. ``audit_blocked``: unsealed, but
-    requests fail because no audit device works. ``sealed_reason``: why a node sealed itself, for the operator."""
+    requests fail because no audit device works. A standby reports how long ago (milliseconds) the active node answered
+    its heartbeat (None before the first answer) and how long that took; not ``ha_healthy`` when it is too long ago.
+    ``sealed_reason``: why a node sealed itself, for the operator."""
 
     initialized: bool
     sealed: bool
@@ -49,6 +51,9 @@ class NodeHealth:
     last_wal: int = 0
     audit_blocked: bool = False
     sealed_reason: str = ""
+    ha_healthy: bool = True
+    heartbeat_age_ms: int | None = None
+    echo_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ Gate = Callable[[], str | None]
 
 __all__ = ["Service", "ServiceOptions"]
 
-KEYRING_PASS_S = 60.0
+KEYRING_PASS_S = 10.0
 _RETRY_S = 5.0
 # What an operator needs while data is blocked: to see how it goes, and to get out.
 _UNGATED = ("sys/replication/", "sys/seal", "sys/step-down")

@@ -128,6 +128,7 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
     prometheus_retention_s = stanzas.read_telemetry(top)
     user_lockout = read_user_lockout(top)
     seal = read_seals(top, environ)
+    lock_memory = not top.boolean("disable_mlock") and dev is None
     stanzas.read_the_rest(top)
     top.finish()
     if dev is not None and seal.seal is not None:
@@ -161,6 +162,7 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
         user_lockout=user_lockout,
         disable_user_lockout=_environment_flag(environ, "DISABLE_USER_LOCKOUT"),
         seal=seal,
+        lock_memory=lock_memory,
         warnings=tuple(warnings),
     )
 

@@ -35,7 +35,7 @@ _Storage = ConsulStorage | EmbeddedStorage | InmemStorage
 
 _NO_MEANING_AT_TOP = (
     "administrative_namespace_path", "cache_size", "cluster_cipher_suites", "default_max_request_duration",
-    "detect_deadlocks", "disable_cache", "disable_indexing", "disable_mlock", "disable_performance_standby",
+    "detect_deadlocks", "disable_cache", "disable_indexing", "disable_performance_standby",
     "disable_printable_check", "disable_sealwrap", "disable_sentinel_trace", "enable_post_unseal_trace",
     "enable_response_header_hostname", "enable_response_header_raft_node_id", "enable_ui",
     "enable_unauthenticated_access", "entropy", "experiments", "feature_flags", "ha_backend", "ha_storage",

@@ -234,6 +234,7 @@ class ServerConfig:
     user_lockout: Mapping[str, LockoutStanza] = field(default_factory=dict)
     disable_user_lockout: bool = False
     seal: SealSettings = field(default_factory=SealSettings)
+    lock_memory: bool = True
     warnings: tuple[str, ...] = ()
 
 

@@ -43,8 +43,9 @@ class RotationPolicy(msgspec.Struct, frozen=True):
 
     @property
     def reservation(self) -> int:
-        """How many uses are reserved ahead: few beside ``max_operations``, as a restart counts all of them as used."""
-        return min(RESERVATION, self.max_operations // 16)
+        """How many uses are reserved ahead: more than there are between two passes, and not all of ``max_operations``,
+        as a restart counts every reserved use as made."""
+        return min(RESERVATION, self.max_operations // 4)
 
     def due(self, used: int, age_s: float) -> bool:
         """Whether a key of this many uses and this age is to be replaced."""
@@ -72,7 +73,7 @@ async def rotate(sealed: SealedStore, storage_class: str, now_s: float, reservat
 
 
 async def maintain_keyrings(sealed: SealedStore, now: Callable[[], float], writable: Callable[[], bool]) -> None:
-    """One pass: rotate what is due, reserve uses where the reservation runs out. To be called every minute or so;
+    """One pass: rotate what is due, reserve uses where the reservation runs out. To be called every few seconds;
     the first pass of a tenure comes before it has sealed a reservation's worth of values."""
     policy = await rotation_policy(sealed)
     for storage_class in ("r", "l"):

@@ -183,6 +183,65 @@ async def test_rotation_by_itself_long_before_the_limit(monkeypatch: pytest.Monk
     assert sealed.barrier.ring("r").active.term == 1, "a secondary leaves the primary's ring alone"
 
 
+async def test_rotation_as_configured():
+    _, sealed = make_sealed()
+    day_s, now_s = 24 * 3600, 0.0
+    ring = lambda: sealed.barrier.ring("l").active  # noqa: E731 - read anew each time
+
+    async def one_pass() -> int:
+        await rotation.maintain_keyrings(sealed, lambda: now_s, lambda: True)
+        return ring().term
+
+    assert await one_pass() == 1
+    now_s = 10.0**9
+    assert await one_pass() == 1, "age alone is no reason by default"
+    await rotation.set_rotation_policy(sealed, rotation.RotationPolicy(interval_s=day_s))
+    assert (await one_pass(), ring().install_time_s) == (2, int(now_s))
+    assert await one_pass() == 2
+    now_s += day_s
+    assert await one_pass() == 3
+    await rotation.set_rotation_policy(sealed, rotation.RotationPolicy(enabled=False, interval_s=day_s))
+    now_s += day_s
+    assert await one_pass() == 3
+    assert rotation.RotationPolicy(enabled=False).due(rotation.ENCRYPTIONS_MAX, 0), "never beyond what is safe"
+
+
+async def test_rotation_by_uses_counts_them_over_a_crash():
+    """Statement 44: whatever crashes, no key is used more often than configured (but for one pass's uses)."""
+    policy = rotation.RotationPolicy(max_operations=1_000_000)
+    store, sealed = make_sealed()
+    await rotation.set_rotation_policy(sealed, policy)
+    per_tenure, terms = policy.reservation // 8, set()
+    uses: dict[int, int] = {}
+    for _ in range(40):
+        await rotation.maintain_keyrings(sealed, lambda: 0.0, lambda: True)
+        term = sealed.barrier.ring("l").active.term
+        sealed.barrier._rings["l"].used += per_tenure  # as that many seals do
+        uses[term] = uses.get(term, 0) + per_tenure
+        terms.add(term)
+        store.data[REPLICATED_KEYRING] = store.data.get(
+            REPLICATED_KEYRING, sealed.barrier.encode_ring("r", sealed.barrier.ring("r"))
+        )
+        sealed = SealedStore(store, await load_barrier(store.get, sealed.barrier.root_key()))
+    assert len(terms) > 2
+    assert max(uses.values()) <= policy.max_operations
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        (rotation.RotationPolicy(max_operations=999_999), "max_operations must be between 1000000 and 3865470566"),
+        (rotation.RotationPolicy(max_operations=rotation.ENCRYPTIONS_MAX + 1), "max_operations must be between"),
+        (rotation.RotationPolicy(interval_s=3600), "interval must be greater or equal to 24 hours"),
+    ],
+)
+async def test_rotation_policies_that_are_refused(policy: rotation.RotationPolicy, text: str):
+    _, sealed = make_sealed()
+    with pytest.raises(InvalidRequest, match=text):
+        await rotation.set_rotation_policy(sealed, policy)
+    assert await rotation.rotation_policy(sealed) == rotation.RotationPolicy()
+
+
 def test_a_ring_that_arrives_by_replication():
     primary, secondary = make_barrier(), make_barrier()
     rotated = primary.new_ring("r", 1)

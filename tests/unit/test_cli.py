@@ -751,11 +751,11 @@ def test_server_hands_configuration_and_dev_options_to_the_application(run, monk
     assert paths == ()
     assert dev == config.DevOptions("root", "127.0.0.1:9000")
     assert (settings.log_level, settings.api_addr) == ("warn", "http://127.0.0.1:9000")
-    (tmp_path / "a.hcl").write_text('storage "inmem" {}\ndisable_mlock = true')
+    (tmp_path / "a.hcl").write_text('storage "inmem" {}\nui = true')
     (tmp_path / "b.hcl").write_text('listener "tcp" { tls_disable = true }')
     code, _, err = run("server", f"-config={tmp_path}/a.hcl", "-config", f"{tmp_path}/b.hcl")
     assert code == 0
-    assert err == f'WARNING! {tmp_path}/a.hcl:2: "disable_mlock" has no effect\n'
+    assert err == f'WARNING! {tmp_path}/a.hcl:2: "ui" has no effect\n'
     settings, dev, paths = started.pop()
     assert paths == (f"{tmp_path}/a.hcl", f"{tmp_path}/b.hcl")
     assert (settings.storage, dev) == (config.InmemStorage(), None)

@@ -101,12 +101,13 @@ def test_a_vault_file_loads_with_warnings_only():
     assert (registration.disable, registration.service, registration.tags) == (False, "vault", ("a", "b"))
     assert (registration.check_timeout_s, registration.connection) == (7.0, None)
     assert loaded.replication == ReplicationSettings(0.5, 5.0, promotion_lag_max_s=300.0)
+    assert (loaded.lock_memory, load_text(MINIMAL).lock_memory) == (False, True)
     assert listener.forwarded_for == ForwardedForSettings(("10.0.0.0/8",))
     assert (listener.unauthenticated_metrics_access, loaded.prometheus_retention_s) == (True, 86400.0)
     assert loaded.election == ElectionSettings(2.0, 0.5, 0.25, 10.0)
     assert (loaded.store.wal_keep_records, loaded.store.wal_keep_bytes) == (1000, 64 * 2**20)
     assert sorted(warning.partition('"')[2].partition('"')[0] for warning in loaded.warnings) == [
-        "disable_mlock", "logshipper_buffer_length", "resolver_discover_servers", "session_ttl",
+        "logshipper_buffer_length", "resolver_discover_servers", "session_ttl",
         "ui",
     ]  # fmt: skip
     assert all(warning.startswith("v.hcl:") for warning in loaded.warnings)

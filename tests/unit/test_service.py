@@ -173,17 +173,22 @@ async def test_health_has_a_code_for_each_state(node: Harness) -> None:
     states = {
         "uninitcode": NodeHealth(False, True, True),
         "sealedcode": NodeHealth(True, True, True),
-        "drsecondarycode": NodeHealth(True, False, True, "disabled", "secondary"),
+        "haunhealthycode": NodeHealth(True, False, True, "disabled", "secondary", ha_healthy=False),
+        "drsecondarycode": NodeHealth(True, False, True, "disabled", "secondary", heartbeat_age_ms=12, echo_ms=1),
         "standbycode": NodeHealth(True, False, True, "primary", "disabled"),
         "activecode": NodeHealth(True, False, False, "primary", "disabled", "n", "i", 7),
     }
-    for (name, state), status in zip(states.items(), (501, 503, 472, 429, 200), strict=True):
+    for (name, state), status in zip(states.items(), (501, 503, 474, 472, 429, 200), strict=True):
         node.node.state = state
         reply = await node.call("GET", "sys/health", token=None)
         assert reply.status == status
         assert (await node.call("GET", f"sys/health?{name}=299", token=None)).status == 299
         assert reply.body["replication_dr_mode"] == state.dr_mode
         assert ("cluster_id" in reply.body) is not state.sealed
+        assert reply.body.get("ha_connection_healthy") == (
+            None if state.sealed or not state.standby else state.ha_healthy
+        )
+        assert reply.body.get("last_request_forwarding_heartbeat_ms") == state.heartbeat_age_ms
         assert (await node.call("HEAD", "sys/health", token=None)).body is None
     assert (await node.call("GET", "sys/health", token=None)).body["last_wal"] == 7
     node.node.state = states["standbycode"]

@@ -160,3 +160,21 @@ async def test_a_root_token_from_key_shares(node: Harness) -> None:
         "OTP string is wrong length"
     ]
     assert (await node.call("DELETE", "sys/generate-root/attempt", token=None)).status == 204
+
+
+async def test_rotate_config(node: Harness) -> None:
+    assert (await node.call("GET", "sys/rotate/config")).data == {
+        "enabled": True,
+        "interval": 0,
+        "max_operations": 3_865_470_566,
+    }
+    body = {"max_operations": 2_000_000_000, "interval": "4320h"}
+    assert (await node.call("POST", "sys/rotate/config", body)).status == 204
+    wanted = {"enabled": True, "interval": "4320h0m0s", "max_operations": 2_000_000_000}
+    assert (await node.call("GET", "sys/rotate/config")).data == wanted
+    assert (await node.call("POST", "sys/rotate/config", {"enabled": False})).status == 204
+    assert (await node.call("GET", "sys/rotate/config")).data == wanted | {"enabled": False}
+    for bad in ({"max_operations": 10}, {"interval": "1h"}, {"interval": "soon"}):
+        assert (await node.call("POST", "sys/rotate/config", bad)).status == 400
+    assert (await node.call("GET", "sys/rotate/config")).data == wanted | {"enabled": False}
+    assert (await node.call("POST", "sys/rotate/config", {"interval": "0"}, token=None)).status == 403
