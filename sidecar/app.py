@@ -15,7 +15,8 @@ import signal
 import ssl
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from consul_backend.clock import SystemClock
@@ -29,6 +30,8 @@ from consul_backend.replicated import StoreOptions
 from consul_backend.store import ConsulStore
 from sidecar.api.client_address import ForwardedFor
 from sidecar.api.front import Front
+from sidecar.api.listening import SocketAccess
+from sidecar.api.proxy_protocol import Behavior, ProxyRule
 from sidecar.api.server import ApiServer, ServerLimits
 from sidecar.auto_unseal import keep_unsealed
 from sidecar.config import (
@@ -36,6 +39,7 @@ from sidecar.config import (
     DevOptions,
     EmbeddedStorage,
     Listener,
+    RequestRules,
     SealSettings,
     ServerConfig,
     TransitSealSettings,
@@ -116,7 +120,7 @@ async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tup
         stack.push_async_callback(cluster_listener.close)
         registration = make_registration(config, identity)
         stack.push_async_callback(registration.close)
-        tls = await open_listeners(config.listeners, front, stack)
+        tls = await open_listeners(config, front, stack)
         print_banner(config, physical.kind)
         loop.add_signal_handler(signal.SIGHUP, reload_settings, config_paths, tls, node.reopen_audit)
         roles = Roles(
@@ -232,26 +236,53 @@ def store_options(config: ServerConfig) -> StoreOptions:
 
 
 async def open_listeners(
-    listeners: tuple[Listener, ...], front: Front, stack: contextlib.AsyncExitStack
+    config: ServerConfig, front: Front, stack: contextlib.AsyncExitStack
 ) -> list[tuple[Listener, ssl.SSLContext]]:
     """Open every API listener; returns the TLS contexts, whose certificates SIGHUP reads again."""
     contexts = []
-    for listener in listeners:
-        limits = ServerLimits(
-            body_bytes_max=listener.max_request_size_bytes,
-            request_timeout_s=listener.max_request_duration_s,
-            require_request_header=listener.require_request_header,
-            metrics_open=listener.unauthenticated_metrics_access,
-            forwarded_for=forwarded_for(listener),
-        )
-        server = ApiServer(front.handle, limits=limits)
+    for listener in config.listeners:
+        server = ApiServer(front.handle, limits=replace(limits_of(listener), forwarded_for=forwarded_for(listener)))
         stack.push_async_callback(server.close)
         tls = None
         if not listener.tls_disable:
             tls = api_tls(listener)
             contexts.append((listener, tls))
-        await server.listen(*split_address(listener.address), tls=tls)
+        await server.listen(*split_address(listener.address), tls=tls, proxy=proxy_rule(listener))
+    for unix in config.unix_listeners:
+        server = ApiServer(front.handle, limits=limits_of(unix))
+        stack.push_async_callback(server.close)
+        await server.listen_unix(unix.address, SocketAccess(unix.socket_mode, unix.socket_user, unix.socket_group))
     return contexts
+
+
+def limits_of(rules: RequestRules) -> ServerLimits:
+    """A listener's bounds as configured."""
+    return ServerLimits(
+        body_bytes_max=rules.max_request_size_bytes,
+        request_timeout_s=rules.max_request_duration_s,
+        head_timeout_s=rules.http_read_header_timeout_s,
+        body_timeout_s=rules.http_read_timeout_s,
+        write_timeout_s=rules.http_write_timeout_s,
+        idle_timeout_s=rules.http_idle_timeout_s
+        or rules.http_read_timeout_s
+        or rules.http_read_header_timeout_s
+        or 3600.0,
+        require_request_header=rules.require_request_header,
+        metrics_open=rules.unauthenticated_metrics_access,
+    )
+
+
+def proxy_rule(listener: Listener) -> ProxyRule | None:
+    """The listener's rule for PROXY headers; None takes none."""
+    settings = listener.proxy_protocol
+    if settings is None:
+        return None
+    return ProxyRule(Behavior(settings.behavior), networks(settings.authorized_addrs))
+
+
+def networks(texts: Sequence[str]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """Addresses and networks as configured."""
+    return tuple(ipaddress.ip_network(text, strict=False) for text in texts)
 
 
 def forwarded_for(listener: Listener) -> ForwardedFor | None:
@@ -260,7 +291,7 @@ def forwarded_for(listener: Listener) -> ForwardedFor | None:
     if settings is None:
         return None
     return ForwardedFor(
-        tuple(ipaddress.ip_network(text, strict=False) for text in settings.authorized_addrs),
+        networks(settings.authorized_addrs),
         hop_skips=settings.hop_skips,
         reject_not_authorized=settings.reject_not_authorized,
         reject_not_present=settings.reject_not_present,
@@ -270,7 +301,9 @@ def forwarded_for(listener: Listener) -> ForwardedFor | None:
 def api_tls(listener: Listener) -> ssl.SSLContext:
     """The server context of one API listener. Raises OSError, ssl.SSLError for unusable files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3 if listener.tls_min_version == "tls13" else ssl.TLSVersion.TLSv1_2
+    versions = {"tls12": ssl.TLSVersion.TLSv1_2, "tls13": ssl.TLSVersion.TLSv1_3}
+    context.minimum_version = versions[listener.tls_min_version]
+    context.maximum_version = versions[listener.tls_max_version]
     context.set_alpn_protocols(["http/1.1"])
     context.load_cert_chain(listener.tls_cert_file, listener.tls_key_file or None)
     if listener.tls_disable_client_certs:
@@ -295,6 +328,7 @@ def reload_settings(
         if config_paths:
             set_level(load(config_paths).log_level)
         for listener, context in contexts:
+            api_tls(listener)  # tried on a context of its own: half a pair would break the one in use
             context.load_cert_chain(listener.tls_cert_file, listener.tls_key_file or None)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError, ConfigError a ValueError
         log.error("the reload failed, what was loaded before stays in force: %s", error)
@@ -302,14 +336,12 @@ def reload_settings(
 
 def print_banner(config: ServerConfig, storage_kind: str) -> None:
     """What the server runs with, in the shape operators know."""
-    listener = config.listeners[0]
     rows = {
         "Api Address": config.api_addr,
         "Cluster Address": config.cluster_addr,
-        "Listener 1": f'tcp (addr: "{listener.address}", cluster address: "{listener.cluster_address}", '
-        f'max_request_duration: "{listener.max_request_duration_s:g}s", '
-        f'max_request_size: "{listener.max_request_size_bytes}", '
-        f'tls: "{"disabled" if listener.tls_disable else "enabled"}")',
+        "Listener 1": _described(config.listeners[0]),
+        **{f"Listener {n}": _described(each) for n, each in enumerate(config.listeners[1:], start=2)},
+        **{f"Unix Listener {n}": each.address for n, each in enumerate(config.unix_listeners, start=1)},
         "Log Level": config.log_level,
         "Storage": storage_kind + (" (HA available)" if storage_kind == "consul" else ""),
         "Version": f"Outrider v{__version__}",
@@ -318,3 +350,12 @@ def print_banner(config: ServerConfig, storage_kind: str) -> None:
     for name, value in rows.items():
         print(f"{name:>20}: {value}")
     print("\n==> Outrider server started! Log data will stream in below:\n", flush=True)
+
+
+def _described(listener: Listener) -> str:
+    return (
+        f'tcp (addr: "{listener.address}", cluster address: "{listener.cluster_address}", '
+        f'max_request_duration: "{listener.max_request_duration_s:g}s", '
+        f'max_request_size: "{listener.max_request_size_bytes}", '
+        f'tls: "{"disabled" if listener.tls_disable else "enabled"}")'
+    )

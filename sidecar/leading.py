@@ -119,7 +119,8 @@ def sanitized(config: ServerConfig) -> dict[str, Any]:
                 },
             }
             for listener in config.listeners
-        ],
+        ]
+        + [{"type": "unix", "config": {"address": listener.address}} for listener in config.unix_listeners],
         "log_format": config.log_format,
         "log_level": config.log_level,
         "seals": [

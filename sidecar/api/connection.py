@@ -1,4 +1,5 @@
-"""One client connection of the API port: aiohttp's protocol with a parser that knows every verb.
+"""One client connection of the API port: aiohttp's protocol with a parser that knows every verb, and with deadlines for
+the head of a request and for a client that does not read its answer, which aiohttp does not have.
 
 aiohttp's C parser refuses the verb LIST, which half of the clients of this API use. Its Python parser, maintained for
 platforms without the C one, takes any verb; it replaces the other on these connections only. ``tests/unit`` pins that
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -27,13 +29,28 @@ READ_BYTES = 64 * 1024
 _PIPELINE_MAX = 32
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Deadlines in seconds, 0 for none: from a request's first byte, or the connection's beginning, to the end of its
+    head; and for a client to go on reading."""
+
+    head_s: float = 10.0
+    write_s: float = 60.0
+
+
 class Connection(RequestHandler):
-    """Made by :class:`Server` for each socket."""
+    """Made by :class:`Server` for each socket. ``client_host`` is the client's address where a proxy told it."""
 
-    __slots__ = ()
+    __slots__ = ("_head_timer", "_times", "_write_timer", "client_host")
 
-    def __init__(self, manager: Server, *, loop: asyncio.AbstractEventLoop, **settings: Any) -> None:
+    def __init__(
+        self, manager: Server, *, loop: asyncio.AbstractEventLoop, client_host: str, times: Times, **settings: Any
+    ) -> None:
         super().__init__(manager, loop=loop, read_bufsize=READ_BYTES, **settings)
+        self.client_host = client_host
+        self._times = times
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self._parser = HttpRequestParserPy(
             self,
             loop,
@@ -46,6 +63,51 @@ class Connection(RequestHandler):
             auto_decompress=False,
             max_msg_queue_size=_PIPELINE_MAX,
         )
+
+    # -- deadlines: a connection that waits costs memory, so who is slow is not waited for without end
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        before = self._request_count
+        super().data_received(data)
+        if self._request_count != before:
+            self._forget_head_timer()
+        elif self._head_timer is None and self._current_request is None and not self._messages:
+            self._expect_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._times.write_s:
+            self._write_timer = self._loop.call_later(self._times.write_s, self._give_up, "answer")
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget_write_timer()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._forget_head_timer()
+        self._forget_write_timer()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        if self._times.head_s:
+            self._head_timer = self._loop.call_later(self._times.head_s, self._give_up, "head")
+
+    def _forget_head_timer(self) -> None:
+        _cancel(self._head_timer)
+        self._head_timer = None
+
+    def _forget_write_timer(self) -> None:
+        _cancel(self._write_timer)
+        self._write_timer = None
+
+    def _give_up(self, what: str) -> None:
+        log.debug("a client was too slow with the %s of a request: its connection was closed", what)
+        if self.transport is not None:
+            self.transport.abort()
 
     def handle_error(
         self,
@@ -67,16 +129,24 @@ class Connection(RequestHandler):
         return response
 
 
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
 class Server(web.Server):
     """aiohttp's low-level server with :class:`Connection` and a bound on how many there are."""
 
-    def __init__(self, handler: Any, *, connections_max: int, **settings: Any) -> None:
+    def __init__(self, handler: Any, *, connections_max: int, times: Times, **settings: Any) -> None:
         super().__init__(handler)
         self._connections_max = connections_max
+        self._times = times
         self._settings = settings
 
-    def __call__(self) -> RequestHandler:
-        return Connection(self, loop=asyncio.get_running_loop(), **self._settings)
+    def __call__(self, client_host: str = "") -> RequestHandler:
+        return Connection(
+            self, loop=asyncio.get_running_loop(), client_host=client_host, times=self._times, **self._settings
+        )
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)

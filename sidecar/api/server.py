@@ -22,7 +22,9 @@ from multidict import CIMultiDict
 from consul_backend.deadline import time_limit
 from sidecar.api import envelopes, json_codec, paths
 from sidecar.api.client_address import HEADER, AddressRefused, ForwardedFor
-from sidecar.api.connection import SERVER_NAME, Server
+from sidecar.api.connection import SERVER_NAME, Connection, Server, Times
+from sidecar.api.listening import Listening, SocketAccess
+from sidecar.api.proxy_protocol import ProxyRule
 from sidecar.api.statuses import RETRY_AFTER_S
 from sidecar.core.metrics import METRICS
 from sidecar.request.types import HttpRequest, HttpResponse
@@ -34,20 +36,24 @@ _BODY_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE", "LIST"})
 _METHODS = _BODY_METHODS | {"GET", "HEAD"}
 # Set by hops inside the cluster, never by a client: what the cluster port knows travels in its own frame.
 _INTERNAL_PREFIX = "x-vault-internal-"
+_SHUTDOWN_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
     """Bounds of one listener. ``buffered_bytes_max`` is for all bodies in memory together. ``request_timeout_s`` is the
-    deadline of a request's writes (:mod:`consul_backend.deadline`)."""
+    deadline of a request's writes (:mod:`consul_backend.deadline`). Of the other times, ``head``, ``body`` and ``write``
+    may be 0 for none."""
 
     body_bytes_max: int = 32 * 1024 * 1024
     buffered_bytes_max: int = 256 * 1024 * 1024
     line_bytes_max: int = 8190
     field_bytes_max: int = 8190
-    body_timeout_s: float = 60.0
+    head_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
     request_timeout_s: float = 90.0
-    idle_timeout_s: float = 75.0
+    write_timeout_s: float = 60.0
+    idle_timeout_s: float = 300.0
     connections_max: int = 4096
     require_request_header: bool = False
     metrics_open: bool = False
@@ -81,39 +87,49 @@ class ApiServer:
         self._limits = limits or ServerLimits()
         self._fallback = fallback
         self._buffered_bytes = 0
-        self._runner: web.ServerRunner | None = None
+        self._server: Server | None = None
+        self._listening: Listening | None = None
 
-    async def listen(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> tuple[str, int]:
-        """Open one more listening socket; returns its (host, port), which matters for port 0. Raises OSError."""
-        runner = await self._started()
-        site = web.TCPSite(runner, host, port, ssl_context=tls)
-        await site.start()
-        return self.addresses()[-1]
+    async def listen(
+        self, host: str, port: int, *, tls: ssl.SSLContext | None = None, proxy: ProxyRule | None = None
+    ) -> tuple[str, int]:
+        """Open one more listening socket, with ``proxy`` one before whose bytes a proxy says who the client is; returns
+        its (host, port), which matters for port 0. Raises OSError."""
+        return await self._started().tcp(host, port, tls, proxy)
+
+    async def listen_unix(self, path: str, access: SocketAccess) -> None:
+        """Open a Unix socket. Raises OSError."""
+        await self._started().unix(path, access)
 
     def addresses(self) -> list[tuple[str, int]]:
-        """(host, port) of every socket."""
-        return [(address[0], address[1]) for address in (self._runner.addresses if self._runner else [])]
+        """(host, port) of every TCP socket."""
+        return self._listening.addresses if self._listening else []
 
     async def close(self) -> None:
         """Stop listening and wait briefly for answers under way."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+        server, listening, self._server, self._listening = self._server, self._listening, None, None
+        if server is None or listening is None:
+            return
+        await listening.close()
+        await asyncio.sleep(0)  # requests that have just arrived begin before idle connections are closed
+        server.pre_shutdown()
+        await server.shutdown(_SHUTDOWN_TIMEOUT_S)
 
-    async def _started(self) -> web.ServerRunner:
-        if self._runner is None:
-            server = Server(
+    def _started(self) -> Listening:
+        if self._listening is None:
+            limits = self._limits
+            self._server = server = Server(
                 self._serve,
-                connections_max=self._limits.connections_max,
+                connections_max=limits.connections_max,
+                times=Times(limits.head_timeout_s, limits.write_timeout_s),
                 access_log=None,
                 logger=log,
-                keepalive_timeout=self._limits.idle_timeout_s,
-                max_line_size=self._limits.line_bytes_max,
-                max_field_size=self._limits.field_bytes_max,
+                keepalive_timeout=limits.idle_timeout_s,
+                max_line_size=limits.line_bytes_max,
+                max_field_size=limits.field_bytes_max,
             )
-            self._runner = web.ServerRunner(server, shutdown_timeout=2.0)
-            await self._runner.setup()
-        return self._runner
+            self._listening = Listening(server, connections_max=limits.connections_max)
+        return self._listening
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         held_bytes = 0
@@ -176,7 +192,7 @@ class ApiServer:
         parts: list[bytes] = []
         size_bytes = 0
         try:
-            async with asyncio.timeout(self._limits.body_timeout_s):
+            async with asyncio.timeout(self._limits.body_timeout_s or None):
                 async for part in request.content.iter_any():
                     size_bytes += len(part)
                     if size_bytes > self._limits.body_bytes_max:
@@ -189,10 +205,12 @@ class ApiServer:
     def _client_address(self, request: web.BaseRequest) -> str:
         """Decided before anything of the request is looked at or read."""
         rule = self._limits.forwarded_for
+        peer = request.protocol.client_host if isinstance(request.protocol, Connection) else ""
+        peer = peer or request.remote or ""
         if rule is None:
-            return request.remote or ""
+            return peer
         try:
-            return rule.client_address(request.remote or "", request.headers.getall(HEADER, ()))
+            return rule.client_address(peer, request.headers.getall(HEADER, ()))
         except AddressRefused as refused:
             raise _Refused(400, str(refused), close=True) from None
 

@@ -4,7 +4,7 @@ Precedence: environment, then files (a later file wins over an earlier one, list
 ``OUTRIDER_*`` wins over ``VAULT_*``. Flags are applied by the command line on top of the result.
 
 A key that Vault knows and that means nothing here gives a warning; a key that would change what is promised (another
-seal, a proxy protocol) is refused; a key that nobody knows is refused with the nearest one that exists.
+seal, a redaction) is refused; a key that nobody knows is refused with the nearest one that exists.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sidecar import hcl
 from sidecar.config import stanzas
+from sidecar.config.listeners import advertised, read_listeners
 from sidecar.config.lockout import read_user_lockout
 from sidecar.config.reader import ConfigError, Reader, parse_boolean
 from sidecar.config.seals import read_seals
@@ -30,13 +31,16 @@ from sidecar.config.values import (
     InmemStorage,
     Listener,
     LockoutStanza,
+    ProxyProtocolSettings,
     ReplicationSettings,
+    RequestRules,
     SealSettings,
     ServerConfig,
     ServiceRegistrationSettings,
     StaticSealSettings,
     StoreSettings,
     TransitSealSettings,
+    UnixListener,
     join_address,
     split_address,
 )
@@ -53,13 +57,16 @@ __all__ = [
     "InmemStorage",
     "Listener",
     "LockoutStanza",
+    "ProxyProtocolSettings",
     "ReplicationSettings",
+    "RequestRules",
     "SealSettings",
     "ServerConfig",
     "ServiceRegistrationSettings",
     "StaticSealSettings",
     "StoreSettings",
     "TransitSealSettings",
+    "UnixListener",
     "join_address",
     "load",
     "load_dev",
@@ -117,7 +124,7 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
     warnings: list[str] = []
     top = Reader(bodies, "", warnings)
     storage, registration = stanzas.read_storage_and_registration(top, dev=dev is not None)
-    listeners = stanzas.read_listeners(top, dev)
+    listeners, unix_listeners = read_listeners(top, dev)
     api_addr, cluster_addr = top.text("api_addr"), top.text("cluster_addr")
     default_ttl_s, max_ttl_s = stanzas.read_lease_ttls(top)
     election, store, audit = stanzas.read_sidecar(top)
@@ -137,7 +144,7 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
         raise ConfigError('no storage is configured; add storage "consul" {...} or storage "embedded" {...}')
     if not listeners:
         raise ConfigError('no listener is configured; add listener "tcp" {...}')
-    api_addr, cluster_addr = stanzas.advertised(
+    api_addr, cluster_addr = advertised(
         listeners[0],
         _environment(environ, "API_ADDR") or api_addr,
         _environment(environ, "CLUSTER_ADDR") or cluster_addr,
@@ -161,6 +168,7 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
         audit=audit,
         user_lockout=user_lockout,
         disable_user_lockout=_environment_flag(environ, "DISABLE_USER_LOCKOUT"),
+        unix_listeners=unix_listeners,
         seal=seal,
         lock_memory=lock_memory,
         warnings=tuple(warnings),

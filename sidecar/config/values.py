@@ -91,7 +91,29 @@ class ForwardedForSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Listener:
+class ProxyProtocolSettings:
+    """``proxy_protocol_behavior`` and the addresses and networks it trusts."""
+
+    behavior: str
+    authorized_addrs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRules:
+    """What a listener of any kind lets a request do. A time of 0 is no limit."""
+
+    max_request_size_bytes: int = 33554432
+    max_request_duration_s: float = 90.0
+    http_read_header_timeout_s: float = 10.0
+    http_read_timeout_s: float = 30.0
+    http_write_timeout_s: float = 60.0
+    http_idle_timeout_s: float = 300.0
+    require_request_header: bool = False
+    unauthenticated_metrics_access: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Listener(RequestRules):
     """``listener "tcp"``. Addresses are ``host:port``; TLS 1.2 or newer unless ``tls_disable``."""
 
     address: str
@@ -103,11 +125,19 @@ class Listener:
     tls_require_and_verify_client_cert: bool = False
     tls_disable_client_certs: bool = False
     tls_min_version: str = "tls12"
-    max_request_size_bytes: int = 33554432
-    max_request_duration_s: float = 90.0
-    require_request_header: bool = False
-    unauthenticated_metrics_access: bool = False
+    tls_max_version: str = "tls13"
     forwarded_for: ForwardedForSettings | None = None
+    proxy_protocol: ProxyProtocolSettings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnixListener(RequestRules):
+    """``listener "unix"``: ``address`` is a path. Without mode, user and group it is the process' own, mode 0700."""
+
+    address: str
+    socket_mode: int | None = None
+    socket_user: str = ""
+    socket_group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +263,7 @@ class ServerConfig:
     audit: AuditSettings = field(default_factory=AuditSettings)
     user_lockout: Mapping[str, LockoutStanza] = field(default_factory=dict)
     disable_user_lockout: bool = False
+    unix_listeners: tuple[UnixListener, ...] = ()
     seal: SealSettings = field(default_factory=SealSettings)
     lock_memory: bool = True
     warnings: tuple[str, ...] = ()

@@ -22,10 +22,12 @@ from sidecar.config import (
     ForwardedForSettings,
     InmemStorage,
     LockoutStanza,
+    ProxyProtocolSettings,
     ReplicationSettings,
     SealSettings,
     ServerConfig,
     TransitSealSettings,
+    UnixListener,
     load,
     load_dev,
     load_text,
@@ -166,12 +168,33 @@ def test_assigned_objects_are_blocks_as_in_hcl_1():
         ('storage "consul" { tls_skip_verify = "maybe" }', "must be true or false"),
         ('storage "consul" { service_meta { a = 1 } }', "must be an object of texts"),
         ('storage "consul" { check_timeout = "0s" }', "must be at least 1 seconds"),
-        ('listener "unix" {}', 'f:1: listener "unix" is not available'),
+        ('listener "udp" {}', 'f:1: listener "udp" is not available; there are "tcp" and "unix"'),
+        ('listener "unix" {}', 'a listener "unix" needs a listener "tcp" beside it'),
+        (MINIMAL + 'listener "unix" { socket_mode = "rw" }', '"socket_mode" in listener "unix" must be an octal mode'),
+        (MINIMAL + 'listener "unix" { address = "s.sock" }', "must be an absolute path"),
+        (MINIMAL + 'listener "unix" {}\nlistener "unix" {}', "two listeners have the same address"),
         ('listener "tcp" {}', 'f:1: listener "tcp" needs "tls_cert_file" (or "tls_disable = true")'),
         ('listener "tcp" { tls_disable = 1 address = "a:b:c" }', 'f:1: "address" in listener "tcp" must be host:port'),
         ('listener "tcp" { tls_disable = 1 address = "{{ GetPrivateIP }}:1" }', "must be host:port"),
         ('listener "tcp" { tls_disable = 1 tls_min_version = "tls10" }', "must be one of tls12, tls13"),
-        ('listener "tcp" { tls_disable = 1 proxy_protocol_behavior = "use_always" }', "is not available"),
+        ('listener "tcp" { tls_disable = 1 proxy_protocol_behavior = "sometimes" }', "must be one of use_always"),
+        (
+            'listener "tcp" { tls_disable = 1 proxy_protocol_behavior = "deny_unauthorized" }',
+            'needs "proxy_protocol_authorized_addrs"',
+        ),
+        (
+            'listener "tcp" { tls_disable = 1 proxy_protocol_authorized_addrs = "10.0.0.0/8" }',
+            'needs "proxy_protocol_behavior" beside it',
+        ),
+        (
+            'listener "tcp" { tls_disable = 1 proxy_protocol_behavior = "use_always" '
+            'proxy_protocol_authorized_addrs = "h" }',
+            "must hold addresses and networks only",
+        ),
+        (
+            'listener "tcp" { tls_disable = 1 tls_min_version = "tls13" tls_max_version = "tls12" }',
+            "is below tls_min_version",
+        ),
         ('listener "tcp" { tls_disable = 1 max_request_size = "big" }', "must be a number of bytes"),
         ('listener tcp { tls_disable = 1 }\nlistener tcp { tls_disable = 1 }', "two listeners have the same address"),
         ('seal "awskms" {}', 'f:1: seal "awskms" is not available; there are "shamir", "static" and "transit"'),
@@ -457,3 +480,28 @@ def test_dev_has_no_auto_seal(tmp_path):
     (tmp_path / "seal.hcl").write_text('seal "static" { current_key_id = "k" current_key = "s" }')
     with pytest.raises(ConfigError, match="-dev has one unseal key"):
         load_dev(DevOptions(), [str(tmp_path / "seal.hcl")], {})
+
+
+def test_listeners_of_every_kind():
+    text = (
+        'storage "inmem" {}\n'
+        'listener "tcp" { tls_disable = true proxy_protocol_behavior = "allow_authorized" '
+        'proxy_protocol_authorized_addrs = ["10.0.0.1", "10.1.0.0/16"] http_read_timeout = "20s" http_idle_timeout = 0 '
+        "max_request_size = 0 }\n"
+        'listener "tcp" { address = "127.0.0.1:9200" tls_disable = true }\n'
+        'listener "unix" { address = "/run/o.sock" socket_mode = "0660" socket_user = "vault" socket_group = "1000" '
+        'require_request_header = true max_request_duration = "5s" }\n'
+    )
+    loaded = load_text(text)
+    first, second = loaded.listeners
+    assert first.proxy_protocol == ProxyProtocolSettings("allow_authorized", ("10.0.0.1", "10.1.0.0/16"))
+    assert (first.http_read_timeout_s, first.http_idle_timeout_s, first.max_request_size_bytes) == (20, 0, 33554432)
+    assert (second.address, second.cluster_address, second.proxy_protocol) == ("127.0.0.1:9200", "127.0.0.1:9201", None)
+    assert second.http_read_header_timeout_s == 10
+    (unix,) = loaded.unix_listeners
+    assert unix == UnixListener(
+        "/run/o.sock", 0o660, "vault", "1000", require_request_header=True, max_request_duration_s=5
+    )
+    assert loaded.api_addr == "http://127.0.0.1:8200"
+    always = load_text(MINIMAL.replace("tls_disable", 'proxy_protocol_behavior = "use_always" tls_disable'))
+    assert any("everybody who can connect may claim any address" in warning for warning in always.warnings)
