@@ -6,6 +6,7 @@ barrier, so whoever can open it is an unsealed node of this cluster; its SNI nam
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -180,6 +181,8 @@ class ForwardingServer:
             return web.Response(status=400, text=str(error))
         except LoopRefused as error:
             return web.Response(status=error.status, text=str(error))
+        except NotForwarded as error:
+            return web.Response(status=503, text=str(error))
         except TimeoutError:
             return web.Response(status=504, text="the request took too long here and was given up")
         return web.Response(status=404)
@@ -204,10 +207,24 @@ class StandbyForwarder:
         self.cluster = ClusterInfo(record.cluster_id, record.cluster_name)
         self._timeout_s = timeout_s
         self._client = PeerClient(identity, leader.cluster_addr)
+        self._in_flight = 0
+        self._retiring = False
+        self._idle = asyncio.Event()
 
     async def forward(self, request: HttpRequest) -> HttpResponse:
         """Run ``request`` on the active node, once. Raises NotForwarded (certainly not handled), PluginError (unknown
         outcome)."""
+        if self._retiring:
+            raise NotForwarded(f"the active node {self.leader.node_id} is being left")
+        self._in_flight += 1
+        try:
+            return await self._forward(request)
+        finally:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle.set()
+
+    async def _forward(self, request: HttpRequest) -> HttpResponse:
         try:
             trail = extend(trail_of(request.trail), self.cluster.cluster_id, INNER)
             answer = await send_forward(self._client, forwarded(request, trail), timeout_s=self._timeout_s)
@@ -225,6 +242,19 @@ class StandbyForwarder:
     async def echo(self, echo: Echo) -> EchoReply:
         """One heartbeat. Raises ForwardNotSent."""
         return await send_echo(self._client, echo)
+
+    async def retire(self, linger_s: float) -> None:
+        """Forward nothing more, wait for the answers under way, but not longer than ``linger_s``, and close."""
+        self._retiring = True
+        self._idle.clear()
+        try:
+            if self._in_flight:
+                async with asyncio.timeout(linger_s):
+                    await self._idle.wait()
+        except TimeoutError:
+            log.warning("left the node %s with %d requests unanswered", self.leader.node_id, self._in_flight)
+        finally:
+            await self.close()
 
     async def close(self) -> None:
         """Close its connections."""

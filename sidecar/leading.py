@@ -28,6 +28,7 @@ from consul_backend.replicated import ReplicatedStore, StoreOptions, drop_genera
 from consul_backend.wal import Write
 from plugin_api.errors import Unavailable
 from sidecar.api.mirror_service import MirrorService
+from sidecar.api.node_view import NotForwarded
 from sidecar.api.service import Service, ServiceOptions
 from sidecar.config import ConsulStorage, EmbeddedStorage, ServerConfig
 from sidecar.core.audit.options import LocalRules
@@ -221,6 +222,7 @@ class ActiveScope:
         self._service = self._make_service(GatedStore(store, self._writes), barrier, cluster)
         await self._service.start()
         role = ActiveRole(self._service, self, cluster, time.time(), standbys=lambda: forwarding.standbys())
+        self._role = role
         forwarding = ForwardingServer(
             self._credentials,
             cluster_id=cluster.cluster_id,
@@ -260,9 +262,10 @@ class ActiveScope:
         for task in reversed(self._tasks):
             task.cancel()
 
-    async def close(self) -> None:
-        """No other node reaches this tenure any more."""
-        await self._listener.remove(self._credentials.sni)
+    async def close(self, *, linger_s: float = 0.0) -> None:
+        """No other node reaches this tenure any more; with ``linger_s`` only after the standbys have hung up, but not
+        later than that. Until then they are told that their requests were not run."""
+        await self._listener.retire(self._credentials.sni, linger_s)
 
     @property
     def seen_index(self) -> int:
@@ -349,8 +352,11 @@ class ActiveScope:
                 metadata=auth.metadata,
                 cluster_id=auth.cluster_id,
             )
-        with deadline(message.time_left_s):
-            answer = await self._service.handle(request)
+        try:
+            with deadline(message.time_left_s):
+                answer = await self._role.run(request)
+        except NotForwarded as error:
+            raise Unavailable(str(error)) from error
         return Executed(answer.status, header_pairs(answer.headers.items()), answer.body, answer.position)
 
     async def _flip(self, result: ActivationResult) -> None:

@@ -75,7 +75,9 @@ class ActiveRole:
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self, request: HttpRequest) -> HttpResponse:
-        """Answer ``request``."""
+        """Answer ``request``. Raises NotForwarded on the way down: it is for the next active node."""
+        if not self.admitting:
+            raise NotForwarded("this node is handing over: the request was not run")
         self.in_flight += 1
         self._idle.clear()
         try:
@@ -306,6 +308,7 @@ class Node:
                 except NotForwarded as error:
                     refused = error
             try:
+                # Held, not refused: nothing has run yet, and the next active node is seconds away.
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await changed.wait()
             except TimeoutError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,8 @@ class RoleOptions:
     drain_s: float = 5.0
     retry_s: float = 0.2
     echo_s: float = 1.0
+    linger_s: float = 10.0
+    farewell_s: float = 1.0
     forward_timeout_s: float = 90.0
 
 
@@ -100,6 +103,7 @@ class Roles:
         self._options = options
         self._credentials = TenureCredentials.make()
         self._seen: tuple[str, int] = ("", 0)
+        self._retiring: set[asyncio.Task[object]] = set()
         self._election = Election(
             physical, node_id=node.identity.node_id, advertise=self._advertise, clock=clock, options=election_options
         )
@@ -110,6 +114,20 @@ class Roles:
 
     async def run(self) -> None:
         """Until cancelled; a cancellation while leading steps down cleanly first."""
+        try:
+            await self._run()
+        finally:
+            if self._retiring:
+                await asyncio.wait(self._retiring, timeout=self._options.farewell_s)
+            await _end(*self._retiring)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let what another node may still wait for come to its end, beside the next role."""
+        task: asyncio.Task[object] = asyncio.create_task(work, name="leaving")
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _run(self) -> None:
         while True:
             opened = await self._node.sealing.wait_unsealed()
             await self._registration.update(sealed=False, initialized=True)
@@ -168,7 +186,7 @@ class Roles:
         self._node.take_role(None)
         await _end(*tasks)
         if role.forwarder is not None:
-            await role.forwarder.close()
+            self._later(role.forwarder.retire(self._options.linger_s))
 
     async def _watch_generation(self, opened: Opened) -> None:
         """Seal this node when the store under it becomes another one: its keys open it no longer."""
@@ -201,7 +219,7 @@ class Roles:
             forwarder, role.forwarder, role.leader = role.forwarder, None, leader
             self._node.take_role(role)
             if forwarder is not None:
-                await forwarder.close()
+                self._later(forwarder.retire(self._options.linger_s))
         if leader is None:
             return
         if role.forwarder is None:
@@ -262,11 +280,13 @@ class Roles:
         finally:
             self._node.take_role(None)
             self._see(opened, scope.seen_index)
-            await scope.close()
             if lost is None:
+                # The standbys' connections stay until they have found the next active node.
+                self._later(scope.close(linger_s=self._options.linger_s))
                 failpoint("lead:before-release")
                 await self._election.release(held, stay_away_s=None if left.asked else 0.0)
             else:
+                await scope.close()
                 await self._election.lost(held)
         if left.stale:
             self._node.sealing.seal(left.stale, reopen=True)

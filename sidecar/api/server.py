@@ -42,8 +42,8 @@ _SHUTDOWN_TIMEOUT_S = 2.0
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
     """Bounds of one listener. ``buffered_bytes_max`` is for all bodies in memory together. ``request_timeout_s`` is the
-    deadline of a request's writes (:mod:`consul_backend.deadline`). Of the other times, ``head``, ``body`` and ``write``
-    may be 0 for none."""
+    deadline of a request's writes (:mod:`consul_backend.deadline`). Of the other times, ``head``, ``body`` and
+    ``write`` may be 0 for none."""
 
     body_bytes_max: int = 32 * 1024 * 1024
     buffered_bytes_max: int = 256 * 1024 * 1024

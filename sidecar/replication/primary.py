@@ -339,7 +339,10 @@ class PrimaryService:
             arrived(asked.trail, self._node.local_cluster_id, UPWARD)
         except LoopRefused as refusal:
             return web.Response(status=503, text=str(refusal))
-        done = await self._callbacks.execute(asked)
+        try:
+            done = await self._callbacks.execute(asked)
+        except Unavailable as refusal:  # this node is handing over: nothing has run
+            return web.Response(status=503, text=str(refusal))
         logger.debug("replication: %s %s for secondary %s: %d", asked.method, asked.path, known.id, done.status)
         return _binary(encode(ForwardResponse(done.status, list(done.headers), done.body, self._at(done.wal_index))))
 

@@ -18,6 +18,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,13 @@ class _Entry:
     purpose: Purpose
     server: web.Server
     connections: set[_Connection] = field(default_factory=set)
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def forget(self, connection: _Connection) -> None:
+        """``connection`` is gone."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self.left.set()
 
 
 class ClusterListener:
@@ -140,6 +148,18 @@ class ClusterListener:
         for connection in tuple(entry.connections):
             connection.abort()
         await entry.server.shutdown(timeout=1.0)
+
+    async def retire(self, sni: str, linger_s: float) -> None:
+        """:meth:`remove` once nobody is connected for ``sni`` any more, at the latest after ``linger_s``. New
+        connections are taken until then: who knocks is to hear a refusal, which is better than nothing."""
+        entry = self._entries.get(sni)
+        if entry is not None and linger_s > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(linger_s):
+                    while entry.connections:
+                        entry.left.clear()
+                        await entry.left.wait()
+        await self.remove(sni)
 
     def cut(self, client_fingerprint: str) -> int:
         """Abort every open connection made with this client certificate; returns how many there were."""
@@ -255,7 +275,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._entry is not None:
-            self._entry.connections.discard(self)
+            self._entry.forget(self)
         if self._inner is not None:
             self._inner.connection_lost(exc)
 
@@ -263,7 +283,7 @@ class _Connection(asyncio.Protocol):
         """Drop the connection now, unsent bytes included; nothing that still arrives on it is read."""
         self._aborted = True
         if self._entry is not None:
-            self._entry.connections.discard(self)
+            self._entry.forget(self)
         if self._transport is not None:
             self._transport.abort()
 
