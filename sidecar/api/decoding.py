@@ -27,6 +27,10 @@ class MethodNotAllowed(PluginError):
     status = 405
 
 
+# Of these the nonce stands in the body; a body of any other DELETE is not looked at.
+_DELETED_WITH_A_BODY = frozenset({"sys/rekey/init", "sys/rekey-recovery-key/init"})
+
+
 class UnsupportedMediaType(PluginError):
     """415."""
 
@@ -50,7 +54,7 @@ async def decode(request: HttpRequest, request_id: str) -> Call:
     if operation is Operation.LIST and not path.endswith("/"):
         path += "/"
     data = await _body(request, operation) if operation in _WRITES else query_data(request.query)
-    if operation is Operation.DELETE and request.body.lstrip()[:1] == b"{":
+    if operation is Operation.DELETE and path in _DELETED_WITH_A_BODY and request.body.lstrip()[:1] == b"{":
         data = {**json_codec.decode_object(request.body), **data}
     return Call(
         operation=operation,

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hvac
 import pytest
 
 from tests.support.cluster import Cluster, Node, Reply, consul_storage, embedded_storage, replicate, wait_in_step
@@ -145,8 +146,12 @@ def test_who_seals_an_auto_unsealed_node_keeps_it_sealed(node: Node, tmp_path: P
 def test_what_recovery_shares_are_asked_for(node: Node, tmp_path: Path) -> None:
     node.settings = static_seal(tmp_path)
     node.start()
-    keys, _ = init(node)
+    client = hvac.Client(node.address)
+    made = client.sys.initialize(recovery_shares=3, recovery_threshold=2)
+    assert (made["keys"], len(made["recovery_keys"])) == ([], 3)
+    keys = made["recovery_keys_base64"]
     opens(node)
+    assert not client.sys.is_sealed()
     nonce = node.call("PUT", "sys/generate-root/attempt", {}).body["nonce"]
     assert give(node, "sys/generate-root/update", keys[:2], nonce=nonce).body["complete"]
 
