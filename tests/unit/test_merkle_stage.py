@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,17 +117,23 @@ def test_pages_without_digests_are_those_that_changed() -> None:
 
 
 async def test_a_batch_of_60_000_entries_holds_up_the_loop_neither_at_its_commit_nor_in_recovery() -> None:
-    """Changed at once, as it used to be, the commit takes a turn of 170 ms and the recovery one of 320 ms."""
+    """Measured against the same changes made at once, in CPU time: how the machine is loaded does not decide."""
     quiet = StoreOptions(flush_interval_s=3600, collect_interval_s=3600)
+    writes = {key(f"folder/{n}"): b"x" * 50 for n in range(60_000)}
+    entries = prepared(dict(writes))
+    forest, table = Forest(), ExtentTable("g")
+    began_s = time.thread_time()
+    change(forest, table, entries, 1)
+    forest.root("r")
+    at_once_s = time.thread_time() - began_s
     async with memory_cluster(Limits(ops_max=128)) as cluster:
         async with cluster.running(quiet) as store:
-            writes = [Write(key(f"folder/{n}"), b"x" * 50) for n in range(60_000)]
             async with watched_turns() as turns:
-                await store.commit(writes)
+                await store.commit([Write(name, value) for name, value in writes.items()])
                 store.forest.root("r")
-            assert turns.longest_s < 0.1
-            root = store.forest.root("r")
+            assert turns.longest_s < at_once_s / 3
+            assert store.forest.root("r") == forest.root("r")
         async with watched_turns() as turns:
             again = await cluster.recover(quiet)
-        assert turns.longest_s < 0.15
-        assert again.forest.root("r") == root
+        assert turns.longest_s < at_once_s / 2
+        assert again.forest.root("r") == forest.root("r")
