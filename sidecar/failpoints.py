@@ -28,4 +28,8 @@ POINTS: tuple[str, ...] = (
     "sync:half-way",
     "sync:before-guard",
     "sync:after-guard",
+    "promote:before-commit",
+    "promote:after-commit",
+    "update-primary:before-commit",
+    "lost-writes:before-head",
 )
