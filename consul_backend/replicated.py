@@ -30,6 +30,7 @@ from consul_backend.listing import corrected, indexed
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.merkle_flush import Flusher, FlushView
 from consul_backend.merkle_stage import StagedChange
+from consul_backend.name_cache import NameCache
 from consul_backend.physical import PhysicalStore
 from consul_backend.position import Position
 from consul_backend.read_lease import ReadLease
@@ -87,6 +88,7 @@ class ReplicatedStore:
         self._segment_bytes = recovered.segment_bytes
         self._recovered_case, self._redone = recovered.case, recovered.redone
         self._cache = ValueCache(options.cache_bytes_max)
+        self._names = NameCache(options.names_bytes_max)
         self._ring = RecordRing(options.ring_records_max, options.ring_bytes_max)
         for record in recovered.recent:
             self._ring.append(record)
@@ -325,6 +327,8 @@ class ReplicatedStore:
         if self._chunks.live:
             self._chunks.replaced_all(entries)
         for key, write in entries.items():
+            if self._names.concerns(key) and (self.forest.digest_of(key) is None) != (write.digest is None):
+                self._names.changed(key)
             cls, partition = write.group
             mark(cls, partition, change(cls, partition, write.path, write.digest), index)
             put(key, write.value)
@@ -332,6 +336,7 @@ class ReplicatedStore:
     def _on_special(self, record: Record) -> None:
         staged = self._large.recorded(record)
         if staged is not None:
+            self._names.clear()
             staged.apply(self._table, record.index)
             newest = self._large.spans[-1][:2]
             self._crossings = {**self._crossings, **crossing([newest], self._options.segment_records)}
@@ -433,6 +438,7 @@ class ReplicatedStore:
             self._large,
             self._chunks,
             self._cache,
+            self._names,
             self._ring,
             self._table,
             self._flusher,
@@ -458,11 +464,18 @@ class ReplicatedStore:
             await self._lease.ensure()
             if not self.forest.count(cls, partition):
                 return []
+            if (known := self._names.get(prefix)) is not None:
+                return list(known)
+            mark = self._names.reading(prefix)
             version, changes = self._large.version, self._large.changes(prefix)
             names: Iterable[str] = await self._stored_names(prefix)
             await self._group_commit.settled(lambda entries: any(name.startswith(prefix) for name in entries))
             names = await corrected(self._stored_names, prefix, names, changes)
+            exact = not (self._lazy.cold or self._lazy.damaged)
             names = names if self._lazy.cold else await indexed(prefix, names, self.forest.digest_of)
             # A large batch that became true meanwhile may be half in the data keys: then everything again.
             if self._lease.valid() and version == self._large.version:
-                return sorted(names)
+                found = sorted(names)
+                if exact and not changes:
+                    self._names.put(prefix, found, mark)
+                return list(found)

@@ -16,6 +16,7 @@ class StoreOptions:
     ``batch_*`` bound one batch of values, ``staged_*`` one that replication commits together with a position."""
 
     cache_bytes_max: int = 64 * _MIB
+    names_bytes_max: int = 16 * _MIB
     queue_batches_max: int = 4096
     queue_bytes_max: int = 64 * _MIB
     batch_entries_max: int = 100_000

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 # What the replicated store counts, and the telemetry's name for it.
 _OF_STORE = {
     "cache_bytes": "cache.bytes",
+    "names_bytes": "cache.names.bytes",
     "commit_queue": "wal.flushReady.queue_len",
     "commit_queue_bytes": "wal.flushReady.queue_bytes",
     "index_dirty_extents": "merkle.flushDirty.outstanding_pages",
@@ -18,6 +19,8 @@ _OF_STORE = {
 }
 _TOTALS_OF_STORE = {
     "cache_hits": "cache.hit",
+    "names_hits": "cache.names.hit",
+    "names_misses": "cache.names.miss",
     "cache_misses": "cache.miss",
     "collect_failures": "wal.gc.failures",
     "commit_batches": "wal.batches",
