@@ -27,7 +27,7 @@ from consul_backend.lazy_index import LazyIndex
 from consul_backend.limits import Limits
 from consul_backend.physical import PhysicalStore
 from consul_backend.tenure import Tenure
-from consul_backend.txn import DeleteTree, Set
+from consul_backend.txn import CheckIndex, DeleteTree, Set
 
 log = logging.getLogger("core.chunks")
 
@@ -106,12 +106,14 @@ class Chunks:
         tenure: Tenure,
         lazy: LazyIndex,
         digest_of: Callable[[str], bytes | None],
+        newest: Callable[[], CheckIndex],
     ) -> None:
         self._physical = physical
         self._generation = generation
         self._tenure = tenure
         self._lazy = lazy
         self._digest_of = digest_of
+        self._newest = newest
         self.live: dict[str, str] = {}
         """Names of chunks by logical key, as far as known."""
         self._writing: set[str] = set()
@@ -182,9 +184,8 @@ class Chunks:
             await self._sweep()
             self.swept = True
         while self._doomed:
-            await fenced_idempotent(
-                self._physical, self._tenure, [DeleteTree(chunk_prefix(self._generation, self._doomed[0]))]
-            )
+            doomed = DeleteTree(chunk_prefix(self._generation, self._doomed[0]))
+            await fenced_idempotent(self._physical, self._tenure, [doomed], self._newest())
             self._doomed.popleft()
 
     async def _sweep(self) -> None:

@@ -1,7 +1,8 @@
-"""Transactions without a WAL record (flush, collection, rebuild, dropping a generation) and their two guards.
+"""Transactions without a WAL record (flush, collection, rebuild, dropping a generation) and their guards.
 
 Such a transaction carries ``check-session`` on the lock *and* ``check-index`` on the epoch key: without a record there
-is no chain check, and a session check alone is passed by an empty session on a free lock.
+is no chain check, and a session check alone is passed by an empty session on a free lock. What a tenure does beside its
+log also checks a record that it has committed: a store put back to a moment of this very tenure passes the other two.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from consul_backend.errors import Conflict, FenceLost, OpFailure, OutcomeUnknown
+from consul_backend.errors import Conflict, FenceLost, OpFailure, OutcomeUnknown, StoreWentBack
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, PhysicalStore, TxnResult
 from consul_backend.tenure import Tenure
 from consul_backend.txn import CheckIndex, CheckSession, Op
 
-GUARD_OPS = 2
+GUARD_OPS = 3
+"""At most."""
 
 _ATTEMPTS = 5
 _PAUSE_S = 0.1
@@ -25,15 +27,26 @@ def guards(tenure: Tenure) -> list[Op]:
     return [CheckSession(LOCK_KEY, tenure.session), CheckIndex(EPOCH_KEY, tenure.epoch_index)]
 
 
-async def fenced_txn(physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op]) -> TxnResult:
-    """Apply ``ops`` if ``tenure`` still leads. Raises FenceLost when it does not; Conflict, whose positions count from
-    ``ops[0]``, when another check failed; and what :meth:`PhysicalStore.txn` raises."""
+async def fenced_txn(
+    physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: CheckIndex | None = None
+) -> TxnResult:
+    """Apply ``ops`` if ``tenure`` still leads and the log still has the record that ``newest`` checks.
+
+    Raises FenceLost when the tenure has ended, StoreWentBack when only the record is gone or another; Conflict, whose
+    positions count from ``ops[0]``, when another check failed; and what :meth:`PhysicalStore.txn` raises."""
+    fence = guards(tenure)
+    before = [*fence, *([newest] if newest is not None else ())]
     try:
-        return await physical.txn([*guards(tenure), *ops])
+        return await physical.txn([*before, *ops])
     except Conflict as refusal:
-        if any(failure.op_index < GUARD_OPS for failure in refusal.failures):
+        failed = min((failure.op_index for failure in refusal.failures), default=len(before))
+        if failed < len(fence):
             raise FenceLost("the store refused a fenced transaction: this node's tenure has ended") from None
-        failures = tuple(OpFailure(failure.op_index - GUARD_OPS, failure.what) for failure in refusal.failures)
+        if failed < len(before):
+            raise StoreWentBack(
+                "the newest record is no longer in the log as it was written: the store was put back to an older state"
+            ) from None
+        failures = tuple(OpFailure(failure.op_index - len(before), failure.what) for failure in refusal.failures)
         raise Conflict(str(refusal), failures) from None
 
 
@@ -48,16 +61,18 @@ async def require_tenure(physical: PhysicalStore, tenure: Tenure) -> None:
         raise FenceLost("this node's tenure ended while it read the store")
 
 
-async def fenced_idempotent(physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op]) -> None:
+async def fenced_idempotent(
+    physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: CheckIndex | None = None
+) -> None:
     """:func:`fenced_txn` for deletions: a lost answer is followed by the same again, a few times.
 
     A late duplicate is harmless: what it deletes is never written again under this name. Raises OutcomeUnknown.
     """
     for _ in range(_ATTEMPTS - 1):
         try:
-            await fenced_txn(physical, tenure, ops)
+            await fenced_txn(physical, tenure, ops, newest)
         except OutcomeUnknown:
             await asyncio.sleep(_PAUSE_S)
         else:
             return
-    await fenced_txn(physical, tenure, ops)
+    await fenced_txn(physical, tenure, ops, newest)

@@ -226,6 +226,10 @@ class GroupCommit:
         """Whether :meth:`run` has ended."""
         return self._closed
 
+    def newest(self) -> CheckIndex:
+        """Passes as long as the log has the newest record as it was written."""
+        return CheckIndex(self._tip.key, self._tip.modify_index)
+
     @property
     def tip(self) -> Tip:
         """The newest record that the store acknowledged."""

@@ -29,6 +29,7 @@ from consul_backend.merkle_pages import (
 )
 from consul_backend.physical import Item, PhysicalStore
 from consul_backend.tenure import Tenure
+from consul_backend.txn import CheckIndex
 from consul_backend.wal import Head, Record, Write
 
 READ_AT_ONCE = 64
@@ -73,6 +74,7 @@ class Inspected:
     lazy: LazyIndex
     head: Callable[[], Head]
     oldest: Callable[[], int]
+    newest: Callable[[], CheckIndex]
     stored: Callable[[int], Awaitable[None]]
     records: Callable[[int, int], Awaitable[list[Record]]]
     commit: Callable[[Sequence[Write]], Awaitable[Head]]

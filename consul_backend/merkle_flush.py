@@ -28,7 +28,7 @@ from consul_backend.merkle_pages import ExtentTable, FlushPlan
 from consul_backend.physical import PhysicalStore
 from consul_backend.position import Position
 from consul_backend.tenure import Tenure
-from consul_backend.txn import Cas, Delete, Op, Set
+from consul_backend.txn import Cas, CheckIndex, Delete, Op, Set
 from consul_backend.wal import Head
 
 log = logging.getLogger("core.flush")
@@ -73,6 +73,7 @@ class Flusher:
         *,
         heads: HeadsTable,
         view: Callable[[], FlushView],
+        newest: Callable[[], CheckIndex],
         checkpoint: Checkpoint | None,
         checkpoint_index: int,
         interval_s: float,
@@ -85,6 +86,7 @@ class Flusher:
         self._table = table
         self._heads = heads
         self._view = view
+        self._newest = newest
         self._checkpoint_index = checkpoint_index
         self._interval_s = interval_s
         self._extents_per_s = extents_per_s
@@ -118,7 +120,7 @@ class Flusher:
             return 0
         failpoint("flush:before-send")
         try:
-            result = await fenced_txn(self._physical, self._tenure, flush.ops)
+            result = await fenced_txn(self._physical, self._tenure, flush.ops, self._newest())
             index = result.modify_index
         except Conflict:
             self._unresolved = flush

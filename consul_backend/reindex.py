@@ -163,7 +163,7 @@ async def _repair(
         if ops is None:
             break
         try:
-            await fenced_txn(parts.physical, parts.tenure, ops)
+            await fenced_txn(parts.physical, parts.tenure, ops, parts.newest())
         except (Conflict, OutcomeUnknown):
             continue  # looked at anew
         except TooLarge:
@@ -205,7 +205,7 @@ async def _give_up(parts: Inspected, finding: Finding, options: ReindexOptions, 
     item = await parts.physical.get(finding.where, consistent=True)
     if item is not None:
         try:
-            await fenced_txn(parts.physical, parts.tenure, _put_aside(parts, finding.key, item))
+            await fenced_txn(parts.physical, parts.tenure, _put_aside(parts, finding.key, item), parts.newest())
             report.quarantined += 1
         except (Conflict, OutcomeUnknown, TooLarge):
             report.unresolved += 1

@@ -109,7 +109,8 @@ class ReplicatedStore:
             random_bytes=random_bytes,
             on_commit=self._on_commit,
         )
-        self._chunks = Chunks(physical, generation, tenure, recovered.lazy, self.forest.digest_of)
+        newest = self._group_commit.newest
+        self._chunks = Chunks(physical, generation, tenure, recovered.lazy, self.forest.digest_of, newest)
         self._large = LargeBatches(
             physical,
             generation,
@@ -130,6 +131,7 @@ class ReplicatedStore:
             self._table,
             heads=recovered.heads,
             view=self._flush_view,
+            newest=newest,
             checkpoint=recovered.checkpoint,
             checkpoint_index=recovered.checkpoint_index,
             interval_s=options.flush_interval_s,
@@ -141,6 +143,7 @@ class ReplicatedStore:
             tenure,
             facts=self._retention_facts,
             gone=self._segment_gone,
+            newest=newest,
             interval_s=options.collect_interval_s,
         )
 
@@ -214,6 +217,7 @@ class ReplicatedStore:
             self._lazy,
             head=lambda: self.head,
             oldest=lambda: self.oldest_index,
+            newest=self._group_commit.newest,
             stored=lambda index: self._flusher.stored(index),
             records=self.records,
             commit=self.commit,

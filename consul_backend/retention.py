@@ -19,7 +19,7 @@ from consul_backend.failpoint import failpoint
 from consul_backend.fenced import fenced_idempotent
 from consul_backend.physical import PhysicalStore
 from consul_backend.tenure import Tenure
-from consul_backend.txn import DeleteTree
+from consul_backend.txn import CheckIndex, DeleteTree
 from consul_backend.wal import segment_prefix
 
 log = logging.getLogger("core.retention")
@@ -85,6 +85,7 @@ class Collector:
         *,
         facts: Callable[[], RetentionFacts],
         gone: Callable[[int], None],
+        newest: Callable[[], CheckIndex],
         interval_s: float,
     ) -> None:
         self._physical = physical
@@ -92,14 +93,15 @@ class Collector:
         self._tenure = tenure
         self._facts = facts
         self._gone = gone
+        self._newest = newest
         self._interval_s = interval_s
         self._doomed: deque[int] = deque()
         self.collected = 0
         self.failures = 0
 
     async def collect(self) -> int:
-        """Delete what may go; returns how many segments. Raises FenceLost, Unavailable, PermissionDenied,
-        OutcomeUnknown."""
+        """Delete what may go; returns how many segments. Raises FenceLost, StoreWentBack, Unavailable,
+        PermissionDenied, OutcomeUnknown."""
         for segment in collectable(self._facts()):
             self._gone(segment)
             self._doomed.append(segment)
@@ -108,7 +110,7 @@ class Collector:
             # In order and one after the other: a hole in the log would be damage to whoever recovers next.
             failpoint("collect:before-send")
             prefix = segment_prefix(self._generation, self._doomed[0])
-            await fenced_idempotent(self._physical, self._tenure, [DeleteTree(prefix)])
+            await fenced_idempotent(self._physical, self._tenure, [DeleteTree(prefix)], self._newest())
             failpoint("collect:after-reply")
             self._doomed.popleft()
             self.collected += 1

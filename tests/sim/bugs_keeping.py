@@ -33,7 +33,7 @@ from consul_backend.replicated import ReplicatedStore
 from consul_backend.roll_forward import LargeBatches
 from consul_backend.tenure import Tenure
 from consul_backend.testing import SimulatedStore
-from consul_backend.txn import Op
+from consul_backend.txn import CheckIndex, Op
 from consul_backend.value_cache import ValueCache
 from consul_backend.wal_reader import RecordRing
 from tests.sim.bugs import bug
@@ -215,7 +215,9 @@ def check_of_a_deposed_node(stack: ExitStack) -> None:
     async def trust(physical: PhysicalStore, tenure: Tenure) -> None:
         """Whoever asks leads."""
 
-    async def not_fenced(physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op]) -> TxnResult:
+    async def not_fenced(
+        physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: CheckIndex | None = None
+    ) -> TxnResult:
         raise Conflict("not now")
 
     stack.enter_context(patch.object(index_check, "require_tenure", trust))

@@ -18,7 +18,7 @@ from consul_backend.physical import PhysicalStore, TxnResult
 from consul_backend.read_lease import ReadLease
 from consul_backend.tenure import Tenure
 from consul_backend.testing import SimulatedStore
-from consul_backend.txn import Cas, CheckNotExists, Op, Set
+from consul_backend.txn import Cas, CheckIndex, CheckNotExists, Op, Set
 from consul_backend.wal import Head
 from tests.sim.bugs import bug
 from tests.sim.focus import (
@@ -219,7 +219,9 @@ def flush_forgets_lost_answer(stack: ExitStack) -> None:
 # -- guards of what carries no record
 
 
-async def _unguarded(physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op]) -> TxnResult:
+async def _unguarded(
+    physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: CheckIndex | None = None
+) -> TxnResult:
     return await physical.txn(list(ops))
 
 

@@ -12,6 +12,8 @@ from consul_backend.merkle import Forest
 from sidecar.replication import diff as diffing
 from sidecar.replication import protocol as wire
 from sidecar.replication.diff import SyncPlan, compare, diff_request, differing_entries, dropped_keys, range_of
+from sidecar.replication.modes import PERFORMANCE
+from sidecar.replication.shipped import Shipped
 
 PARTITIONS = ["p", "q", "ü"]
 sides = st.booleans()
@@ -25,6 +27,7 @@ class DiffMachine(RuleBasedStateMachine):
         self.primary: dict[str, bytes] = {}
         self.secondary: dict[str, bytes] = {}
         self.forests = {True: Forest(), False: Forest()}
+        self.shipped = {side: Shipped(forest, PERFORMANCE.classes) for side, forest in self.forests.items()}
         self.syncs = 0
 
     @rule(
@@ -59,28 +62,28 @@ class DiffMachine(RuleBasedStateMachine):
         self.syncs += 1
         salt = self.syncs.to_bytes(16, "big")
         request = wire.decode_diff_request(
-            wire.encode(next(item for item in diff_request(self.forests[False], salt) if item is not None))
+            wire.encode(next(item for item in diff_request(self.shipped[False], salt) if item is not None))
         )
         found = diffing.Differences(fingerprints_left=fingerprints)
-        for _ in compare(self.forests[True], request, found):
+        for _ in compare(self.shipped[True], request, found):
             pass
         reply = wire.decode_diff_reply(
             wire.encode(
-                wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, found.gone, found.cells)
+                wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, found.gone, found.cells, {})
             )
         )
-        plan = SyncPlan.of(request, reply, self.forests[False])
+        plan = SyncPlan.of(request, reply, self.shipped[False])
         puts: dict[str, bytes] = {}
-        drops = {write.key for write in plan.deletions(self.forests[False])}
-        fetches = list(plan.requests(self.forests[False], bytes_max))
+        drops = {write.key for write in plan.deletions(self.shipped[False])}
+        fetches = list(plan.requests(self.shipped[False], bytes_max))
         assert len(fetches) == 1 or bytes_max == 200, "one request holds it, so two round trips are enough"
         for names, extents in fetches:
             fetch = wire.FetchRequest(1, bytes(32), True, salt, names, extents)
             for number, extent in enumerate(extents):
                 part = range_of(fetch, extent)
-                wanted, extra = differing_entries(self.forests[True], salt, part, extent.ids)
-                puts |= {f"r/{part.partition}/{path}": self.primary[f"r/{part.partition}/{path}"] for path in wanted}
-                drops |= set(dropped_keys(self.forests[False], fetch, wire.Entries([], [(number, extra)], number)))
+                wanted, extra = differing_entries(self.shipped[True], salt, part, extent.ids)
+                puts |= {f"{part.partition}/{path}": self.primary[f"{part.partition}/{path}"] for path in wanted}
+                drops |= set(dropped_keys(self.shipped[False], fetch, wire.Entries([], [(number, extra)], number)))
         differing = {key for key, digest in self.primary.items() if self.secondary.get(key) != digest}
         assert set(puts) == differing
         assert drops - set(puts) == set(self.secondary) - set(self.primary)

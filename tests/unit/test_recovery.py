@@ -437,18 +437,20 @@ async def test_another_segment_size_is_refused(cluster):
 # -- flushing
 
 
-async def test_a_flush_is_fenced_twice_and_chained(cluster):
+async def test_a_flush_is_fenced_and_chained(cluster):
     async with fill(cluster, 3) as store:
         await store.flush()
         before = await cluster.inner.get(checkpoint_key(GENERATION))
         await store.commit([Write(key("a"), b"")])
         await store.flush()
         ops = cluster.physical.txns[-1]
-        assert ops[:2] == (
+        newest = record_key(GENERATION, store.head.index, OPTIONS.segment_records)
+        assert ops[:3] == (
             CheckSession(LOCK_KEY, store.tenure.session),
             CheckIndex(EPOCH_KEY, store.tenure.epoch_index),
+            CheckIndex(newest, (await cluster.inner.get(newest)).modify_index),
         )
-        assert (ops[2].key, ops[2].index) == (checkpoint_key(GENERATION), before.modify_index)
+        assert (ops[3].key, ops[3].index) == (checkpoint_key(GENERATION), before.modify_index)
         checkpoint = decode_checkpoint(GENERATION, (await cluster.inner.get(checkpoint_key(GENERATION))).value)
         assert (checkpoint.head_index, checkpoint.head_hash) == (store.head.index, store.head.chain_hash)
 
@@ -466,6 +468,19 @@ async def test_a_deposed_node_neither_flushes_nor_collects(cluster, write, lost)
             await damage(cluster, [Set(EPOCH_KEY, b"99")])
         with pytest.raises(FenceLost):
             await (store.flush() if write == "flush" else store.collect())
+
+
+@pytest.mark.parametrize("write", ["flush", "collect"])
+async def test_upkeep_of_a_log_that_is_no_longer_the_one_written_stops(cluster, write):
+    """As after a snapshot from within this very tenure: session and epoch pass, the newest record is gone."""
+    async with fill(cluster, 40) as store:
+        await store.flush()
+        await store.commit([Write(key("a"), b"")])
+        before = await cluster.inner.get(checkpoint_key(GENERATION))
+        await damage(cluster, [Delete(record_key(GENERATION, store.head.index, OPTIONS.segment_records))])
+        with pytest.raises(StoreWentBack, match="put back to an older state"):
+            await (store.flush() if write == "flush" else store.collect())
+        assert await cluster.inner.get(checkpoint_key(GENERATION)) == before
 
 
 @pytest.mark.parametrize("fate", ["lose-before", "lose-after", "late"])
