@@ -9,11 +9,12 @@ forwards the request to the primary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from plugin_api.errors import Irrevocable
+from plugin_api.description import PathDescription
+from plugin_api.errors import Irrevocable, NotFound
 from plugin_api.request import IssuedLease, Lease, Request, Response
 from plugin_api.storage import Storage
 
@@ -32,12 +33,19 @@ class MountInfo:
     max_lease_ttl_s: int = 2764800
 
 
+async def _no_passwords(policy: str) -> str:
+    raise NotFound("no password policy of this name")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineContext:
     """What an engine is given. ``now`` returns unix seconds. ``local_storage`` reaches DR secondaries only.
 
     ``writable`` tells whether ``storage`` may be written here; False on a performance secondary, where the answer of a
     read-modify-write must come from the primary's copy and not from this cluster's, which may be behind.
+
+    ``generate_password`` makes a password by the operator's policy of the given name. Raises NotFound for a name that
+    is no policy.
     """
 
     mount: MountInfo
@@ -45,6 +53,7 @@ class EngineContext:
     local_storage: Storage
     now: Callable[[], float]
     writable: Callable[[], bool] = lambda: True
+    generate_password: Callable[[str], Awaitable[str]] = _no_passwords
 
 
 class Engine(ABC):
@@ -70,6 +79,16 @@ class Engine(ABC):
         difference, which counts as update."""
         return None
 
+    async def retune(self, options: Mapping[str, str]) -> list[str]:
+        """The mount's options are about to become ``options``, and a new engine object will serve with them: write what
+        that one must find; returns warnings for the operator. Raises InvalidRequest where it cannot be done."""
+        return []
+
+    async def initialize(self) -> None:
+        """Work to do once after the engine was made, in the background and only where its storage can be written.
+        Requests come before it ends. Called again after a failure, so it must bear repetition."""
+        return
+
     async def renew(self, lease: IssuedLease, increment_s: int) -> Lease | None:
         """The holder wants the secret for ``increment_s`` (0: as before) from now on: prolong it, and answer with the
         new TTL and ``internal``; None lets the sidecar grant what the lease's and the mount's maxima allow. Whatever is
@@ -94,3 +113,7 @@ class Engine(ABC):
     def help(self, path: str) -> str:
         """A line or two for ``?help=1``."""
         return ""
+
+    def describe(self) -> Sequence[PathDescription]:
+        """What can be asked of this mount, for the OpenAPI document; nothing where the engine keeps no table."""
+        return ()

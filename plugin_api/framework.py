@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from plugin_api.description import PathDescription, describe_paths
 from plugin_api.engine import Engine, EngineContext
 from plugin_api.errors import InvalidRequest, ReadOnlyStorage, UnsupportedOperation, UnsupportedPath
 from plugin_api.formats import format_duration, format_time, format_time_us, parse_duration, parse_duration_s
@@ -176,6 +177,9 @@ class PathEngine(Engine):
         except UnsupportedPath:
             return ""
 
+    def describe(self) -> Sequence[PathDescription]:
+        return describe_paths(self._paths)
+
     def _route(self, path: str) -> tuple[Path, re.Match[str]]:
         for candidate in self._paths:
             match = candidate.regex.fullmatch(path)
@@ -215,9 +219,9 @@ def _fields(path: Path, data: Mapping[str, Any], captured: Mapping[str, str]) ->
     sent = {}
     for name, spec in specs.items():
         if name in captured:
-            sent[name] = _converted(name, spec, captured[name])
+            sent[name] = converted(name, spec, captured[name])
         elif name in data:
-            sent[name] = _converted(name, spec, data[name])
+            sent[name] = converted(name, spec, data[name])
     return Fields(specs, sent)
 
 
@@ -246,7 +250,8 @@ def _warnings(path: Path, data: Mapping[str, Any], captured: Mapping[str, str]) 
     return warnings
 
 
-def _converted(name: str, spec: FieldSpec, value: Any) -> Any:
+def converted(name: str, spec: FieldSpec, value: Any) -> Any:
+    """``value`` in the type of ``spec``. Raises InvalidRequest, which names the field and never repeats the value."""
     try:
         return _CONVERTERS[spec.type](value)
     except (ValueError, OverflowError) as error:

@@ -33,7 +33,8 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call. ``path`` is relative to the mount; ``data`` is the decoded body (queries merged in for reads)."""
+    """One call. ``path`` is relative to the mount; ``data`` is the decoded body (queries merged in for reads).
+    ``headers`` holds, in lower case, those that the mount's ``passthrough_request_headers`` names."""
 
     operation: Operation
     path: str
@@ -41,6 +42,7 @@ class Request:
     mount_point: str = ""
     caller: Caller = field(default_factory=Caller)
     id: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(slots=True)
@@ -90,7 +92,8 @@ class IssuedLease:
 @dataclass(slots=True)
 class Response:
     """An answer. ``data`` None and no auth, warnings or lease becomes 204. ``status`` overrides 200 (kv-v2 answers a
-    deleted version with 404 *and* data). ``lease_duration_s`` is what a client is told where there is no ``lease``."""
+    deleted version with 404 *and* data). ``lease_duration_s`` is what a client is told where there is no ``lease``. Of
+    ``headers`` those leave that the mount's ``allowed_response_headers`` names."""
 
     data: dict[str, Any] | None = None
     auth: Auth | None = None
@@ -99,6 +102,7 @@ class Response:
     lease_duration_s: int = 0
     renewable: bool = False
     status: int = 200
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 def list_response(keys: list[str]) -> Response:

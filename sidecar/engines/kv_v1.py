@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from plugin_api.errors import InvalidRequest, NotFound
 from plugin_api.framework import Fields, FieldSpec, FieldType, Path, PathEngine, parse_duration_s, writes
 from plugin_api.request import Operation, Request, Response, list_response
+from sidecar.engines import kv_upgrade
 from sidecar.engines.json_values import decode_object, encode_json
 
 _HELP = "Reads, writes, lists and deletes a secret at this path; all that is written comes back as it is."
@@ -54,7 +55,9 @@ class KVv1(PathEngine):
         prefix = request.path
         if prefix and not prefix.endswith("/"):
             prefix += "/"
-        return list_response(await self.context.storage.list(prefix))
+        names = await self.context.storage.list(prefix)
+        # The mark of an upgrade that was asked for and never came to be.
+        return list_response([name for name in names if prefix or name != kv_upgrade.FOLDER])
 
     def _lease_s(self, data: dict[str, Any]) -> int:
         """How long a reader may keep the value: its own ``ttl`` or ``lease``, if that is a duration."""
