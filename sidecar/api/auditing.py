@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from plugin_api.formats import format_time
 from sidecar.api.decoding import client_token
 from sidecar.core.audit.broker import AuditBroker, AuditFailed
 from sidecar.core.audit.entries import Record
+from sidecar.core.node_settings import NodeSettings
 from sidecar.request.call import Call, Identity
 from sidecar.request.mount_view import MountView
 from sidecar.request.types import HttpRequest, HttpResponse
@@ -64,9 +65,12 @@ class Exchange:
 class Auditor:
     """Writes the entries of one tenure's requests to ``broker``."""
 
-    def __init__(self, broker: AuditBroker, mounts: Callable[[], MountView], now: Callable[[], float]) -> None:
+    def __init__(
+        self, broker: AuditBroker, mounts: Callable[[], MountView], settings: NodeSettings, now: Callable[[], float]
+    ) -> None:
         self._broker = broker
         self._mounts = mounts
+        self._settings = settings
         self._now = now
 
     @property
@@ -79,7 +83,8 @@ class Auditor:
         if _is_exempt(call.path):
             return
         call.audited = False
-        await self._broker.write(self._record(_of_call(call), call, size_bytes=call.body_bytes))
+        fields = _of_call(call) | self._headers(call.headers)
+        await self._broker.write(self._record(fields, call, size_bytes=call.body_bytes))
         call.audited = True
 
     async def response(self, exchange: Exchange, response: HttpResponse) -> None:
@@ -92,6 +97,7 @@ class Auditor:
             raise AuditFailed  # the answer is that very refusal; trying again would only take as long again
         shown, status, error = await _shown(response)
         fields = _of_call(call) if call is not None else _of_request(exchange)
+        fields |= self._headers(exchange.request.headers)
         size_bytes = (call.body_bytes if call is not None else 0) + len(response.body)
         record = self._record(fields, call, response=shown, status=status, error=error, size_bytes=size_bytes)
         if call is None or call.audited is None:
@@ -99,6 +105,12 @@ class Auditor:
                 self._record(fields, call, status=status, error=error, size_bytes=size_bytes),
             )
         await self._broker.write(record)
+
+    def _headers(self, sent: Mapping[str, str]) -> dict[str, Any]:
+        """Those of the request's headers that operators want in the log."""
+        audited = self._settings.audited_headers
+        found = {name: [sent[name]] for name in sorted(audited) if name in sent}
+        return {"headers": found} if found else {}
 
     def _record(
         self,
@@ -127,6 +139,7 @@ class Auditor:
             error=error,
             clear_request=frozenset(entry.config.audit_non_hmac_request_keys) if entry else frozenset(),
             clear_response=frozenset(entry.config.audit_non_hmac_response_keys) if entry else frozenset(),
+            hashed_headers=frozenset(name for name, hashed in self._settings.audited_headers.items() if hashed),
             size_bytes=size_bytes,
         )
 

@@ -68,6 +68,7 @@ async def decode(request: HttpRequest, request_id: str) -> Call:
         wrap_jwt=request.headers.get("X-Vault-Wrap-Format", "").lower() == "jwt",
         forwarded_auth=request.forwarded_auth,
         body_bytes=len(request.body),
+        headers=request.headers,
     )
 
 

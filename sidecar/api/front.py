@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 
 from plugin_api.errors import InvalidRequest, PluginError
 from plugin_api.formats import format_time
-from sidecar.api import envelopes, json_codec
+from sidecar.api import cors, envelopes, json_codec
 from sidecar.api.decoding import MethodNotAllowed, client_token
 from sidecar.api.health import health_code
 from sidecar.api.init_request import init_request
@@ -29,7 +29,8 @@ from sidecar.request.types import HttpRequest, HttpResponse
 
 FEATURES = ("Performance Replication", "DR Replication")
 """What ``sys/license/features`` lists; the web UI shows its replication pages by it."""
-LOCAL_ONLY = frozenset({"sys/host-info", "sys/metrics"})
+LOCAL_ONLY = frozenset({"sys/host-info", "sys/metrics", "sys/monitor"})
+_LOCAL_ONLY_BELOW = "sys/pprof"
 _WRITE_METHODS = frozenset({"PUT", "POST"})
 
 RawHandler = Callable[[HttpRequest], Awaitable[HttpResponse]]
@@ -56,8 +57,8 @@ class Front:
         """Answer ``request``; only a defect raises."""
         try:
             raw = self._raw.get(request.path)
-            if raw is not None:
-                return await raw(request)
+            if raw is not None and not cors.is_preflight(request):
+                return await self._answered_here(raw, request)
             if request.metrics_open and request.path == "sys/metrics":
                 return self._metrics(request)
             _check_directives(request)
@@ -67,7 +68,7 @@ class Front:
             if not self._node.is_active():
                 if request.path == "sys/seal":
                     return self._seal_on_standby(request)
-                if request.path.rstrip("/") in LOCAL_ONLY:
+                if request.path.rstrip("/") in LOCAL_ONLY or request.path.startswith(_LOCAL_ONLY_BELOW):
                     # Only the active node can check a token, and another node's answer would be of another machine.
                     return _errors(400, "cannot forward local-only request")
             return await self._dispatch(request)
@@ -78,6 +79,16 @@ class Front:
             refused = _errors(answer.status, *answer.texts)
             refused.headers.extend(answer.headers())
             return refused
+
+    async def _answered_here(self, raw: RawHandler, request: HttpRequest) -> HttpResponse:
+        """For pages of other origins too, where this node leads: no other knows which may."""
+        allowed = self._node.cors()
+        refused = cors.refusal(allowed, request)
+        if refused is not None:
+            return _errors(*refused)
+        response = await raw(request)
+        response.headers.update(cors.headers(allowed, request))
+        return response
 
     async def _dispatch(self, request: HttpRequest) -> HttpResponse:
         if self._node.is_active():

@@ -36,6 +36,7 @@ from sidecar.core.barrier import Barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.keys import LOCAL_KEYRING, REPLICATED_KEYRING
 from sidecar.core.metrics import METRICS
+from sidecar.core.node_settings import Cors
 from sidecar.core.operation_tokens import OperationTokens
 from sidecar.core.policies import PolicyStore
 from sidecar.core.store_view import LogicalStore, SealedStore
@@ -75,6 +76,11 @@ class MirrorService:
         self._policies = PolicyStore(self._sealed, lambda: False)
         self._tokens = OperationTokens(self._sealed, self._policies, now, random_bytes)
         self._routes = self._table(OperationTokenGeneration(self._sealed, self._tokens, random_bytes))
+
+    @property
+    def cors(self) -> Cors:
+        """No page of another origin: clients have no business here."""
+        return Cors()
 
     def _table(self, generation: OperationTokenGeneration) -> list[Route]:
         read, update = Operation.READ, Operation.UPDATE

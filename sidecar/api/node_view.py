@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from sidecar.core.node_settings import Cors
 from sidecar.core.seals import Sealer
 from sidecar.request.types import HttpRequest, HttpResponse
 
@@ -149,6 +150,9 @@ class NodeView(Protocol):
 
     async def step_down(self) -> None:
         """Start to give up leadership and return; a no-op without HA. Same rule as :meth:`seal`."""
+
+    def cors(self) -> Cors:
+        """Which pages of other origins may call; disabled on a node that does not lead."""
 
     def is_active(self) -> bool:
         """Whether :meth:`dispatch` runs requests here."""

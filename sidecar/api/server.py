@@ -7,11 +7,12 @@ time. A body is refused by its announced length before a byte of it is read.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import ssl
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -33,7 +34,7 @@ log = logging.getLogger("http")
 
 JSON_TYPE = "application/json"
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE", "LIST"})
-_METHODS = _BODY_METHODS | {"GET", "HEAD"}
+_METHODS = _BODY_METHODS | {"GET", "HEAD", "OPTIONS"}
 # Set by hops inside the cluster, never by a client: what the cluster port knows travels in its own frame.
 _INTERNAL_PREFIX = "x-vault-internal-"
 _SHUTDOWN_TIMEOUT_S = 2.0
@@ -144,6 +145,8 @@ class ApiServer:
             message = self._message(request, path, query, body, address)
             async with time_limit(self._limits.request_timeout_s):
                 answer = await self._handler(message)
+            if answer.stream is not None:
+                return await _streamed(request, answer, answer.stream)
             return _to_web(answer)
         except paths.PathRefused:
             return _error(400)
@@ -255,13 +258,36 @@ async def _continue(request: web.BaseRequest) -> None:
     request.writer.output_size = 0
 
 
+async def _streamed(
+    request: web.BaseRequest, answer: HttpResponse, pieces: AsyncGenerator[bytes]
+) -> web.StreamResponse:
+    """Send pieces as they come, until there are no more or the client has left."""
+    response = web.StreamResponse(status=answer.status, reason=_reason(answer.status), headers=_headers(answer))
+    response.force_close()
+    with suppress(ConnectionError):
+        await response.prepare(request)
+        async with contextlib.aclosing(pieces) as open_pieces:
+            async for piece in open_pieces:
+                if request.transport is None or request.transport.is_closing():
+                    break
+                if piece:
+                    await response.write(piece)
+        await response.write_eof()
+    return response
+
+
 def _to_web(answer: HttpResponse) -> web.Response:
+    headers = _headers(answer)
+    return web.Response(status=answer.status, reason=_reason(answer.status), body=answer.body, headers=headers)
+
+
+def _headers(answer: HttpResponse) -> CIMultiDict[str]:
     headers = CIMultiDict(answer.headers)
     # On every answer, also an empty one: clients compare the content type by equality.
     headers.setdefault("Content-Type", JSON_TYPE)
     headers.setdefault("Cache-Control", "no-store")
     headers["Server"] = SERVER_NAME
-    return web.Response(status=answer.status, reason=_reason(answer.status), body=answer.body, headers=headers)
+    return headers
 
 
 def _error(status: int, *texts: str) -> web.Response:

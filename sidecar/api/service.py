@@ -9,35 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from multidict import CIMultiDict
 
 from consul_backend.errors import BackendError
-from plugin_api.errors import InvalidRequest, PermissionDenied, PluginError, ReadOnlyStorage, Unavailable
-from plugin_api.formats import format_time
-from sidecar.api import envelopes, json_codec
+from plugin_api.errors import PermissionDenied, PluginError, ReadOnlyStorage, Unavailable
+from sidecar.api import cors, envelopes, json_codec
 from sidecar.api.auditing import Auditor, Exchange
 from sidecar.api.decoding import decode
 from sidecar.api.node_view import NodeView
 from sidecar.api.replication_api import ReplicationAPI
+from sidecar.api.responding import Responder
 from sidecar.api.statuses import refusal
-from sidecar.api.sys_audit import SysAudit
-from sidecar.api.sys_core import ServiceOptions, SysBackend, SysCore
-from sidecar.api.sys_host import SysHost
-from sidecar.api.sys_leases import SysLeases
-from sidecar.api.sys_misc import SysMisc
-from sidecar.api.sys_mounts import SysMounts
-from sidecar.api.sys_policies import SysPolicies
-from sidecar.api.sys_quotas import SysQuotas
-from sidecar.api.sys_rekey import SysRekey
-from sidecar.api.sys_replication import SysReplication
-from sidecar.api.sys_seal import SysSeal
-from sidecar.api.sys_tools import SysTools
-from sidecar.api.sys_wrapping import SysWrapping
+from sidecar.api.sys_core import ServiceOptions, SysCore
+from sidecar.api.sys_table import sys_backend
 from sidecar.core.audit.registry import AuditRegistry
 from sidecar.core.barrier import Barrier
 from sidecar.core.cluster import ClusterInfo
@@ -45,7 +35,8 @@ from sidecar.core.keys import REPLICATED_KEYRING
 from sidecar.core.leasing import Leasing
 from sidecar.core.metrics import METRICS
 from sidecar.core.mounts import AUTH, SECRETS, MountTable
-from sidecar.core.operation_tokens import OperationTokens
+from sidecar.core.node_settings import Cors, NodeSettings
+from sidecar.core.password_policies import PasswordPolicies
 from sidecar.core.policies import PolicyStore
 from sidecar.core.quotas import Exceeded, Quotas
 from sidecar.core.rotation import maintain_keyrings
@@ -53,8 +44,8 @@ from sidecar.core.schedule import Schedule
 from sidecar.core.store_view import LogicalStore, SealedStore, TrackedWrites
 from sidecar.core.token_roles import TokenRoles
 from sidecar.core.version_history import VersionHistory
-from sidecar.core.wrapping import WrapInfo, Wrapping
-from sidecar.request.call import Answer, Backend, Call
+from sidecar.core.wrapping import Wrapping
+from sidecar.request.call import Backend, Call
 from sidecar.request.cubbyhole import Cubbyhole
 from sidecar.request.in_flight import RequestUnderWay
 from sidecar.request.leasing import guarded, keep_lease
@@ -86,6 +77,8 @@ _OWN_CLUSTER = (
     "sys/locked-users",
     "sys/loggers",
     "sys/metrics",
+    "sys/monitor",
+    "sys/pprof",
     "sys/rekey",
     "sys/renew",
     "sys/replication/",
@@ -137,8 +130,11 @@ class Service:
         self._tokens = tokens = self._leasing.tokens
         self._policies = PolicyStore(sealed, self._writable)
         self._wrapping = Wrapping(sealed, tokens, now, writable=self._writable)
+        self._responder = Responder(self._wrapping, options.api_addr)
         self._audit = AuditRegistry(sealed, self._writable, now, options.audit)
-        self._auditor = Auditor(self._audit.broker, lambda: self._mounts, now)
+        self._passwords = PasswordPolicies(sealed, self._writable, os.urandom)
+        self._settings = NodeSettings(sealed, self._writable)
+        self._auditor = Auditor(self._audit.broker, lambda: self._mounts, self._settings, now)
         self._pipeline = Pipeline(lambda: self._mounts.router, tokens, self._policies, self._auditor)
         self._mounts = self._mount_view(plugins or PluginRegistry.installed())
         core = SysCore(
@@ -160,7 +156,7 @@ class Service:
         )
         self._core = core
         self._quotas = Quotas(sealed, self._writable, now)
-        self._mounts.install("sys/", sys_backend(core, self._quotas))
+        self._mounts.install("sys/", sys_backend(core, self._quotas, self._settings, self._passwords))
         self._work = asyncio.Event()
         self._gone_mounts: list[str] = []
 
@@ -190,10 +186,21 @@ class Service:
             writable=self._writable,
             now=self._now,
             defaults=TtlDefaults(options.default_lease_ttl_s, options.max_lease_ttl_s),
+            generate_password=self._passwords.generate,
         )
 
     def _writable(self) -> bool:
         return self._replication is None or self._replication.is_primary_writable()
+
+    @property
+    def mounts(self) -> MountView:
+        """What is mounted."""
+        return self._mounts
+
+    @property
+    def cors(self) -> Cors:
+        """Which pages of other origins may call."""
+        return self._settings.cors
 
     @property
     def cluster(self) -> ClusterInfo:
@@ -209,6 +216,7 @@ class Service:
         self._mounts.refresh()
         await self._audit.load()
         await self._quotas.load()
+        await self._settings.load()
         self._wake()
 
     async def run(self) -> None:
@@ -263,6 +271,7 @@ class Service:
             await self._leasing.revocation.revoke_prefix(self._gone_mounts[0], sync=False)
             self._gone_mounts.pop(0)
         await self._mounts.table.purge()
+        await self._mounts.initialize()
 
     async def _tried(self, work: Callable[[], Awaitable[object]], name: str) -> bool:
         """Whether ``work`` succeeded. A store that cannot write now is for those who run it; here it is for later."""
@@ -294,14 +303,42 @@ class Service:
         await self._mounts.invalidate(keys)
         await self._audit.invalidate(keys)
         await self._quotas.invalidate(keys)
+        await self._settings.invalidate(keys)
 
     # -- a request
 
     async def handle(self, request: HttpRequest) -> HttpResponse:
         """Answer one request; errors are answers too. ``position`` of the answer is the highest WAL index that the
         request committed here."""
-        if request.forwarded_auth is None and (exceeded := self._quotas.check(request.path, request.remote_address)):
-            return _over_quota(request, exceeded)
+        if cors.concerns(self.cors, request):
+            return await self._cross_origin(request)
+        return await self._counted(request)
+
+    async def _cross_origin(self, request: HttpRequest) -> HttpResponse:
+        refused = cors.refusal(self.cors, request)
+        if refused is not None:
+            return _json(refused[0], envelopes.errors((refused[1],)))
+        response = HttpResponse(204) if cors.is_preflight(request) else await self._counted(request)
+        response.headers.update(cors.headers(self.cors, request))
+        return response
+
+    async def _counted(self, request: HttpRequest) -> HttpResponse:
+        limited = request.forwarded_auth is None
+        if limited and (exceeded := self._quotas.check(request.path, request.remote_address)):
+            return await self._over_quota(request, exceeded)
+        response = await self._run(request)
+        if limited and self._quotas.config.show_headers:
+            response.headers.update(self._quotas.headers(request.path, request.remote_address))
+        return response
+
+    async def _over_quota(self, request: HttpRequest, exceeded: Exceeded) -> HttpResponse:
+        response = _over_quota(request, exceeded)
+        response.headers.update(self._quotas.headers(request.path, request.remote_address))
+        if self._quotas.config.audit_refused and self._auditor.enabled:
+            return await self._audited(Exchange(request, str(uuid.uuid4())), response)
+        return response
+
+    async def _run(self, request: HttpRequest) -> HttpResponse:
         exchange = Exchange(request, str(uuid.uuid4()))
         in_flight = self._core.in_flight
         in_flight.begin(exchange.id, RequestUnderWay(request.method, request.path, request.remote_address, self._now()))
@@ -336,7 +373,7 @@ class Service:
                 answer = await self._pipeline.run(call)
             except ReadOnlyStorage:
                 return await self._forwarded(request, call)
-            return await self._respond(call, answer)
+            return await self._responder.respond(call, answer)
         except Exception as error:  # the edge: every error becomes an answer, and a defect is logged with its trace
             return _refused(error, exchange.id)
 
@@ -350,76 +387,10 @@ class Service:
             # The primary leaves this to us: a wrapping token of its own would be worth nothing here.
             envelope = json_codec.decode_object(response.body)
             auth = envelope.get("auth") or {}
-            return await self._wrapped(call, envelope, call.wrap_ttl_s, accessor=str(auth.get("accessor", "")))
-        return response
-
-    async def _respond(self, call: Call, answer: Answer) -> HttpResponse:
-        if answer.plain is not None:
-            return HttpResponse(answer.status, CIMultiDict({"Content-Type": answer.content_type}), answer.plain)
-        if answer.raw is not None:
-            return _json(answer.status, answer.raw)
-        if answer.stored is not None:
-            return _json(200, {**answer.stored, "request_id": call.id})
-        if answer.wrap_info is not None:
-            return _json(200, envelopes.success("", None, wrap_info=_wrap_info(answer.wrap_info)))
-        if answer.status >= 400 and answer.is_empty:
-            return _json(answer.status, envelopes.errors(()))
-        if answer.is_empty:
-            return HttpResponse(204 if answer.status == 200 else answer.status)
-        envelope = self._envelope(call, answer)
-        asked_ttl_s = 0 if call.forwarded_auth is not None else call.wrap_ttl_s
-        if answer.status >= 400 or not (asked_ttl_s or answer.wrap):
-            return _json(answer.status, envelope)
-        ttl_s = asked_ttl_s
-        if answer.wrap is not None:
-            ttl_s = min(answer.wrap.ttl_s, asked_ttl_s or answer.wrap.ttl_s)
-        return await self._wrapped(
-            call,
-            envelope,
-            ttl_s,
-            jwt=answer.wrap is not None and answer.wrap.jwt,
-            claims=answer.wrap.claims if answer.wrap is not None else {},
-            accessor=str((answer.auth or {}).get("accessor", "")),
-        )
-
-    def _envelope(self, call: Call, answer: Answer) -> dict[str, Any]:
-        return envelopes.success(
-            call.id,
-            answer.data,
-            auth=answer.auth,
-            warnings=answer.warnings,
-            lease_id=answer.lease_id,
-            lease_duration_s=answer.lease_duration_s,
-            renewable=answer.renewable,
-            mount_type=answer.mount_type,
-            path=call.path,
-        )
-
-    async def _wrapped(
-        self,
-        call: Call,
-        envelope: dict[str, Any],
-        ttl_s: int,
-        *,
-        jwt: bool = False,
-        claims: Mapping[str, Any] | None = None,
-        accessor: str = "",
-    ) -> HttpResponse:
-        try:
-            info = await self._wrapping.wrap(
-                envelope,
-                ttl_s,
-                call.path,
-                jwt=jwt or call.wrap_jwt,
-                api_addr=self._options.api_addr,
-                extra_claims=claims,
-                wrapped_accessor=accessor,
+            return await self._responder.wrapped(
+                call, envelope, call.wrap_ttl_s, accessor=str(auth.get("accessor", ""))
             )
-        except ReadOnlyStorage:
-            # The request itself has been carried out: it must not be forwarded for the sake of its wrapping.
-            raise InvalidRequest("wrapping as a JWT needs a key that only the primary can make") from None
-        warnings = envelope.get("warnings") or ()
-        return _json(200, envelopes.success("", None, wrap_info=_wrap_info(info), warnings=warnings))
+        return response
 
 
 def _is_own_clusters(path: str) -> bool:
@@ -427,43 +398,12 @@ def _is_own_clusters(path: str) -> bool:
 
 
 def _over_quota(request: HttpRequest, exceeded: Exceeded) -> HttpResponse:
-    """Decided by path and address alone: nothing of the request was decoded, nothing is entered in the audit log."""
+    """Decided by path and address alone: nothing of the request was decoded."""
     METRICS.increment("quota.rate_limit.violation", name=exceeded.quota)
     text = f'request path "{request.path}": rate limit quota exceeded'
     response = _json(429, envelopes.errors((text,)))
     response.headers["Retry-After"] = str(exceeded.retry_after_s)
     return response
-
-
-def sys_backend(core: SysCore, quotas: Quotas) -> SysBackend:
-    """The table of every ``sys/`` endpoint that needs a tenure."""
-    parts = (
-        SysReplication(core, OperationTokens(core.sealed, core.policies, core.now, core.random_bytes)),
-        SysAudit(core),
-        SysMounts(core),
-        SysLeases(core),
-        SysPolicies(core),
-        SysWrapping(core),
-        SysSeal(core),
-        SysRekey(core),
-        SysRekey(core, recovery=True),
-        SysHost(core),
-        SysTools(core),
-        SysQuotas(core, quotas),
-        SysMisc(core),
-    )
-    return SysBackend(route for part in parts for route in part.routes())
-
-
-def _wrap_info(info: WrapInfo) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "token": info.token,
-        "accessor": info.accessor,
-        "ttl": info.ttl_s,
-        "creation_time": format_time(info.creation_time_s),
-        "creation_path": info.creation_path,
-    }
-    return fields | ({"wrapped_accessor": info.wrapped_accessor} if info.wrapped_accessor else {})
 
 
 def _json(status: int, body: dict[str, Any]) -> HttpResponse:

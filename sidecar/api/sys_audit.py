@@ -10,6 +10,7 @@ from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.core.audit.table import AuditEntry
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
+from sidecar.request.route_table import BOOL, MAP, STRING, takes
 
 
 class SysAudit:
@@ -22,9 +23,20 @@ class SysAudit:
         """Rows of the table."""
         read, update, delete = Operation.READ, Operation.UPDATE, Operation.DELETE
         return [
-            Route("audit", {read: self._list}, sudo=True, help="Audit devices by path."),
-            Route("audit/{path*}", {update: self._enable, delete: self._disable}, sudo=True, help="One audit device."),
-            Route("audit-hash/{path*}", {update: self._hash}, help="What a device makes of a text."),
+            Route("audit", {read: self._list}, sudo=True, help="Audit devices by path.", fields={}),
+            Route(
+                "audit/{path*}",
+                {update: self._enable, delete: self._disable},
+                sudo=True,
+                help="One audit device.",
+                fields=takes(type=STRING, description=STRING, options=MAP, local=BOOL),
+            ),
+            Route(
+                "audit-hash/{path*}",
+                {update: self._hash},
+                help="What a device makes of a text.",
+                fields=takes(input=STRING),
+            ),
         ]
 
     async def _list(self, call: Call, params: Params) -> Answer:

@@ -11,11 +11,13 @@ from plugin_api.errors import InvalidRequest, NotFound
 from plugin_api.formats import format_time
 from plugin_api.request import Operation
 from sidecar.api.host_info import host_info
+from sidecar.api.log_stream import LOG_LEVELS
 from sidecar.api.metrics_answer import metrics_answer
 from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.core.version_history import VersionHistory
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
+from sidecar.request.route_table import STRING, takes
 
 LOGGERS = (
     "audit",
@@ -29,7 +31,6 @@ LOGGERS = (
     "token",
 )
 """The top of each tree of loggers; what is below follows."""
-_LEVELS = {"trace": 5, "debug": 10, "notice": 20, "info": 20, "warn": 30, "warning": 30, "error": 40, "err": 40}
 _NAMES = {5: "trace", 10: "debug", 20: "info", 30: "warn", 40: "error"}
 
 
@@ -44,13 +45,34 @@ class SysHost:
         """Rows of the table."""
         read, update, delete, listing = Operation.READ, Operation.UPDATE, Operation.DELETE, Operation.LIST
         return [
-            Route("ha-status", {read: self._ha_status}, help="The nodes of this cluster."),
-            Route("host-info", {read: self._host_info}, help="The machine this node runs on."),
-            Route("metrics", {read: self._metrics}, help="Counters and times of this node."),
-            Route("in-flight-req", {read: self._in_flight}, help="Requests that run at this moment."),
-            Route("version-history", {listing: self._version_history}, help="Versions that have led this cluster."),
-            Route("loggers", {read: self._levels, update: self._set_levels, delete: self._reset_levels}),
-            Route("loggers/{name}", {read: self._level, update: self._set_level, delete: self._reset_level}),
+            Route("ha-status", {read: self._ha_status}, help="The nodes of this cluster.", fields={}),
+            Route("host-info", {read: self._host_info}, help="The machine this node runs on.", fields={}),
+            Route(
+                "metrics",
+                {read: self._metrics},
+                help="Counters and times of this node.",
+                fields=takes(format=STRING),
+                content_type="text/plain",
+            ),
+            Route("in-flight-req", {read: self._in_flight}, help="Requests that run at this moment.", fields={}),
+            Route(
+                "version-history",
+                {listing: self._version_history},
+                help="Versions that have led this cluster.",
+                fields={},
+            ),
+            Route(
+                "loggers",
+                {read: self._levels, update: self._set_levels, delete: self._reset_levels},
+                help="Log levels until the process ends.",
+                fields=takes(level=STRING),
+            ),
+            Route(
+                "loggers/{name}",
+                {read: self._level, update: self._set_level, delete: self._reset_level},
+                help="One log level until the process ends.",
+                fields=takes(level=STRING),
+            ),
         ]
 
     async def _ha_status(self, call: Call, params: Params) -> Answer:
@@ -134,9 +156,9 @@ def _wanted(call: Call) -> int:
     level = Fields(call.data).string("level").lower()
     if not level:
         raise InvalidRequest("level is required")
-    if level not in _LEVELS:
+    if level not in LOG_LEVELS:
         raise InvalidRequest("invalid level provided: there are trace, debug, info, warn and error")
-    return _LEVELS[level]
+    return LOG_LEVELS[level]
 
 
 def _level_of(name: str) -> Any:

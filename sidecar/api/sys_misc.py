@@ -15,18 +15,9 @@ class SysMisc:
 
     def routes(self) -> list[Route]:
         """Rows of the table."""
-        read, listing = Operation.READ, Operation.LIST
         return [
-            Route("config/state/sanitized", {read: self._config}),
-            Route("internal/ui/namespaces", {read: self._namespaces}),
-            Route("plugins/catalog", {read: self._plugins, listing: self._plugins}, sudo=True),
+            Route("internal/ui/namespaces", {Operation.READ: self._namespaces}, help="Namespaces: the one.", fields={}),
         ]
-
-    async def _config(self, call: Call, params: Params) -> Answer:
-        return Answer(dict(self._core.options.sanitized_config))
 
     async def _namespaces(self, call: Call, params: Params) -> Answer:
         return Answer({"keys": [""]})
-
-    async def _plugins(self, call: Call, params: Params) -> Answer:
-        return Answer(self._core.mounts.plugin_types())

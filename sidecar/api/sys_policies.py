@@ -12,6 +12,7 @@ from sidecar.core.policies import ACL
 from sidecar.core.token_entry import TokenEntry
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
+from sidecar.request.route_table import LIST, STRING, takes
 
 
 class SysPolicies:
@@ -23,15 +24,40 @@ class SysPolicies:
     def routes(self) -> list[Route]:
         """Rows of the table."""
         read, update, delete, listing = Operation.READ, Operation.UPDATE, Operation.DELETE, Operation.LIST
+        text, paths = takes(policy=STRING, rules=STRING), takes(path=LIST, paths=LIST)
+        both = {read: self._list, listing: self._list}
+        legacy = {read: self._list_legacy, listing: self._list_legacy}
+        one = {read: self._read, update: self._write, delete: self._delete}
+        legacy_one = {**one, read: self._read_legacy}
         return [
-            Route("policies/acl", {read: self._list, listing: self._list}, help="ACL policies."),
-            Route("policies/acl/{name*}", {read: self._read, update: self._write, delete: self._delete}),
-            Route("policy", {read: self._list_legacy, listing: self._list_legacy}),
-            Route("policy/{name*}", {read: self._read_legacy, update: self._write, delete: self._delete}),
-            Route("capabilities", {update: self._capabilities}, help="What a token may do at some paths."),
-            Route("capabilities-self", {update: self._capabilities_self}),
-            Route("capabilities-accessor", {update: self._capabilities_accessor}),
-            Route("internal/ui/resultant-acl", {read: self._resultant}),
+            Route("policies/acl", both, help="ACL policies.", fields={}),
+            Route("policies/acl/{name*}", one, help="One ACL policy.", fields=text),
+            Route("policy", legacy, help="ACL policies, in the older form.", fields={}),
+            Route("policy/{name*}", legacy_one, help="One ACL policy, in the older form.", fields=text),
+            Route(
+                "capabilities",
+                {update: self._capabilities},
+                help="What a token may do at some paths.",
+                fields=paths | takes(token=STRING),
+            ),
+            Route(
+                "capabilities-self",
+                {update: self._capabilities_self},
+                help="What the caller may do at some paths.",
+                fields=paths,
+            ),
+            Route(
+                "capabilities-accessor",
+                {update: self._capabilities_accessor},
+                help="What a token may do at some paths, by its accessor.",
+                fields=paths | takes(accessor=STRING),
+            ),
+            Route(
+                "internal/ui/resultant-acl",
+                {read: self._resultant},
+                help="The caller's rules, for the web UI.",
+                fields={},
+            ),
         ]
 
     async def _list(self, call: Call, params: Params) -> Answer:

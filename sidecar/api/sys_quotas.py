@@ -9,11 +9,17 @@ import msgspec
 from plugin_api.errors import InvalidRequest, NotFound
 from plugin_api.request import Operation
 from sidecar.api.sys_core import Params, Route, SysCore
-from sidecar.core.quotas import Quotas, RateLimitQuota
+from sidecar.core.quotas import QuotaConfig, Quotas, RateLimitQuota
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
+from sidecar.request.route_table import BOOL, DURATION, LIST, STRING, takes
 
 _NAME = re.compile(r"\w(?:[\w.-]*\w)?", re.ASCII)
+
+
+_FIELDS = takes(
+    rate=STRING, path=STRING, interval=DURATION, block_interval=DURATION, role=STRING, type=STRING, inheritable=BOOL
+)
 
 
 class SysQuotas:
@@ -27,9 +33,48 @@ class SysQuotas:
         """Rows of the table."""
         read, update, delete, listing = Operation.READ, Operation.UPDATE, Operation.DELETE, Operation.LIST
         return [
-            Route("quotas/rate-limit", {listing: self._list}, help="Rate limits by name."),
-            Route("quotas/rate-limit/{name}", {read: self._read, update: self._write, delete: self._delete}),
+            Route(
+                "quotas/config",
+                {read: self._config, update: self._configure},
+                sudo=True,
+                help="Settings of all rate limits.",
+                fields=takes(
+                    rate_limit_exempt_paths=LIST,
+                    enable_rate_limit_audit_logging=BOOL,
+                    enable_rate_limit_response_headers=BOOL,
+                ),
+            ),
+            Route("quotas/rate-limit", {listing: self._list}, help="Rate limits by name.", fields={}),
+            Route(
+                "quotas/rate-limit/{name}",
+                {read: self._read, update: self._write, delete: self._delete},
+                help="One rate limit.",
+                fields=_FIELDS,
+            ),
         ]
+
+    async def _config(self, call: Call, params: Params) -> Answer:
+        config = self._quotas.config
+        return Answer(
+            {
+                "enable_rate_limit_audit_logging": config.audit_refused,
+                "enable_rate_limit_response_headers": config.show_headers,
+                "rate_limit_exempt_paths": list(config.exempt_paths),
+            }
+        )
+
+    async def _configure(self, call: Call, params: Params) -> None:
+        fields, old = Fields(call.data), self._quotas.config
+        exempt = old.exempt_paths
+        if fields.given("rate_limit_exempt_paths"):
+            exempt = tuple(path.strip("/") for path in fields.strings("rate_limit_exempt_paths"))
+        await self._quotas.configure(
+            QuotaConfig(
+                exempt_paths=exempt,
+                audit_refused=fields.boolean("enable_rate_limit_audit_logging", old.audit_refused),
+                show_headers=fields.boolean("enable_rate_limit_response_headers", old.show_headers),
+            )
+        )
 
     async def _list(self, call: Call, params: Params) -> Answer:
         names = self._quotas.names()
@@ -52,11 +97,10 @@ class SysQuotas:
             }
         )
 
-    async def _write(self, call: Call, params: Params) -> Answer | None:
+    async def _write(self, call: Call, params: Params) -> None:
         name, fields = params["name"], Fields(call.data)
         if not _NAME.fullmatch(name):
             raise InvalidRequest("invalid quota name: letters, digits, '.', '-' and '_' are allowed")
-        fields.known("name")
         if fields.string("role"):
             raise InvalidRequest("'role' is not available: a quota is decided before the request's body is read")
         if fields.string("type", "rate-limit") != "rate-limit":
@@ -76,8 +120,6 @@ class SysQuotas:
         if fields.given("inheritable"):
             changes["inheritable"] = fields.boolean("inheritable")
         await self._quotas.put(msgspec.structs.replace(quota, **changes))
-        warnings = fields.unrecognized()
-        return Answer(warnings=warnings) if warnings else None
 
     def _path(self, text: str) -> str:
         """A mount gets its slash; what is below no mount could never be asked for."""

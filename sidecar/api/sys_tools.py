@@ -13,6 +13,7 @@ from plugin_api.request import Operation
 from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
+from sidecar.request.route_table import INT, STRING, takes
 
 RANDOM_BYTES_MAX = 128 * 1024
 _SOURCES = ("platform", "seal", "all")
@@ -26,6 +27,8 @@ _FORMATS: dict[str, Callable[[bytes], str]] = {
     "base64": lambda raw: base64.b64encode(raw).decode(),
 }
 _THREAD_BYTES_MIN = 1024 * 1024
+_RANDOM = takes(bytes=INT, source=STRING, format=STRING)
+_HASH = takes(input=STRING, algorithm=STRING, format=STRING)
 
 
 class SysTools:
@@ -38,11 +41,11 @@ class SysTools:
         """Rows of the table."""
         update = Operation.UPDATE
         return [
-            Route("tools/random", {update: self._random}, help="Random bytes."),
-            Route("tools/random/{first}", {update: self._random}),
-            Route("tools/random/{source}/{bytes}", {update: self._random}),
-            Route("tools/hash", {update: self._hash}, help="A digest of some data."),
-            Route("tools/hash/{algorithm}", {update: self._hash}),
+            Route("tools/random", {update: self._random}, help="Random bytes.", fields=_RANDOM),
+            Route("tools/random/{first}", {update: self._random}, help="Random bytes.", fields=_RANDOM),
+            Route("tools/random/{source}/{bytes}", {update: self._random}, help="Random bytes.", fields=_RANDOM),
+            Route("tools/hash", {update: self._hash}, help="A digest of some data.", fields=_HASH),
+            Route("tools/hash/{algorithm}", {update: self._hash}, help="A digest of some data.", fields=_HASH),
         ]
 
     async def _random(self, call: Call, params: Params) -> Answer:

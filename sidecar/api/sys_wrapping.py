@@ -8,6 +8,7 @@ from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.request.call import Answer, Call
 from sidecar.request.errors import TokenRefused
 from sidecar.request.fields import Fields
+from sidecar.request.route_table import STRING, takes
 
 
 class SysWrapping:
@@ -19,11 +20,18 @@ class SysWrapping:
     def routes(self) -> list[Route]:
         """Rows of the table. All but ``wrap`` are open: the wrapping token must not be *used* before it is redeemed."""
         read, update = Operation.READ, Operation.UPDATE
+        token = takes(token=STRING)
         return [
             Route("wrapping/wrap", {update: self._wrap}, help="Wrap any JSON object."),
-            Route("wrapping/lookup", {read: self._lookup, update: self._lookup}, open=True),
-            Route("wrapping/unwrap", {update: self._unwrap}, open=True),
-            Route("wrapping/rewrap", {update: self._rewrap}, open=True),
+            Route(
+                "wrapping/lookup",
+                {read: self._lookup, update: self._lookup},
+                open=True,
+                help="What is known of a wrapping token.",
+                fields=token,
+            ),
+            Route("wrapping/unwrap", {update: self._unwrap}, open=True, help="What was wrapped, once.", fields=token),
+            Route("wrapping/rewrap", {update: self._rewrap}, open=True, help="A fresh wrapping token.", fields=token),
         ]
 
     async def _wrap(self, call: Call, params: Params) -> Answer:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from plugin_api.description import PathDescription
 from plugin_api.request import Caller, Operation
 from sidecar.core.policies import ACL
 from sidecar.core.token_entry import TokenEntry
@@ -39,7 +40,8 @@ class Identity:
 @dataclass(slots=True)
 class Call:
     """A decoded request. ``path`` is the full path below ``/v1/``, with a trailing slash for a list. ``identity`` is
-    set once the token was checked, also when the request is refused later. ``wrap_ttl_s`` is what the client asked
+    set once the token was checked, also when the request is refused later. ``headers`` are compared without case.
+    ``wrap_ttl_s`` is what the client asked
     for, 0 for no wrapping. ``audited``: whether the request was entered in the audit log; None while nobody tried."""
 
     operation: Operation
@@ -54,6 +56,7 @@ class Call:
     forwarded_auth: ForwardedAuth | None = None
     identity: Identity | None = None
     body_bytes: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     audited: bool | None = None
 
     @property
@@ -76,7 +79,8 @@ class Wrap:
 @dataclass(slots=True)
 class Answer:
     """What a backend answers. ``raw`` replaces the envelope by a body of its own, ``plain`` by one that is no JSON
-    object at all. ``stored`` is an unwrapped envelope, which is repeated with a new request id. ``wrap`` says that the
+    object at all and ``stream`` by one that goes on until the client leaves. ``headers`` are added to the answer's.
+    ``stored`` is an unwrapped envelope, which is repeated with a new request id. ``wrap`` says that the
     answer must be wrapped, ``wrap_info`` that it is. ``data`` None without auth, warnings or lease becomes 204."""
 
     data: dict[str, Any] | None = field(default=None, repr=False)
@@ -93,6 +97,8 @@ class Answer:
     mount_type: str = ""
     plain: bytes | None = field(default=None, repr=False)
     content_type: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    stream: AsyncGenerator[bytes] | None = field(default=None, repr=False)
 
     @property
     def is_empty(self) -> bool:
@@ -127,6 +133,9 @@ class Backend(Protocol):
 
     def help(self, rest: str) -> str:
         """A line or two."""
+
+    def describe(self) -> Sequence[PathDescription]:
+        """What can be asked of the mount."""
 
 
 def matches_any(patterns: tuple[str, ...], rest: str) -> bool:

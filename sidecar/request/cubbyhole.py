@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from plugin_api.description import PathDescription
 from plugin_api.errors import InvalidRequest, UnsupportedOperation, UnsupportedPath
 from plugin_api.request import Operation
 from sidecar.core.store_view import SealedStore, View
@@ -52,6 +54,10 @@ class Cubbyhole:
 
     def help(self, rest: str) -> str:
         return "Stores what only the token that wrote it can read."
+
+    def describe(self) -> Sequence[PathDescription]:
+        operations = (Operation.READ, Operation.UPDATE, Operation.DELETE, Operation.LIST)
+        return [PathDescription("{path}", operations, {"path": ".+"}, help=self.help(""), free_form=True)]
 
     def _view(self, call: Call) -> View:
         entry = call.known.entry

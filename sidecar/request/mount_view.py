@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from plugin_api.description import PathDescription
 from plugin_api.engine import Engine, EngineContext, MountInfo
 from plugin_api.errors import PluginError, Unavailable
 from plugin_api.request import Auth, Caller, Lease, Operation, Request, Response
@@ -80,6 +81,7 @@ class EngineBackend:
     def __init__(self, entry: MountEntry, engine: Engine, hooks: Hooks) -> None:
         self.entry = entry
         self.engine = engine
+        self.initialized = False
         self._hooks = hooks
         self._running = 0
         self._closed = False
@@ -151,6 +153,7 @@ class EngineBackend:
         if response.auth is not None:
             if self.entry.table != AUTH or response.status >= 400 or response.lease is not None:
                 raise PluginError("the engine answered with a login where none can be")
+            response.auth.token_type = _token_type(self.entry.config.token_type, response.auth.token_type)
             issued = await self._hooks.log_in(call, mount, response.auth)
             answer.auth = issued.auth
             answer.warnings = [*response.warnings, *issued.warnings]
@@ -165,6 +168,18 @@ class EngineBackend:
     def help(self, rest: str) -> str:
         return self.engine.help(rest)
 
+    def describe(self) -> Sequence[PathDescription]:
+        engine = self.engine
+        return [
+            replace(
+                one,
+                # A parameter stands for some name; which one makes no difference to these patterns.
+                open=matches_any(engine.unauthenticated, one.template),
+                sudo=matches_any(engine.sudo, one.template),
+            )
+            for one in engine.describe()
+        ]
+
     def _request(self, call: Call, rest: str) -> Request:
         # A call without an identity is a login, of which no more is known than where it came from.
         known = call.identity
@@ -175,6 +190,7 @@ class EngineBackend:
             mount_point=self.entry.full_path,
             caller=known.caller if known is not None else Caller(remote_address=call.remote_address),
             id=call.id,
+            headers=_passed_headers(self.entry.config.passthrough_request_headers, call.headers),
         )
 
     def _answer(self, response: Response) -> Answer:
@@ -185,7 +201,30 @@ class EngineBackend:
             renewable=response.renewable,
             status=response.status,
             mount_type=self.entry.type,
+            headers=self._allowed_headers(response),
         )
+
+    def _allowed_headers(self, response: Response) -> dict[str, str]:
+        allowed = {name.lower() for name in self.entry.config.allowed_response_headers}
+        return {name: value for name, value in response.headers.items() if name.lower() in allowed}
+
+
+def _token_type(of_mount: str, of_login: str) -> str:
+    """What a login makes: the mount's ``service`` and ``batch`` decide, its defaults count where the login leaves it
+    open."""
+    if of_mount in ("service", "batch"):
+        return of_mount
+    return of_mount if of_mount and of_login in ("", "default") else of_login
+
+
+_NEVER_PASSED = ("authorization", "cookie", "proxy-authorization")
+
+
+def _passed_headers(wanted: Iterable[str], headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of a request that a mount may see. What proves who the caller is never reaches an engine."""
+    names = [name.lower() for name in wanted]
+    passed = [name for name in names if name not in _NEVER_PASSED and not name.startswith("x-vault-")]
+    return {name: headers[name] for name in passed if name in headers}
 
 
 class BrokenMount:
@@ -214,6 +253,9 @@ class BrokenMount:
     def help(self, rest: str) -> str:
         return ""
 
+    def describe(self) -> Sequence[PathDescription]:
+        return ()
+
 
 class MountView:
     """Owns the engines of a tenure. ``built_in`` are the backends at fixed paths, there whatever the tables say."""
@@ -229,7 +271,9 @@ class MountView:
         writable: Callable[[], bool],
         now: Callable[[], float],
         defaults: TtlDefaults,
+        generate_password: Callable[[str], Awaitable[str]],
     ) -> None:
+        self._generate_password = generate_password
         self.table = table
         self._sealed = sealed
         self._plugins = plugins
@@ -277,6 +321,31 @@ class MountView:
         self._mounted, self._by_path = mounted, by_path
         self._router = Router({**routes, **self._built_in})
 
+    async def prepare_options(self, entry: MountEntry, options: Mapping[str, str]) -> list[str]:
+        """Ask the engine of ``entry`` whether it can serve with ``options`` from now on; what it wants to tell.
+        Raises InvalidRequest, and what the engine's storage raises."""
+        backend = self._mounted.get(entry.uuid)
+        return await backend.engine.retune(options) if isinstance(backend, EngineBackend) else []
+
+    async def initialize(self) -> None:
+        """Let engines that were made since do what they must in the background. Raises what their storage raises: to
+        be repeated then."""
+        for mount_uuid, backend in list(self._mounted.items()):
+            if not isinstance(backend, EngineBackend) or backend.initialized:
+                continue
+            if not backend.entry.local and not self._writable():
+                continue
+            await backend.engine.initialize()
+            if self._mounted.get(mount_uuid) is backend:
+                backend.initialized = True
+
+    def reload(self, type_name: str, paths: Collection[str]) -> None:
+        """Make new engines for the mounts of ``type_name`` or at ``paths``: whatever they held in memory is gone."""
+        for mount_uuid, backend in list(self._mounted.items()):
+            if backend.type_name == type_name or backend.entry.full_path in paths:
+                del self._mounted[mount_uuid]
+        self.refresh()
+
     def engine(self, mount_uuid: str) -> Engine | None:
         """The engine of a mount, None where none is mounted or it could not be loaded."""
         backend = self._mounted.get(mount_uuid)
@@ -313,7 +382,11 @@ class MountView:
         if entry.local:
             # Both storages of a local mount are of one class: folders keep them apart.
             main, local = (View(self._sealed, "l", entry.uuid, folder) for folder in ("main/", "local/"))
-            return EngineContext(mount_info(entry, self.defaults), main, local, self._now)
+            return EngineContext(
+                mount_info(entry, self.defaults), main, local, self._now, generate_password=self._generate_password
+            )
         local = View(self._sealed, "l", entry.uuid)
         shared = View(self._sealed, "r", entry.uuid, writable=self._writable)
-        return EngineContext(mount_info(entry, self.defaults), shared, local, self._now, self._writable)
+        return EngineContext(
+            mount_info(entry, self.defaults), shared, local, self._now, self._writable, self._generate_password
+        )

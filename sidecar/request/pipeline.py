@@ -17,10 +17,12 @@ from plugin_api.request import Caller, Operation
 from sidecar.core.policies import PolicyStore
 from sidecar.core.token_entry import TokenEntry
 from sidecar.core.tokens import TokenStore
+from sidecar.request import openapi
 from sidecar.request.call import Answer, Backend, Call, Identity
 from sidecar.request.errors import LoginNeedsPrimary, TokenRefused, UnknownMount
 from sidecar.request.router import Match, Router
 from sidecar.request.types import ForwardedAuth
+from sidecar.version import __version__
 
 Routes = Callable[[], Router[Backend]]
 
@@ -68,7 +70,7 @@ class Pipeline:
         if self._audit.enabled:
             await self._audit.request(call)
         if call.wants_help:
-            return Answer(raw={"help": match.target.help(match.rest), "see_also": None, "openapi": {}})
+            return _help(match)
         return _or_missing(call, await match.target.handle(call, match.rest))
 
     async def _open(self, call: Call, match: Match[Backend]) -> Answer:
@@ -149,6 +151,13 @@ class Pipeline:
                 remote_address=remote_address,
             ),
         )
+
+
+def _help(match: Match[Backend]) -> Answer:
+    backend = match.target
+    mount = openapi.MountDescription(match.mount, backend.type_name, tuple(backend.describe()))
+    document = openapi.document([openapi.matching(mount, match.rest)], __version__)
+    return Answer(raw={"help": backend.help(match.rest), "see_also": None, "openapi": document})
 
 
 async def _write_operation(call: Call, match: Match[Backend]) -> Operation:

@@ -6,9 +6,9 @@ Tokens are local to a cluster: nothing here is ever forwarded to a primary but w
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
-from plugin_api.errors import InvalidRequest, PermissionDenied, UnsupportedOperation, UnsupportedPath
+from plugin_api.errors import InvalidRequest, PermissionDenied
 from plugin_api.request import Operation
 from sidecar.core.metrics import METRICS
 from sidecar.core.policies import normalize_policies
@@ -19,22 +19,34 @@ from sidecar.request.auth_fields import auth_of, lookup_of
 from sidecar.request.call import Answer, Call
 from sidecar.request.errors import JoinedError
 from sidecar.request.fields import Fields
-from sidecar.request.token_roles import TokenRolePaths
-
-Handler = Callable[[Call], Awaitable[Answer | None]]
+from sidecar.request.route_table import BOOL, DURATION, INT, LIST, MAP, STRING, Params, Route, RouteBackend, takes
+from sidecar.request.token_roles import ROLE_FIELDS, TokenRolePaths
 
 TIDY_STARTED = (
     "Tidy operation successfully started. Any information from the operation will be printed to Vault's server logs."
 )
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9-]")
-_UPDATE = frozenset({Operation.CREATE, Operation.UPDATE})
-_READ_OR_UPDATE = _UPDATE | {Operation.READ}
+_CREATION = takes(
+    id=STRING,
+    policies=LIST,
+    meta=MAP,
+    no_parent=BOOL,
+    no_default_policy=BOOL,
+    renewable=BOOL,
+    ttl=DURATION,
+    lease=DURATION,
+    type=STRING,
+    explicit_max_ttl=DURATION,
+    display_name=STRING,
+    num_uses=INT,
+    period=DURATION,
+    entity_alias=STRING,
+    role_name=STRING,
+)
 
 
-class TokenPaths:
+class TokenPaths(RouteBackend):
     """The backend of the ``auth/token/`` mount. TTLs in seconds."""
-
-    type_name = "token"
 
     def __init__(
         self,
@@ -50,58 +62,79 @@ class TokenPaths:
         self._now = now
         self._default_ttl_s = default_ttl_s
         self._max_ttl_s = max_ttl_s
-        self._paths: dict[str, tuple[frozenset[Operation], Handler]] = {
-            "create": (_UPDATE, self._create),
-            "create-orphan": (_UPDATE, self._create_orphan),
-            "lookup": (_READ_OR_UPDATE, self._lookup),
-            "lookup-self": (_READ_OR_UPDATE, self._lookup_self),
-            "lookup-accessor": (_UPDATE, self._lookup_accessor),
-            "renew": (_UPDATE, self._renew),
-            "renew-self": (_UPDATE, self._renew_self),
-            "renew-accessor": (_UPDATE, self._renew_accessor),
-            "revoke": (_UPDATE, self._revoke),
-            "revoke-self": (_UPDATE, self._revoke_self),
-            "revoke-orphan": (_UPDATE, self._revoke_orphan),
-            "revoke-accessor": (_UPDATE, self._revoke_accessor),
-            "accessors": (frozenset({Operation.LIST}), self._accessors),
-            "tidy": (_UPDATE, self._tidy),
-        }
+        super().__init__("token", [*self._creating(), *self._looking(), *self._ending()])
 
-    def is_open(self, rest: str, operation: Operation) -> bool:
-        return False
+    def _creating(self) -> list[Route]:
+        update, role = Operation.UPDATE, self._role
+        return [
+            Route("create", {update: self._create}, help="A token, child of the caller's.", fields=_CREATION),
+            Route("create-orphan", {update: self._create_orphan}, help="A token without parent.", fields=_CREATION),
+            Route("create/{role}", {update: self._create_by_role}, help="A token as a role says.", fields=_CREATION),
+            Route("roles", {Operation.LIST: role}, help="Token roles.", fields={}),
+            Route(
+                "roles/{name}",
+                {Operation.READ: role, Operation.UPDATE: role, Operation.DELETE: role},
+                help="One token role.",
+                fields=ROLE_FIELDS,
+            ),
+        ]
 
-    def needs_sudo(self, rest: str) -> bool:
-        return rest.startswith(("revoke-orphan", "accessors"))
+    def _looking(self) -> list[Route]:
+        read, update, listing = Operation.READ, Operation.UPDATE, Operation.LIST
+        token, accessor, increment = takes(token=STRING), takes(accessor=STRING), takes(increment=DURATION)
+        lookup, lookup_self = self._lookup, self._lookup_self
+        return [
+            Route("lookup", {read: lookup, update: lookup}, help="What is known of a token.", fields=token),
+            Route("lookup-self", {read: lookup_self, update: lookup_self}, help="The caller's token.", fields=token),
+            Route("lookup-accessor", {update: self._lookup_accessor}, help="A token by accessor.", fields=accessor),
+            Route("accessors", {listing: self._accessors}, sudo=True, help="The accessors of all tokens.", fields={}),
+            Route("renew", {update: self._renew}, help="More time for a token.", fields=token | increment),
+            Route("renew-self", {update: self._renew_self}, help="More time for the caller.", fields=token | increment),
+            Route(
+                "renew-accessor",
+                {update: self._renew_accessor},
+                help="More time for a token, by accessor.",
+                fields=accessor | increment,
+            ),
+        ]
+
+    def _ending(self) -> list[Route]:
+        update, token, accessor = Operation.UPDATE, takes(token=STRING), takes(accessor=STRING)
+        return [
+            Route("revoke", {update: self._revoke}, help="End a token and its children.", fields=token),
+            Route("revoke-self", {update: self._revoke_self}, help="End the caller's token.", fields=token),
+            Route(
+                "revoke-orphan",
+                {update: self._revoke_orphan},
+                sudo=True,
+                help="End a token; its children live on.",
+                fields=token,
+            ),
+            Route("revoke-accessor", {update: self._revoke_accessor}, help="End a token by accessor.", fields=accessor),
+            Route("tidy", {update: self._tidy}, help="Look for what tokens left behind.", fields={}),
+        ]
 
     async def exists(self, call: Call, rest: str) -> bool | None:
         folder, _, name = rest.partition("/")
         return await self._roles.exists(name) if folder == "roles" else None
 
     async def handle(self, call: Call, rest: str) -> Answer | None:
-        folder, _, name = rest.partition("/")
-        if folder == "roles":
-            return await self._roles.handle(call, name)
-        if call.known.entry is None:
+        if rest.partition("/")[0] != "roles" and call.known.entry is None:
             raise InvalidRequest("tokens belong to one cluster: this request cannot be forwarded")
-        found = self._paths.get(rest.rstrip("/") if call.operation is Operation.LIST else rest)
-        if found is None:
-            if folder == "create" and name and call.operation in _UPDATE:
-                return await self._issue(call, orphan=False, role=await self._roles.required(name))
-            raise UnsupportedPath
-        operations, handler = found
-        if call.operation not in operations:
-            raise UnsupportedOperation
-        return await handler(call)
+        return await super().handle(call, rest)
 
-    def help(self, rest: str) -> str:
-        return "Creates, looks up, renews and revokes tokens of this cluster."
+    async def _role(self, call: Call, params: Params) -> Answer | None:
+        return await self._roles.handle(call, params.get("name", ""))
 
     # -- creating
 
-    async def _create(self, call: Call) -> Answer:
+    async def _create(self, call: Call, params: Params) -> Answer:
         return await self._issue(call, orphan=False)
 
-    async def _create_orphan(self, call: Call) -> Answer:
+    async def _create_by_role(self, call: Call, params: Params) -> Answer:
+        return await self._issue(call, orphan=False, role=await self._roles.required(params["role"]))
+
+    async def _create_orphan(self, call: Call, params: Params) -> Answer:
         return await self._issue(call, orphan=True)
 
     async def _issue(self, call: Call, *, orphan: bool, role: TokenRole | None = None) -> Answer:
@@ -115,8 +148,7 @@ class TokenPaths:
             raise InvalidRequest("root or sudo privileges required to create orphan token")
         spec = self._spec(fields, parent, role, sudo=sudo, orphan=orphan or no_parent, path=call.path)
         issued = await self._tokens.create(spec)
-        warnings = [*issued.warnings, *fields.unrecognized()]
-        return Answer(auth=auth_of(issued.entry, issued.token, self._now()), warnings=warnings)
+        return Answer(auth=auth_of(issued.entry, issued.token, self._now()), warnings=list(issued.warnings))
 
     def _spec(
         self, fields: Fields, parent: TokenEntry, role: TokenRole | None, *, sudo: bool, orphan: bool, path: str
@@ -161,49 +193,49 @@ class TokenPaths:
 
     # -- looking up
 
-    async def _lookup(self, call: Call) -> Answer:
+    async def _lookup(self, call: Call, params: Params) -> Answer:
         fields = Fields(call.data)
         token = fields.string("token")
         if not token or token == call.known.token:
-            return await self._lookup_self(call)
+            return await self._lookup_self(call, params)
         entry = await self._tokens.lookup(token)
         if entry is None:
             raise PermissionDenied("bad token")
         return Answer(lookup_of(entry, token, self._now()))
 
-    async def _lookup_self(self, call: Call) -> Answer:
+    async def _lookup_self(self, call: Call, params: Params) -> Answer:
         # From the identity, not the store: a token in its last use is gone for everybody else already.
         return Answer(lookup_of(_own(call), call.known.token, self._now()))
 
-    async def _lookup_accessor(self, call: Call) -> Answer:
+    async def _lookup_accessor(self, call: Call, params: Params) -> Answer:
         entry = await self._tokens.lookup_accessor(_required(Fields(call.data), "accessor"))
         if entry is None:
             raise PermissionDenied("invalid accessor")
         return Answer(lookup_of(entry, "", self._now()))
 
-    async def _accessors(self, call: Call) -> Answer:
+    async def _accessors(self, call: Call, params: Params) -> Answer:
         accessors = await self._tokens.list_accessors()
         return Answer({"keys": accessors}) if accessors else Answer(status=404)
 
-    async def _tidy(self, call: Call) -> Answer:
+    async def _tidy(self, call: Call, params: Params) -> Answer:
         if not self._tokens.ask_for_tidy():
             return Answer(status=202, warnings=["Tidy operation already in progress."])
         return Answer(status=202, warnings=[TIDY_STARTED])
 
     # -- renewing
 
-    async def _renew(self, call: Call) -> Answer:
+    async def _renew(self, call: Call, params: Params) -> Answer:
         fields = Fields(call.data)
         token = fields.string("token") or call.known.token
         with METRICS.timer("expire.renew-token"):
             return self._renewed(await self._tokens.renew(token, fields.duration_s("increment")), token)
 
-    async def _renew_self(self, call: Call) -> Answer:
+    async def _renew_self(self, call: Call, params: Params) -> Answer:
         increment_s = Fields(call.data).duration_s("increment")
         with METRICS.timer("expire.renew-token"):
             return self._renewed(await self._tokens.renew(call.known.token, increment_s), call.known.token)
 
-    async def _renew_accessor(self, call: Call) -> Answer:
+    async def _renew_accessor(self, call: Call, params: Params) -> Answer:
         fields = Fields(call.data)
         accessor = _required(fields, "accessor")
         with METRICS.timer("expire.renew-token"):
@@ -214,19 +246,19 @@ class TokenPaths:
 
     # -- revoking
 
-    async def _revoke(self, call: Call) -> None:
+    async def _revoke(self, call: Call, params: Params) -> None:
         await self._tokens.revoke(_required(Fields(call.data), "token"))
 
-    async def _revoke_self(self, call: Call) -> None:
+    async def _revoke_self(self, call: Call, params: Params) -> None:
         await self._tokens.revoke_entry(_own(call))
 
-    async def _revoke_orphan(self, call: Call) -> None:
+    async def _revoke_orphan(self, call: Call, params: Params) -> None:
         token = _required(Fields(call.data), "token")
         if await self._tokens.lookup(token) is None:
             raise InvalidRequest("token to revoke not found")
         await self._tokens.revoke_orphan(token)
 
-    async def _revoke_accessor(self, call: Call) -> None:
+    async def _revoke_accessor(self, call: Call, params: Params) -> None:
         accessor = _required(Fields(call.data), "accessor")
         if await self._tokens.lookup_accessor(accessor) is None:
             raise JoinedError("invalid accessor")

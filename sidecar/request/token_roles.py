@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from plugin_api.errors import InvalidRequest, NotFound, UnsupportedOperation, UnsupportedPath
+from plugin_api.framework import FieldSpec, FieldType
 from plugin_api.request import Operation
 from sidecar.core.policies import normalize_policies
 from sidecar.core.token_roles import TokenRole, TokenRoles
@@ -25,6 +26,14 @@ _DURATIONS = {
     "period_s": ("token_period", "period"),
     "explicit_max_ttl_s": ("token_explicit_max_ttl", "explicit_max_ttl"),
 }
+ROLE_FIELDS = {
+    **dict.fromkeys((*_POLICY_LISTS, *_PLAIN_LISTS, "token_bound_cidrs", "bound_cidrs"), FieldSpec(FieldType.LIST)),
+    **dict.fromkeys(_BOOLEANS, FieldSpec(FieldType.BOOL)),
+    **dict.fromkeys((name for names in _DURATIONS.values() for name in names), FieldSpec(FieldType.DURATION_S)),
+    **dict.fromkeys(("token_type", "path_suffix"), FieldSpec(FieldType.STRING)),
+    "token_num_uses": FieldSpec(FieldType.INT),
+}
+"""What a role can be written with."""
 
 
 class TokenRolePaths:
@@ -46,7 +55,8 @@ class TokenRolePaths:
             case Operation.READ:
                 return await self._read(name)
             case Operation.CREATE | Operation.UPDATE:
-                return await self._write(call, name)
+                await self._write(call, name)
+                return None
             case Operation.DELETE:
                 await self.roles.delete(name)
                 return None
@@ -69,14 +79,11 @@ class TokenRolePaths:
             raise NotFound
         return Answer(_shown(role))
 
-    async def _write(self, call: Call, name: str) -> Answer | None:
+    async def _write(self, call: Call, name: str) -> None:
         fields = Fields(call.data)
-        fields.known("name")
         role = _changed(await self.roles.get(name) or TokenRole(name), fields)
         role.check()
         await self.roles.put(role)
-        warnings = fields.unrecognized()
-        return Answer(warnings=warnings) if warnings else None
 
 
 def _changed(role: TokenRole, fields: Fields) -> TokenRole:

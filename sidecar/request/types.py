@@ -5,7 +5,7 @@ Plain values: msgspec encodes :class:`ForwardedAuth` as it stands. Nothing here 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -70,12 +70,14 @@ class AnswerLike(Protocol):
 @dataclass(slots=True)
 class HttpResponse:
     """An answer, complete. ``position`` is the highest WAL index that the request committed on the cluster that ran
-    it, 0 if it wrote nothing; the forwarder of a performance secondary stalls on it."""
+    it, 0 if it wrote nothing; the forwarder of a performance secondary stalls on it. ``stream`` goes on after ``body``
+    until the client leaves; empty pieces are pulses that are not sent."""
 
     status: int = 200
     headers: CIMultiDict[str] = field(default_factory=CIMultiDict, repr=False)
     body: bytes = field(default=b"", repr=False)
     position: int = 0
+    stream: AsyncGenerator[bytes] | None = field(default=None, repr=False)
 
 
 class Upstream(Protocol):
