@@ -53,6 +53,7 @@ from sidecar.replication.sync import Staging
 from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
 from sidecar.request.types import ForwardedAuth
 from sidecar.sealing import Opened
+from sidecar.telemetry import JSONFormatter, TextFormatter
 from sidecar.transport.forwarding import ForwardRequest, header_pairs
 from sidecar.transport.listener import ClusterListener
 
@@ -83,6 +84,7 @@ class ScopeParts:
                     directories=config.audit.directories,
                     timeout_s=config.audit.timeout_s,
                 ),
+                log_formatters={"standard": TextFormatter, "json": JSONFormatter},
                 lockout=LockoutSettings(
                     disabled=config.disable_user_lockout,
                     by_type={

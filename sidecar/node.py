@@ -24,6 +24,7 @@ from sidecar.api.node_view import (
     SealStatus,
 )
 from sidecar.core.cluster import ClusterInfo
+from sidecar.core.node_settings import Cors
 from sidecar.core.seals import Sealer
 from sidecar.forwarding import PEER_TTL_S, Heard, StandbyForwarder
 from sidecar.gauges import role_gauges
@@ -34,6 +35,10 @@ from sidecar.version import __version__
 
 class Handler(Protocol):
     """The active node's service."""
+
+    @property
+    def cors(self) -> Cors:
+        """Which pages of other origins may call."""
 
     async def handle(self, request: HttpRequest) -> HttpResponse:
         """Answer one request."""
@@ -173,6 +178,9 @@ class Node:
 
     def is_active(self) -> bool:
         return isinstance(self._role, ActiveRole)
+
+    def cors(self) -> Cors:
+        return self._role.service.cors if isinstance(self._role, ActiveRole) else Cors()
 
     async def health(self) -> NodeHealth:
         role = self._role

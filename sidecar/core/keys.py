@@ -13,7 +13,11 @@ CLUSTER = "l/core/cluster"
 PRIVATE_CLUSTER = "c/core/cluster"
 JWT_KEY = "r/core/jwtkey"
 QUOTAS = "r/quota/rate-limit/"
+QUOTA_CONFIG = "r/quota/config"
 VERSIONS = "l/core/versions/"
+CORS = "r/core/config/cors"
+AUDITED_HEADERS = "r/core/config/audited-headers"
+UI_HEADERS = "r/core/config/ui-headers"
 ROTATION = "r/core/rotation"
 # PGP messages of a rekey with a backup: they belong to the seal record, and go where it goes.
 UNSEAL_KEYS_BACKUP = "c/core/unseal-keys-backup"
@@ -23,6 +27,7 @@ RECOVERY_KEYS_BACKUP = "c/core/recovery-keys-backup"
 RAW_KEYS = frozenset({SEAL, REPLICATED_KEYRING, LOCAL_KEYRING, PRIVATE_KEYRING})
 
 POLICIES = "r/policy/acl/"
+PASSWORD_POLICIES = "r/policy/password/"  # noqa: S105 - a name, not a secret
 
 TOKEN_ROLES = "r/token/role/"  # noqa: S105 - a name, not a secret
 TOKEN_SALT = "l/token/salt"  # noqa: S105 - a name, not a secret

@@ -244,6 +244,19 @@ class MountTable:
             await self._store(tuned)
             return tuned
 
+    def check_remount(self, source: str, target: str) -> tuple[MountEntry, str]:
+        """What :meth:`remount` would move, and its new path in the table. Raises as that does."""
+        table, source, target = _remount_places(source, target)
+        entry = self.find(table, source)
+        if entry is None:
+            raise InvalidRequest(
+                f'no matching mount at "{"auth/" if table == AUTH else ""}{source.removesuffix("/")}/"'
+            )
+        self._require_removable(table, entry.path)
+        self._require_free(table, target)
+        self._require_writable(entry)
+        return entry, target
+
     async def remount(self, source: str, target: str) -> MountEntry:
         """Move a mount; its data stays in its partition. Auth mounts are named with ``auth/`` and stay auth mounts.
         Raises InvalidRequest, ReadOnlyStorage."""
@@ -252,22 +265,6 @@ class MountTable:
             moved = msgspec.structs.replace(entry, path=path)
             await self._store(moved)
             return moved
-
-    def check_remount(self, source: str, target: str) -> tuple[MountEntry, str]:
-        """What :meth:`remount` would move, and its new path in the table. Raises as that does."""
-        table = AUTH if source.startswith("auth/") else SECRETS
-        if (table == AUTH) != target.startswith("auth/"):
-            raise InvalidRequest("cannot remount between the auth and the secrets table")
-        if table == AUTH:
-            source, target = source.removeprefix("auth/"), target.removeprefix("auth/")
-        target = clean_mount_path(target)
-        entry = self.find(table, source)
-        if entry is None:
-            raise InvalidRequest(f'no matching mount at "{source.removesuffix("/")}/"')
-        self._require_removable(table, entry.path)
-        self._require_free(table, target)
-        self._require_writable(entry)
-        return entry, target
 
     def paths(self) -> set[str]:
         """The full paths of everything mounted."""
@@ -341,6 +338,16 @@ class MountTable:
 
     def _shared_mark(self, entry: MountEntry) -> list[Write]:
         return [] if entry.local else [_purge_mark("r", entry.uuid)]
+
+
+def _remount_places(source: str, target: str) -> tuple[str, str, str]:
+    """(table, path there, new path there). Raises InvalidRequest."""
+    table = AUTH if source.startswith("auth/") else SECRETS
+    if (table == AUTH) != target.startswith("auth/"):
+        raise InvalidRequest("cannot remount between the auth and the secrets table")
+    if table == AUTH:
+        source, target = source.removeprefix("auth/"), target.removeprefix("auth/")
+    return table, source, clean_mount_path(target)
 
 
 def _purge_mark(storage_class: str, mount_uuid: str) -> Write:

@@ -15,7 +15,10 @@ from typing import Any
 from plugin_api.errors import InvalidRequest
 from sidecar.hcl import Block, Body, HCLError, parse_any
 
-CAPABILITIES = frozenset({"create", "read", "update", "patch", "delete", "list", "sudo", "deny"})
+CAPABILITIES = frozenset(
+    {"create", "read", "update", "patch", "delete", "list", "sudo", "deny", "recover", "subscribe"}
+)
+"""``recover`` and ``subscribe`` are known so that newer servers' policies load; nothing here asks for them."""
 
 # The form of before capabilities: one word per rule.
 _LEGACY = {
@@ -33,6 +36,7 @@ _RULE_KEYS = frozenset(
         "required_parameters",
         "min_wrapping_ttl",
         "max_wrapping_ttl",
+        "subscribe_event_types",
         "comment",
     },
 )
@@ -130,6 +134,7 @@ def _rule(path: str, block: Block) -> Rule:
         capabilities = frozenset({"deny"})
         if "{{" in path:
             raise _error(f'path "{path}": a deny rule with a template would silently not apply')
+    _words(path, "subscribe_event_types", fields.get("subscribe_event_types", []))
     minimum, maximum = (_seconds(path, key, fields.get(key, 0)) for key in ("min_wrapping_ttl", "max_wrapping_ttl"))
     if maximum and minimum > maximum:
         raise _error(f'path "{path}": max_wrapping_ttl cannot be less than min_wrapping_ttl')

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from plugin_api.errors import InvalidRequest
-from sidecar.core.keys import QUOTAS
+from sidecar.core.keys import QUOTA_CONFIG, QUOTAS
 from sidecar.core.store_view import SealedStore, View, read_many
 
 CLIENTS_MAX = 65_536
@@ -91,6 +91,12 @@ class Limiter:
             return float(self.quota.block_interval_s)
         return (1.0 - client.left) / self._per_s
 
+    def left(self, address: str) -> tuple[int, int]:
+        """(requests that a client has left, seconds until it has all of them again), as of its last request."""
+        client = self._clients.get(address)
+        left = self._capacity if client is None else client.left
+        return int(left), math.ceil((self._capacity - left) / self._per_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Exceeded:
@@ -98,6 +104,22 @@ class Exceeded:
 
     quota: str
     retry_after_s: int
+
+
+class QuotaConfig(msgspec.Struct, frozen=True):
+    """For all quotas: paths that never count (a trailing ``*`` is a prefix), whether what was refused is entered in the
+    audit log, and whether answers say what is left."""
+
+    exempt_paths: tuple[str, ...] = ()
+    audit_refused: bool = False
+    show_headers: bool = False
+
+    def exempts(self, path: str) -> bool:
+        """Whether a request to ``path`` counts nowhere."""
+        return any(
+            path.startswith(exempt[:-1]) if exempt.endswith("*") else path.rstrip("/") == exempt.rstrip("/")
+            for exempt in self.exempt_paths
+        )
 
 
 class Quotas:
@@ -109,9 +131,13 @@ class Quotas:
         _, partition, prefix = QUOTAS.split("/", 2)
         self._view = View(sealed, "r", partition, prefix, writable)
         self._limiters: dict[str, Limiter] = {}
+        self._config_view = View(sealed, "r", partition, writable=writable)
+        self.config = QuotaConfig()
 
     async def load(self) -> None:
         """Read every quota; counting goes on where a quota did not change."""
+        config = await self._sealed.get(QUOTA_CONFIG)
+        self.config = msgspec.msgpack.decode(config, type=QuotaConfig) if config else QuotaConfig()
         names = await self._sealed.list(QUOTAS)
         raws = await read_many(self._sealed, [QUOTAS + name for name in names])
         found = [msgspec.msgpack.decode(raw, type=RateLimitQuota) for raw in raws]
@@ -123,17 +149,36 @@ class Quotas:
 
     async def invalidate(self, keys: Iterable[str]) -> None:
         """Replication changed these logical keys."""
-        if any(key.startswith(QUOTAS) for key in keys):
+        if any(key.startswith(QUOTAS) or key == QUOTA_CONFIG for key in keys):
             await self.load()
 
     def check(self, path: str, address: str) -> Exceeded | None:
         """Count a request; what it exceeds, or None if it may pass."""
-        matching = [limiter for limiter in self._limiters.values() if limiter.quota.matches(path)]
-        if not matching:
+        limiter = self._counting(path)
+        if limiter is None:
             return None
-        limiter = max(matching, key=lambda one: one.quota.specificity)
         wait_s = limiter.take(address, self._now())
         return Exceeded(limiter.quota.name, max(math.ceil(wait_s), 1)) if wait_s else None
+
+    def _counting(self, path: str) -> Limiter | None:
+        matching = [limiter for limiter in self._limiters.values() if limiter.quota.matches(path)]
+        if not matching or self.config.exempts(path):
+            return None
+        return max(matching, key=lambda one: one.quota.specificity)
+
+    def headers(self, path: str, address: str) -> dict[str, str]:
+        """What an answer tells its client of the limit and of what is left; nothing unless that is switched on."""
+        limiter = self._counting(path) if self.config.show_headers else None
+        if limiter is None:
+            return {}
+        left, reset_s = limiter.left(address)
+        limit = f"{limiter.quota.rate:g}"
+        return {"X-Ratelimit-Limit": limit, "X-Ratelimit-Remaining": str(left), "X-Ratelimit-Reset": str(reset_s)}
+
+    async def configure(self, config: QuotaConfig) -> None:
+        """Raises ReadOnlyStorage on a performance secondary."""
+        await self._config_view.put("config", msgspec.msgpack.encode(config))
+        self.config = config
 
     def get(self, name: str) -> RateLimitQuota | None:
         """The quota, or None."""

@@ -23,6 +23,7 @@ from sidecar.core.audit.options import LocalRules
 from sidecar.core.barrier import load_barrier
 from sidecar.core.init import Genesis, build_genesis
 from sidecar.core.lockout_rules import LockoutSettings
+from sidecar.core.node_settings import Cors
 from sidecar.core.seal import UnsealAttempt, combine
 from sidecar.core.seal_record import SealRecord, open_root_key
 from sidecar.core.seals import AutoSeal, Sealer, prepare
@@ -137,6 +138,9 @@ class FakeNode:
 
     async def step_down(self) -> None:
         self.asked.append("step-down")
+
+    def cors(self) -> Cors:
+        return self.service.cors if self.service is not None and self.is_active() else Cors()
 
     def is_active(self) -> bool:
         return not self.state.standby and not self.state.sealed

@@ -1,6 +1,8 @@
 """Rate-limit quotas: which one counts, how it counts, and what a client is told."""
 
 import asyncio
+import json
+from pathlib import Path
 from typing import Any
 
 import hvac
@@ -177,3 +179,35 @@ def drive_hvac(address: str, root: str) -> None:
 async def test_hvac_sets_quotas() -> None:
     async with running() as node:
         await asyncio.to_thread(drive_hvac, node.address, node.root)
+
+
+async def test_settings_of_all_quotas(tmp_path: Path) -> None:
+    async with running() as node:
+        audit = {"type": "file", "options": {"file_path": str(tmp_path / "log")}}
+        assert (await node.call("PUT", "sys/audit/file", audit)).status == 204
+        assert (await node.call("POST", "sys/quotas/rate-limit/q", {"rate": 1, "path": "auth/token"})).status == 204
+        settings = {
+            "enable_rate_limit_audit_logging": True,
+            "enable_rate_limit_response_headers": True,
+            "rate_limit_exempt_paths": ["auth/token/lookup*", "sys/x"],
+        }
+        assert (await node.call("POST", "sys/quotas/config", settings)).status == 204
+        assert (await node.call("GET", "sys/quotas/config")).data == settings
+        for _ in range(3):
+            assert (await node.call("GET", "auth/token/lookup-self")).status == 200
+        passed = await node.call("LIST", "auth/token/accessors")
+        refused = await node.call("LIST", "auth/token/accessors")
+        assert (passed.status, refused.status) == (200, 429)
+        for reply in (passed, refused):
+            assert (reply.headers["X-Ratelimit-Limit"], reply.headers["X-Ratelimit-Remaining"]) == ("1", "0")
+        lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+        assert any("429" in str(line) or "rate limit" in line.get("error", "") for line in lines)
+        assert (
+            await node.call("POST", "sys/quotas/config", {"enable_rate_limit_response_headers": False})
+        ).status == 204
+        assert (await node.call("GET", "sys/quotas/config")).data == {
+            **settings,
+            "enable_rate_limit_response_headers": False,
+        }
+        node.clock.now_s += 10
+        assert "X-Ratelimit-Limit" not in (await node.call("LIST", "auth/token/accessors")).headers

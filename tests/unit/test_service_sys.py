@@ -43,7 +43,13 @@ async def test_mounts(node: Harness) -> None:
     downgrade = await node.call("POST", "sys/mounts/secret/tune", {"options": {"version": "1"}})
     assert downgrade.status == 400
     await node.call("POST", "secret/data/a", {"data": {"x": 1}})
-    assert (await node.call("POST", "sys/remount", {"from": "secret", "to": "moved"})).status == 204
+    moved = await node.call("POST", "sys/remount", {"from": "secret", "to": "moved"})
+    status = await node.call("GET", f"sys/remount/status/{moved.data['migration_id']}")
+    assert status.data["migration_info"] == {
+        "source_mount": "secret/",
+        "target_mount": "moved/",
+        "status": "success",
+    }
     assert (await node.call("GET", "moved/data/a")).data["data"] == {"x": 1}
     assert (await node.call("GET", "secret/data/a")).status == 404
     assert (await node.call("DELETE", "sys/mounts/sys")).errors == ['cannot unmount "sys/"']

@@ -47,7 +47,8 @@ class Record:
     """One event, in clear. The members of ``auth``, ``request`` and ``response`` are named as in the entry; those that
     must be hashed are known by name. ``response`` None makes a request entry. ``status`` 400 and above says that the
     request was refused, ``error`` with which text. ``clear_request`` and ``clear_response`` name the members of data
-    that the mount leaves in clear. ``size_bytes`` tells how much work it is to format."""
+    that the mount leaves in clear, ``hashed_headers`` the request headers whose values are hashed. ``size_bytes``
+    tells how much work it is to format."""
 
     time: str
     request: Fields = field(repr=False)
@@ -57,6 +58,7 @@ class Record:
     error: str = field(default="", repr=False)
     clear_request: Set[str] = frozenset()
     clear_response: Set[str] = frozenset()
+    hashed_headers: Set[str] = frozenset()
     size_bytes: int = 0
 
 
@@ -99,6 +101,12 @@ def _request(record: Record, how: Formatting) -> dict[str, Any]:
     if token and not how.raw and token in request["path"]:
         request["path"] = request["path"].replace(token, request["client_token"])
     request["data"] = _data(request.get("data"), how, record.clear_request)
+    headers = request.get("headers")
+    if headers and not how.raw:
+        request["headers"] = {
+            name: [how.hasher.text(value) if name in record.hashed_headers else value for value in values]
+            for name, values in headers.items()
+        }
     return _present(request)
 
 

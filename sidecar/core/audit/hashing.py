@@ -1,4 +1,5 @@
-"""Values as an audit entry shows them: texts as keyed hashes, numbers and booleans as they are. Pure."""
+"""Values as an audit entry shows them: texts as keyed hashes, booleans as they are, numbers as the device wants it.
+Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ _NONE: Set[str] = frozenset()
 
 
 class Hasher:
-    """Hashes under one device's salt. The salt goes into the hash once: a copy of that state costs a third of a new
-    one, and an entry has many values."""
+    """Hashes under one device's salt; with ``numbers`` it hashes those too, as their digits. The salt goes into the
+    hash once: a copy of that state costs a third of a new one, and an entry has many values."""
 
-    __slots__ = ("_keyed",)
+    __slots__ = ("_keyed", "_numbers")
 
-    def __init__(self, salt: bytes) -> None:
+    def __init__(self, salt: bytes, *, numbers: bool = False) -> None:
+        self._numbers = numbers
         self._keyed = hmac.new(salt, digestmod="sha256")
 
     def text(self, text: str) -> str:
@@ -29,8 +31,10 @@ class Hasher:
         below a name in ``clear`` (also those of a list there)."""
         if isinstance(value, str):
             return value if name in clear else self.text(value)
-        if value is None or isinstance(value, bool | int | float):
+        if value is None or isinstance(value, bool):
             return value
+        if isinstance(value, int | float):
+            return self.text(str(value)) if self._numbers and name not in clear else value
         if isinstance(value, Mapping):
             return {str(key): self.values(item, clear, str(key)) for key, item in value.items()}
         if isinstance(value, list | tuple):

@@ -53,7 +53,7 @@ def formatting(options: Options, salt: bytes, rules: LocalRules) -> Formatting:
         if options.get(name):
             raise InvalidRequest(f'the option "{name}" is not available')
     return Formatting(
-        Hasher(salt),
+        Hasher(salt, numbers=_boolean(options, "hmac_numbers")),
         raw=_boolean(options, "log_raw"),
         hmac_accessor=_boolean(options, "hmac_accessor", default=True),
         elide_lists=_boolean(options, "elide_list_responses"),
