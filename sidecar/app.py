@@ -62,7 +62,7 @@ from sidecar.roles import RoleOptions, Roles
 from sidecar.sealing import Sealing
 from sidecar.telemetry import configure_logging, set_level
 from sidecar.transport.listener import ClusterListener
-from sidecar.version import __version__
+from sidecar.version import product, version_text
 
 log = logging.getLogger("core")
 
@@ -145,6 +145,7 @@ async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tup
             if dev is not None:
                 print_dev_banner(config, await DevServer(node, front).prepare(dev))
             await stopping.wait()
+            print(f"==> {product()} shutdown triggered", flush=True)
             log.info("shutdown triggered")
             for task in running:
                 task.cancel()
@@ -322,7 +323,7 @@ def reload_settings(
     reopen_audit: Callable[[], None],
 ) -> None:
     """SIGHUP: the audit files, the log level, and the certificates of the API listeners for new connections."""
-    print("==> Outrider reload triggered", flush=True)
+    print(f"==> {product()} reload triggered", flush=True)
     reopen_audit()
     try:
         if config_paths:
@@ -344,12 +345,12 @@ def print_banner(config: ServerConfig, storage_kind: str) -> None:
         **{f"Unix Listener {n}": each.address for n, each in enumerate(config.unix_listeners, start=1)},
         "Log Level": config.log_level,
         "Storage": storage_kind + (" (HA available)" if storage_kind == "consul" else ""),
-        "Version": f"Outrider v{__version__}",
+        "Version": version_text(),
     }
-    print("==> Outrider server configuration:\n")
+    print(f"==> {product()} server configuration:\n")
     for name, value in rows.items():
         print(f"{name:>20}: {value}")
-    print("\n==> Outrider server started! Log data will stream in below:\n", flush=True)
+    print(f"\n==> {product()} server started! Log data will stream in below:\n", flush=True)
 
 
 def _described(listener: Listener) -> str:

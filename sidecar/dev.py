@@ -16,6 +16,7 @@ from sidecar.api.node_view import InitOptions
 from sidecar.config import DevOptions, ServerConfig
 from sidecar.node import Node
 from sidecar.request.types import HttpRequest
+from sidecar.version import product
 
 _TOKEN_ID = re.compile(r"[^\s\x00-\x1f\x7f]+\Z")
 
@@ -59,7 +60,7 @@ class DevServer:
 def print_dev_banner(config: ServerConfig, secrets: DevSecrets) -> None:
     """The warning and the credentials, on standard output."""
     print(
-        f"""WARNING! dev mode is enabled! In this mode, Outrider runs entirely in-memory
+        f"""WARNING! dev mode is enabled! In this mode, {product()} runs entirely in-memory
 and starts unsealed with a single unseal key. The root token is not stored
 in a file: export it, or log in with it.
 

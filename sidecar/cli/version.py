@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from sidecar.cli.command import EXIT_OK, Call, Command
-from sidecar.version import __version__
+from sidecar.version import version_text
 
 
 def run(call: Call) -> int:
     call.at_most(0)
-    call.say(f"Outrider v{__version__}")
+    call.say(version_text())
     return EXIT_OK
 
 

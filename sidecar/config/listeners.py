@@ -22,6 +22,7 @@ from sidecar.hcl import Block
 CLUSTER_PORT_OFFSET = 1  # the cluster port is the API port plus this, unless configured
 MAX_REQUEST_SIZE_BYTES = 33554432
 UNIX_ADDRESS = "/run/vault.sock"
+OLD_TLS = {"tls10": "tls12", "tls11": "tls12"}
 _BEHAVIORS = ("use_always", "allow_authorized", "deny_unauthorized")
 _MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
 
@@ -76,7 +77,7 @@ def _listener(reader: Reader) -> Listener:
         tls_client_ca_file=reader.text("tls_client_ca_file"),
         tls_require_and_verify_client_cert=reader.boolean("tls_require_and_verify_client_cert"),
         tls_disable_client_certs=reader.boolean("tls_disable_client_certs"),
-        tls_min_version=reader.text("tls_min_version", "tls12", ("tls12", "tls13")),
+        tls_min_version=reader.text_or_newer("tls_min_version", "tls12", ("tls12", "tls13"), OLD_TLS),
         tls_max_version=reader.text("tls_max_version", "tls13", ("tls12", "tls13")),
         forwarded_for=_forwarded_for(reader),
         proxy_protocol=_proxy_protocol(reader),

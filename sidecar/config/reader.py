@@ -99,6 +99,15 @@ class Reader:
             raise self.error(name, f"must be one of {', '.join(choices)}")
         return value.lower()
 
+    def text_or_newer(self, name: str, default: str, choices: Collection[str], older: Mapping[str, str]) -> str:
+        """As :meth:`text`; a value of ``older`` counts as the one it maps to, with a warning."""
+        value = self._value(name)
+        if isinstance(value, str) and value.lower() in older:
+            newer = older[value.lower()]
+            self.warn(f'{self.place(name)}: "{name}"{self._where()}: "{value.lower()}" is too old; "{newer}" it is')
+            return newer
+        return self.text(name, default, choices)
+
     def boolean(self, name: str, default: bool = False) -> bool:
         """true and false, also as 1, 0 or in quotes, as Vault's own examples have them."""
         value = self._value(name)

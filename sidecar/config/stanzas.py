@@ -22,6 +22,7 @@ LOG_LEVEL_WORDS = ("trace", "debug", "info", "notice", "warn", "warning", "error
 LOG_FORMATS = ("standard", "json")
 PROMETHEUS_RETENTION_S = 86400.0
 
+_IN_MEMORY = ("inmem", "inmem_ha", "inmem_transactional", "inmem_transactional_ha")
 _KEY_PREFIX = re.compile(r"(?:[A-Za-z0-9_-]+/)+")
 _Storage = ConsulStorage | EmbeddedStorage | InmemStorage
 
@@ -101,18 +102,24 @@ def _read_storage(top: Reader, *, dev: bool) -> tuple[_Storage | None, ServiceRe
         reader.no_effect("consistency_mode", "lock_wait_time", "max_parallel", "session_ttl", "tls_min_version")
         reader.finish()
         return storage, registration
-    if kind == "embedded":
+    if kind in ("embedded", "file"):
         storage = EmbeddedStorage(path=reader.text("path"))
-    elif kind == "inmem":
+    elif kind in _IN_MEMORY:
         storage = InmemStorage()
+        reader.no_effect("disable_transactions", "max_value_size")
     else:
         raise ConfigError(
             f'{stanza.body.filename}:{stanza.line}: storage "{kind}" is not available; '
-            'there are "consul", "embedded" and "inmem"'
+            'there are "consul", "embedded", "file" and "inmem"'
         )
     reader.finish()
+    if kind == "file":
+        top.warn(
+            f'{stanza.body.filename}:{stanza.line}: storage "file" is the embedded store: one node, its own format in '
+            "that directory; files of another server there are neither read nor changed"
+        )
     if isinstance(storage, EmbeddedStorage) and not storage.path:
-        raise ConfigError(f'{stanza.body.filename}:{stanza.line}: storage "embedded" needs "path", a directory')
+        raise ConfigError(f'{stanza.body.filename}:{stanza.line}: storage "{kind}" needs "path", a directory')
     return storage, off
 
 

@@ -126,7 +126,7 @@ def test_help_and_unknown_commands(run):
     assert run("operator", "explode")[0] == 127
     assert run("operator")[0] == 1
     assert run("operator", "--help")[0] == 0
-    assert run("-version")[1] == run("version")[1] == "Outrider v0.1.0\n"
+    assert run("-version")[1] == run("version")[1] == "Outrider v0.1.0, Vault v1.15.0 compatible\n"
 
 
 @pytest.mark.parametrize("name", sorted(registry.COMMANDS))

@@ -176,7 +176,7 @@ def test_assigned_objects_are_blocks_as_in_hcl_1():
         ('listener "tcp" {}', 'f:1: listener "tcp" needs "tls_cert_file" (or "tls_disable = true")'),
         ('listener "tcp" { tls_disable = 1 address = "a:b:c" }', 'f:1: "address" in listener "tcp" must be host:port'),
         ('listener "tcp" { tls_disable = 1 address = "{{ GetPrivateIP }}:1" }', "must be host:port"),
-        ('listener "tcp" { tls_disable = 1 tls_min_version = "tls10" }', "must be one of tls12, tls13"),
+        ('listener "tcp" { tls_disable = 1 tls_min_version = "tls9" }', "must be one of tls12, tls13"),
         ('listener "tcp" { tls_disable = 1 proxy_protocol_behavior = "sometimes" }', "must be one of use_always"),
         (
             'listener "tcp" { tls_disable = 1 proxy_protocol_behavior = "deny_unauthorized" }',
@@ -381,6 +381,31 @@ def test_what_audit_devices_may_do_is_configured_here_alone():
 
 def test_every_exported_name_exists():
     assert all(hasattr(config, name) for name in config.__all__)
+
+
+@pytest.mark.parametrize("word", ["storage", "backend"])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("inmem", InmemStorage()),
+        ("inmem_ha", InmemStorage()),
+        ('file" { path = "/data', EmbeddedStorage("/data")),
+        ('embedded" { path = "/data', EmbeddedStorage("/data")),
+    ],
+)
+def test_storages_of_vault_that_are_kept_here_otherwise(word: str, kind: str, expected: object):
+    stanza = f'{word} "{kind}" }}' if "{" in kind else f'{word} "{kind}" {{}}'
+    loaded = load_text(f'{stanza}\nlistener "tcp" {{ tls_disable = true }}', "v.hcl")
+    assert loaded.storage == expected
+    assert bool(loaded.warnings) == kind.startswith("file")
+    assert all("embedded store" in warning for warning in loaded.warnings)
+
+
+def test_a_tls_version_that_nobody_should_speak_is_raised_with_a_warning():
+    listener = 'listener "tcp" { tls_cert_file = "c" tls_key_file = "k" tls_min_version = "tls10" }'
+    loaded = load_text('storage "inmem" {}\n' + listener)
+    assert loaded.listeners[0].tls_min_version == "tls12"
+    assert "too old" in loaded.warnings[0]
 
 
 LOCKOUT = """

@@ -1,0 +1,161 @@
+"""A client's own test suite starts ``vault`` from PATH: the same flags, signals, readiness and words must do."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import hvac
+import pytest
+
+from tests.support.cluster import ROOT, free_port
+from tests.support.http_certificates import write_certificate
+
+LAUNCHER = """#!{python}
+import sys
+from sidecar.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An environment whose PATH has a ``vault`` that is ours."""
+    for name in ("vault", "outrider"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(LAUNCHER.format(python=sys.executable))
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VAULT_", "OUTRIDER_"))}
+    return {**kept, "PATH": f"{tmp_path / 'bin'}:{kept['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+def output(environment: dict[str, str], *command: str) -> str:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize("flag", ["-version", "--version", "-v", "version"])
+def test_the_version_can_be_read_by_those_who_parse_it(environment: dict[str, str], flag: str) -> None:
+    text = output(environment, "vault", flag)
+    assert re.findall(r"Vault v([0-9.]+)", text) == ["1.15.0"]
+    assert text.split()[1].lstrip("v") == "1.15.0"
+    assert "this is Outrider v" in text
+    honest = output(environment, "outrider", flag)
+    assert honest.startswith("Outrider v")
+    assert "Vault v1.15.0 compatible" in honest
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> tuple[Path, str, str]:
+    """(a directory of configuration as people have it, the address, the certificate to trust)."""
+    port = free_port()
+    certificate, key = write_certificate(tmp_path, "127.0.0.1")
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (folder / "listener.hcl").write_text(
+        f"""listener "tcp" {{
+  tls_cert_file = "{certificate}"
+  tls_key_file  = "{key}"
+  tls_min_version = "tls10"
+  address = "127.0.0.1:{port}"
+  cluster_address = "127.0.0.1:{free_port()}"
+}}
+"""
+    )
+    (folder / "server.json").write_text(
+        '{"backend": {"inmem": {}}, "disable_mlock": true, "default_lease_ttl": "768h", "max_lease_ttl": "768h"}'
+    )
+    return folder, f"https://127.0.0.1:{port}", str(certificate)
+
+
+@pytest.fixture
+def server(
+    environment: dict[str, str], config: tuple[Path, str, str], tmp_path: Path
+) -> Iterator[subprocess.Popen[str]]:
+    folder, _, _ = config
+    extra = tmp_path / "extra.hcl"
+    extra.write_text('log_level = "debug"\n')
+    with (tmp_path / "stdout").open("w") as stdout:
+        process = subprocess.Popen(
+            ["vault", "server", f"-config={folder}", f"-config={extra}"],
+            env=environment,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ready(client: hvac.Client) -> None:
+    """As hvac's own server manager waits."""
+    for _ in range(120):
+        try:
+            client.sys.is_initialized()
+        except Exception:
+            time.sleep(0.25)
+        else:
+            return
+    raise AssertionError("the server did not answer")
+
+
+def test_a_configuration_as_it_is_starts_and_stops_like_vault(
+    server: subprocess.Popen[str], config: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    _, address, certificate = config
+    client = hvac.Client(address, verify=certificate)
+    ready(client)
+    made = client.sys.initialize(secret_shares=5, secret_threshold=3)
+    client.sys.submit_unseal_keys(made["keys"])
+    client.token = made["root_token"]
+    for _ in range(120):
+        if client.sys.read_health_status().status_code == 200:
+            break
+        time.sleep(0.25)
+    assert client.is_authenticated()
+    server.send_signal(signal.SIGHUP)
+    server.send_signal(signal.SIGTERM)
+    _, errors = server.communicate(timeout=60)
+    assert server.returncode == 0
+    printed = (tmp_path / "stdout").read_text()
+    for words in (
+        "==> Vault server configuration:",
+        "             Version: Vault v1.15.0 compatible; this is Outrider v",
+        "             Storage: inmem",
+        "==> Vault server started! Log data will stream in below:",
+        "==> Vault reload triggered",
+        "==> Vault shutdown triggered",
+    ):
+        assert words in printed, printed
+    assert "too old" in errors
+
+
+def test_the_dev_server_prints_what_scripts_look_for(environment: dict[str, str]) -> None:
+    command = ["vault", "server", "-dev", "-dev-root-token-id=root", f"-dev-listen-address=127.0.0.1:{free_port()}"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if "NOT be used in production" in line:
+                break
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        if process.stdout is not None:
+            process.stdout.close()
+    assert "WARNING! dev mode is enabled! In this mode, Vault runs entirely in-memory" in printed
+    assert "Root Token: root" in printed
+    assert re.search(r"^Unseal Key: \S+$", printed, re.MULTILINE)
+    assert "export VAULT_ADDR='http://127.0.0.1:" in printed
