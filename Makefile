@@ -4,9 +4,11 @@
 VENV    ?= .venv
 PYTHON  ?= python3
 STORAGE ?= embedded
+TARGET  ?= policy
+RUNS    ?= 1000000
 BIN     := $(VENV)/bin
 
-.PHONY: setup demo test check bench soak mutants soak-faults clean
+.PHONY: setup demo test check compatibility bench fuzz soak mutants soak-faults clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -35,6 +37,14 @@ bench: setup
 	$(BIN)/python bench/index.py
 	$(BIN)/python bench/recovery.py
 	$(BIN)/python bench/diff.py
+
+# docs/compatibility.md, from the routes and from what the tests reach
+compatibility: setup
+	$(BIN)/python scripts/compatibility.py --record
+
+# atheris on one parser: make fuzz TARGET=policy RUNS=1000000 (needs the dependency group "fuzz")
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(TARGET) -runs=$(RUNS) -max_len=512
 
 soak: setup
 	$(BIN)/python -m tests.sim --soak

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,13 +20,17 @@ STATIC = (
     ("types", ["mypy"]),
 )
 WORKERS = "2"
+ENDPOINTS = ROOT / ".cache" / "endpoints"
+FOLDER_VARIABLE = "OUTRIDER_ENDPOINTS"
+"""Where the tests note which endpoints they reach (tests/support/endpoints.py)."""
 
 
-def run(name: str, module_and_args: list[str]) -> None:
+def run(name: str, module_and_args: list[str], environment: Mapping[str, str] | None = None) -> None:
     """Run one tool as a module of this interpreter; exits with its code if it fails."""
     print(f"==> {name}", flush=True)
     started = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", *module_and_args], cwd=ROOT, check=False).returncode
+    command = [sys.executable, "-m", *module_and_args]
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **(environment or {})}, check=False).returncode
     if code != 0:
         sys.exit(code)
     print(f"    {name} passed in {time.monotonic() - started:.1f} s", flush=True)
@@ -39,7 +46,10 @@ def main(arguments: list[str]) -> None:
     print("==> a Consul to test against", flush=True)
     subprocess.run([sys.executable, "scripts/consul_binary.py"], cwd=ROOT, check=True)
     rest = [argument for argument in arguments if argument != "--static"]
-    run("tests", ["pytest", "-n", WORKERS, "--dist", "loadfile", *rest])
+    shutil.rmtree(ENDPOINTS, ignore_errors=True)
+    run("tests", ["pytest", "-n", WORKERS, "--dist", "loadfile", *rest], {FOLDER_VARIABLE: str(ENDPOINTS)})
+    if not rest:
+        run("compatibility page", ["scripts.compatibility", "--verify", str(ENDPOINTS)])
 
 
 if __name__ == "__main__":

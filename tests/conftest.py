@@ -12,8 +12,11 @@ from consul_backend.config import ConsulConfig
 from consul_backend.errors import BackendError
 from consul_backend.store import ConsulStore
 from tests.support.consul_server import ConsulServer
+from tests.support.endpoints import install_recorder
 
 ConsulStoreFactory = Callable[..., Awaitable[ConsulStore]]
+
+install_recorder()
 
 
 @pytest.fixture(scope="session")
