@@ -12,10 +12,10 @@ from consul_backend.merkle import Forest
 from sidecar.replication import diff as diffing
 from sidecar.replication import protocol as wire
 from sidecar.replication.diff import SyncPlan, compare, diff_request, differing_entries, dropped_keys, range_of
-from sidecar.replication.modes import PERFORMANCE
+from sidecar.replication.modes import DR
 from sidecar.replication.shipped import Shipped
 
-PARTITIONS = ["p", "q", "ü"]
+PARTITIONS = ["r/p", "l/q", "r/ü"]
 sides = st.booleans()
 
 
@@ -27,7 +27,7 @@ class DiffMachine(RuleBasedStateMachine):
         self.primary: dict[str, bytes] = {}
         self.secondary: dict[str, bytes] = {}
         self.forests = {True: Forest(), False: Forest()}
-        self.shipped = {side: Shipped(forest, PERFORMANCE.classes) for side, forest in self.forests.items()}
+        self.shipped = {side: Shipped(forest, DR.classes) for side, forest in self.forests.items()}
         self.syncs = 0
 
     @rule(
@@ -37,23 +37,23 @@ class DiffMachine(RuleBasedStateMachine):
         digest=st.binary(min_size=20, max_size=20),
     )
     def put(self, side: bool, partition: str, n: int, digest: bytes) -> None:
-        self._change(side, f"r/{partition}/k{n}", digest)
+        self._change(side, f"{partition}/k{n}", digest)
 
     @rule(side=sides, partition=st.sampled_from(PARTITIONS), n=st.integers(0, 400))
     def delete(self, side: bool, partition: str, n: int) -> None:
-        self._change(side, f"r/{partition}/k{n}", None)
+        self._change(side, f"{partition}/k{n}", None)
 
     @rule(partition=st.sampled_from(PARTITIONS), seed=st.integers(0, 99), count=st.integers(1, 400))
     def fill_both(self, partition: str, seed: int, count: int) -> None:
         dice = random.Random(seed)
         for n in dice.sample(range(401), count):
             digest = dice.randbytes(20)
-            self._change(True, f"r/{partition}/k{n}", digest)
-            self._change(False, f"r/{partition}/k{n}", digest)
+            self._change(True, f"{partition}/k{n}", digest)
+            self._change(False, f"{partition}/k{n}", digest)
 
     @rule(side=sides, partition=st.sampled_from(PARTITIONS))
     def empty(self, side: bool, partition: str) -> None:
-        for key in [key for key in (self.primary if side else self.secondary) if key.startswith(f"r/{partition}/")]:
+        for key in [key for key in (self.primary if side else self.secondary) if key.startswith(f"{partition}/")]:
             self._change(side, key, None)
 
     @rule(fingerprints=st.sampled_from([0, 40, 10**6]), bytes_max=st.sampled_from([200, 10**6]))
@@ -92,11 +92,11 @@ class DiffMachine(RuleBasedStateMachine):
         for key, digest in puts.items():
             self._change(False, key, digest)
         assert self.secondary == self.primary
-        assert self.forests[True].root("r") == self.forests[False].root("r")
+        assert self.shipped[True].root() == self.shipped[False].root()
 
     @invariant()
     def roots_differ_exactly_when_the_entries_do(self) -> None:
-        same = self.forests[True].root("r") == self.forests[False].root("r")
+        same = self.shipped[True].root() == self.shipped[False].root()
         assert same == (self.primary == self.secondary)
 
     def _change(self, side: bool, key: str, digest: bytes | None) -> None:
