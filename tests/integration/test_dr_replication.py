@@ -7,16 +7,18 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from consul_backend.errors import NotApplied
 from consul_backend.wal import Write
-from plugin_api.errors import InvalidRequest, NotFound, ReadOnlyStorage, Unavailable
+from plugin_api.errors import InvalidRequest, NotFound, PluginError, ReadOnlyStorage, Unavailable
 from sidecar.core.write_gate import GatedStore
 from sidecar.replication import roles, texts
 from sidecar.replication.activation import OTHER_SET
 from sidecar.replication.history import Epoch
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.roles import PrimaryRole, SecondaryRole
-from sidecar.replication.wiring import ReplicationOptions
-from tests.support.replication_cluster import Cluster, Pair, PrimaryApi, in_step, until
+from sidecar.replication.wiring import Executed, ReplicationOptions
+from sidecar.transport.forwarding import ForwardRequest
+from tests.support.replication_cluster import Auth, Cluster, Pair, PrimaryApi, Request, Store, in_step, until
 
 BOTH = (DR, PERFORMANCE)
 
@@ -392,8 +394,6 @@ async def test_a_mirror_that_was_never_filled_is_promoted_by_force_only(pair: Pa
     await fresh.manager.secondary_enable("dr", await pair.token("eu", DR), "", "", "")
     await fresh.stop()
     await pair.primary.stop()
-    from tests.support.replication_cluster import Store
-
     store = Store("eu")
     store.write(*fresh.flipped[0].entries.items())
     secondary = await pair.start("eu", store)
@@ -419,3 +419,112 @@ async def test_wrong_roles_are_refused_with_the_contracts_texts(pair: Pair) -> N
     with pytest.raises(InvalidRequest, match="not a DR replication primary"):
         await mirror.manager.primary_demote("dr")
     assert roles.TABLE
+
+
+@pytest.mark.parametrize("mode", BOTH)
+async def test_ten_failovers_in_a_row_keep_what_was_acknowledged_and_replicated(pair: Pair, mode: Mode) -> None:
+    """Every other one forced with the primary dead, the rest planned; the old primary always comes back by itself."""
+    clusters = {"us": pair.primary, "eu": await followed(pair, mode)}
+    names = ["us", "eu"]
+    kept: dict[str, bytes] = {}
+    epochs: list[int] = []
+    for round_ in range(10):
+        primary, secondary = clusters[names[0]], clusters[names[1]]
+        for number in range(20):
+            key, value = f"r/m/{round_}-{number}", str(number).encode()
+            primary.store.write((key, value), ("r/m/shared", value))
+            kept |= {key: value, "r/m/shared": value}
+        await until(lambda primary=primary, secondary=secondary: in_step(primary, secondary, mode))
+        if round_ % 2:
+            await demote(primary, mode)
+        else:
+            await primary.stop()
+            primary.store.write((f"r/m/lost-{round_}", b"nobody has it"))
+        await promote(secondary, mode)
+        if not round_ % 2:
+            clusters[names[0]] = primary = await pair.start(names[0], primary.store)
+            await demote(primary, mode)
+        await follow(pair, primary, secondary, mode, f"{names[0]}-{round_}")
+        names.reverse()
+        new = clusters[names[0]]
+        role = new.of(mode).role
+        assert isinstance(role, PrimaryRole)
+        epochs.append(role.epoch.number)
+        for store in (new.store, clusters[names[1]].store):
+            assert {key: store.data.get(key) for key in kept} == kept, f"round {round_}"
+    assert epochs == list(range(2, 12))
+    lost = [head for cluster in clusters.values() for head in cluster.of(mode).lost_heads]
+    shown = set()
+    for cluster in clusters.values():
+        for head in cluster.of(mode).lost_heads:
+            assert not head.at_least
+            shown |= {
+                entry.key for page in range(1, head.pages + 1) for entry in await cluster.of(mode).lost.page(head, page)
+            }
+    assert len(lost) == 5
+    assert {key for key in shown if key.startswith("r/m/")} == {f"r/m/lost-{round_}" for round_ in range(0, 10, 2)}
+
+
+@pytest.mark.parametrize("mode", BOTH)
+async def test_no_write_is_let_in_after_a_demotion_and_all_before_it_arrive(pair: Pair, mode: Mode) -> None:
+    primary, secondary = pair.primary, await followed(pair, mode)
+    gated = GatedStore(primary.store, primary.writes)
+    done: dict[str, int] = {}
+    refused = 0
+
+    async def writer(name: int) -> None:
+        nonlocal refused
+        for number in range(200):
+            try:
+                head = await gated.commit([Write(f"r/m/{name}-{number}", b"x")])
+            except (ReadOnlyStorage, NotApplied):
+                refused += 1
+                return
+            done[f"r/m/{name}-{number}"] = head.index
+
+    async with asyncio.TaskGroup() as tasks:
+        for name in range(8):
+            tasks.create_task(writer(name))
+        await asyncio.sleep(0.01)
+        await demote(primary, mode)
+    position = primary.store.positions[mode.name]
+    assert done
+    assert refused
+    assert max(done.values()) <= position.index, "its own position is the end of what it wrote"
+    assert {key for key in secondary.store.data if key.startswith("r/m/")} == set(done)
+    forecast = await promote(secondary, mode)
+    assert forecast["objections"] == []
+
+
+async def test_a_request_that_is_forwarded_during_the_demotion_is_refused_clearly(pair: Pair) -> None:
+    primary, secondary = pair.primary, await followed(pair, PERFORMANCE)
+    gated = GatedStore(primary.store, primary.writes)
+
+    async def execute(request: ForwardRequest) -> Executed:
+        try:
+            head = await gated.commit([Write(f"r/m/{request.path}", request.body)])
+        except (ReadOnlyStorage, NotApplied):
+            return Executed(503, [], b'{"errors":["try again"]}', 0)
+        return Executed(204, [], b"", head.index)
+
+    primary.execute = execute
+    outcomes: list[int | str] = []
+
+    async def client(number: int) -> None:
+        for count in range(30):
+            try:
+                answer = await secondary.manager.forward_to_primary(Request(path=f"{number}-{count}"), Auth())
+                outcomes.append(answer.status)
+            except Unavailable:
+                outcomes.append("unavailable")
+            except PluginError as error:
+                outcomes.append("unknown" if "may have been carried out" in str(error) else str(error))
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(4):
+            tasks.create_task(client(number))
+        await until(lambda: 204 in outcomes)
+        await demote(primary, PERFORMANCE)
+    assert {"unavailable", 503} & set(outcomes) <= set(outcomes) <= {204, 503, "unavailable", "unknown"}
+    written = [key for key in primary.store.data if key.startswith("r/m/")]
+    assert outcomes.count(204) <= len(written) <= outcomes.count(204) + outcomes.count("unknown")
