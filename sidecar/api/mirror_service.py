@@ -19,7 +19,6 @@ from plugin_api.request import Operation
 from sidecar.api import envelopes, json_codec
 from sidecar.api.decoding import decode
 from sidecar.api.node_view import NodeView
-from sidecar.api.operation_token import OperationTokenGeneration
 from sidecar.api.replication_api import ReplicationAPI
 from sidecar.api.statuses import refusal
 from sidecar.api.sys_core import Handler, Params, Route
@@ -32,6 +31,7 @@ from sidecar.api.sys_replication import (
     reindex,
     update_primary,
 )
+from sidecar.api.token_generation import TokenGeneration
 from sidecar.core.barrier import Barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.keys import LOCAL_KEYRING, REPLICATED_KEYRING
@@ -50,6 +50,7 @@ log = logging.getLogger("core")
 
 PATH_DISABLED = "path disabled in replication DR secondary mode"
 DR = "dr"
+GENERATION = "replication/dr/secondary/generate-operation-token"
 TOKEN_FIELD = "dr_operation_token"  # noqa: S105 - a name, not a secret
 
 Action = Callable[[Fields], Awaitable[Answer | None]]
@@ -75,14 +76,16 @@ class MirrorService:
         self._sealed = SealedStore(store, barrier)
         self._policies = PolicyStore(self._sealed, lambda: False)
         self._tokens = OperationTokens(self._sealed, self._policies, now, random_bytes)
-        self._routes = self._table(OperationTokenGeneration(self._sealed, self._tokens, random_bytes))
+        self._routes = self._table(
+            TokenGeneration(GENERATION, self._sealed, random_bytes, self._tokens.issue, is_root=False)
+        )
 
     @property
     def cors(self) -> Cors:
         """No page of another origin: clients have no business here."""
         return Cors()
 
-    def _table(self, generation: OperationTokenGeneration) -> list[Route]:
+    def _table(self, generation: TokenGeneration) -> list[Route]:
         read, update = Operation.READ, Operation.UPDATE
         base = "replication/dr/secondary"
         actions: dict[str, Action] = {
