@@ -242,11 +242,12 @@ class Roles:
         )
         role.heard(time.monotonic() - sent_s)
         self._see(opened, reply.head_index)
-        role.modes = (reply.performance_mode, reply.dr_mode)
+        modes = (reply.performance_mode, reply.dr_mode)
         if not role.ready:
-            role.ready = True
             log.info("vault is in standby mode: leader=%s", leader.api_addr)
-            await self._registration.update(active=False, performance_mode=reply.performance_mode)
+        if not role.ready or modes != role.modes:
+            role.ready, role.modes = True, modes
+            await self._registration.update(active=False, performance_mode=modes[0], dr_mode=modes[1])
         self._node.take_role(role)
 
     # ---- leading
@@ -308,7 +309,8 @@ class Roles:
         self._node.take_role(role)
         log.info("active operation, %.2f s after the lock", time.monotonic() - started)
         try:
-            await self._registration.update(active=True, performance_mode=scope.modes()[0])
+            performance, disaster = scope.modes()
+            await self._registration.update(active=True, performance_mode=performance, dr_mode=disaster)
             return await self._until_asked_to_leave(opened, scope)
         finally:
             await self._wind_down(role)

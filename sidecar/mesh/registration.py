@@ -42,6 +42,7 @@ class Registrar(Protocol):
         active: bool | None = None,
         initialized: bool | None = None,
         performance_mode: str | None = None,
+        dr_mode: str | None = None,
     ) -> None:
         """Note what changed; the catalog follows in the background."""
 
@@ -65,6 +66,7 @@ class NoRegistration:
         active: bool | None = None,
         initialized: bool | None = None,
         performance_mode: str | None = None,
+        dr_mode: str | None = None,
     ) -> None:
         return
 
@@ -113,6 +115,7 @@ class NodeState:
     initialized: bool = False
     leaving: bool = False
     performance_mode: str = ""
+    dr_mode: str = ""
 
     @property
     def passing(self) -> bool:
@@ -127,13 +130,17 @@ class NodeState:
         return LEAVING if self.leaving else UNSEALED
 
     def tags(self, configured: Sequence[str]) -> tuple[str, ...]:
-        """The configured tags and what the node is at the moment."""
+        """The configured tags and what the node is at the moment. No node of a DR secondary has one by which clients
+        look for somebody to serve them."""
         leads = self.active and self.passing
-        tags = [*configured, "active" if leads else "standby"]
+        mirrors = self.dr_mode == "secondary" and not self.sealed
+        tags = [*configured, "dr-secondary" if mirrors else "active" if leads else "standby"]
         if self.initialized:
             tags.append("initialized")
-        if not self.sealed and self.performance_mode in _MODE_TAGS:
+        if not self.sealed and not mirrors and self.performance_mode in _MODE_TAGS:
             tags.append(_MODE_TAGS[self.performance_mode])
+        if not self.sealed and self.dr_mode == "primary":
+            tags.append("dr-primary")
         return tuple(dict.fromkeys(tags))
 
 
@@ -194,6 +201,7 @@ class ServiceRegistration:
         active: bool | None = None,
         initialized: bool | None = None,
         performance_mode: str | None = None,
+        dr_mode: str | None = None,
     ) -> None:
         """See :meth:`Registrar.update`. An unsealed node is initialised; any update ends :meth:`leaving`."""
         old = self._state
@@ -203,6 +211,7 @@ class ServiceRegistration:
             initialized=sealed is False or (old.initialized if initialized is None else initialized),
             leaving=False,
             performance_mode=old.performance_mode if performance_mode is None else performance_mode,
+            dr_mode=old.dr_mode if dr_mode is None else dr_mode,
         )
         self._set(new)
 

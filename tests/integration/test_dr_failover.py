@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 
 from tests.integration.test_main_job import alice, consul_cluster, embedded_cluster, read, with_secrets
 from tests.support import disaster
-from tests.support.cluster import Cluster
+from tests.support.cluster import ROOT, Cluster
 from tests.support.consul_server import ConsulServer
+from tests.support.file_credentials import Shared
+from tests.support.leasing_engine import TYPE
 
 REFUSED = "path disabled in replication DR secondary mode"
 
@@ -148,6 +151,37 @@ def test_a_batch_token_of_the_primary_is_an_operation_token(tmp_path: Path) -> N
         assert disaster.promote(eu, batch).status == 200
         eu.root_token = us.root_token
         assert eu.call("GET", "sys/mounts").status == 200
+    finally:
+        us.kill()
+        eu.kill()
+
+
+def test_leases_are_revoked_by_the_promoted_cluster_and_by_nobody_before(tmp_path: Path) -> None:
+    """A lease falls due while nobody is primary: a DR secondary leaves it alone, the promoted cluster takes it back."""
+    outside = Shared(tmp_path, ROOT)
+    us, eu = embedded_cluster(tmp_path, "us"), embedded_cluster(tmp_path, "eu")
+    for cluster in (us, eu):
+        cluster.nodes[0].environment.update(outside.environment)
+    try:
+        us.bootstrap()
+        eu.bootstrap()
+        assert us.call("POST", "sys/mounts/db", {"type": TYPE}).status == 204
+        disaster.mirror(us, eu, "eu")
+        due_s = 4
+        kept = us.call("POST", "db/creds/app", {"ttl": 3600}).body["lease_id"]
+        assert us.call("POST", "db/creds/app", {"ttl": due_s}).status == 200
+        issued_s = time.monotonic()
+        disaster.wait_in_step(us, eu)
+        us.kill()
+        token = disaster.operation_token(eu)
+        eu.nodes[0].wait_until("see the lease fall due", lambda: time.monotonic() > issued_s + due_s + 2)
+        assert len(outside.valid) == 2, "a DR secondary revokes nothing"
+        assert disaster.promote(eu, token, force=True).status == 200
+        eu.root_token = us.root_token
+        eu.nodes[0].wait_until("revoke what is due", lambda: len(outside.valid) == 1)
+        assert eu.call("PUT", "sys/leases/renew", {"lease_id": kept, "increment": 7200}).status == 200
+        assert eu.call("PUT", "sys/leases/revoke", {"lease_id": kept, "sync": True}).status == 204
+        assert outside.valid == []
     finally:
         us.kill()
         eu.kill()

@@ -111,6 +111,16 @@ async def running(
             (True, "Outrider Unsealed"),
         ),
         (
+            NodeState(sealed=False, active=True, initialized=True, performance_mode="primary", dr_mode="primary"),
+            ("active", "initialized", "perf-primary", "dr-primary"),
+            (True, "Outrider Unsealed"),
+        ),
+        (
+            NodeState(sealed=False, active=True, initialized=True, performance_mode="primary", dr_mode="secondary"),
+            ("dr-secondary", "initialized"),
+            (True, "Outrider Unsealed"),
+        ),
+        (
             NodeState(sealed=False, active=True, initialized=True, leaving=True, performance_mode="disabled"),
             ("standby", "initialized"),
             (False, "Outrider Stepping Down"),
