@@ -18,6 +18,9 @@ import msgspec
 
 from consul_backend.position import Position
 
+FORKED = "fork"
+"""How every refusal begins that is about histories which part."""
+
 HISTORY_MAX = 64
 """Epochs that are remembered; a cluster that slept through more of them is filled anew, with nothing kept."""
 
@@ -62,10 +65,10 @@ def fork_between(number: int, epoch_id: str, history: Sequence[Promotion]) -> st
         return ""
     newest = history[-1].number
     if number > newest:
-        return f"the primary's replication epoch {newest} is older than the secondary's {number}"
+        return f"{FORKED}: the primary's replication epoch {newest} is older than the other cluster's {number}"
     for promotion in history:
         if promotion.number == number and promotion.id != epoch_id:
-            return f"fork: two primaries were promoted as replication epoch {number}"
+            return f"{FORKED}: two primaries were promoted as replication epoch {number}"
     return ""
 
 

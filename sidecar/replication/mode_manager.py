@@ -22,6 +22,7 @@ from plugin_api.errors import Unavailable
 from sidecar.replication import roles
 from sidecar.replication.committer import stored_position
 from sidecar.replication.forecast import Standing
+from sidecar.replication.former import FormerPrimary
 from sidecar.replication.hello import Source
 from sidecar.replication.history import Epoch, parting
 from sidecar.replication.lost_writes import LostHead, LostWrites
@@ -66,6 +67,7 @@ class ModeManager:
         self.options = options
         self.primary: PrimaryService | None = None
         self.secondary: SecondaryService | None = None
+        self.former: FormerPrimary | None = None
         self.lost = LostWrites(mode, store, sealed)
         self.lost_heads: list[LostHead] = []
         self._sealed = sealed
@@ -300,7 +302,11 @@ class ModeManager:
                     change=self._change_primary,
                     serving=self._serving,
                 )
-                await self.primary.run()
+                async with asyncio.TaskGroup() as tasks:
+                    if role.former is not None:
+                        self.former = FormerPrimary(self.mode, role.former, role.epoch, self.options)
+                        tasks.create_task(self.former.watch(), name="former primary")
+                    tasks.create_task(self.primary.run(), name=f"{self.mode.name} primary")
             elif isinstance(role, SecondaryRole):
                 self.secondary = SecondaryService(
                     self.mode,
@@ -315,7 +321,7 @@ class ModeManager:
                 )
                 await self.secondary.run()
         finally:
-            self.primary = self.secondary = None
+            self.primary = self.secondary = self.former = None
 
     def _primary_of(self, epoch: Epoch) -> Callable[[], PrimaryRole | None]:
         def newest() -> PrimaryRole | None:

@@ -60,10 +60,17 @@ def _primary(manager: ModeManager, role: PrimaryRole, index: statuses.IndexFacts
             head_index=manager.store.head.index,
             merkle_root=_root_hex(manager),
             running=service is not None and service.serving.is_set(),
-            forks=sorted(service.shipper.forks.items()) if service is not None else (),
+            forks=_forks(manager),
             index=index,
         )
     )
+
+
+def _forks(manager: ModeManager) -> list[tuple[str, str]]:
+    """Who is on another branch of the set's history, as far as anybody of them was heard of; and why."""
+    found = sorted(manager.primary.shipper.forks.items()) if manager.primary is not None else []
+    former = manager.former
+    return [*found, ("", former.sighted)] if former is not None and former.sighted else found
 
 
 def _peer(clock: Clock, id_: str, peer: Peer) -> statuses.SecondaryFacts:

@@ -168,7 +168,9 @@ class PrimaryService:
         return [
             name
             for name, peer in self.shipper.peers.items()
-            if peer.applied < head_index and (peer.connected or self._seen_at_s.get(name, since_s) > since_s)
+            if peer.applied < head_index
+            and name not in self.shipper.forks
+            and (peer.connected or self._seen_at_s.get(name, since_s) > since_s)
         ]
 
     async def dismiss(self, secondary_id: str, fingerprint: str) -> None:

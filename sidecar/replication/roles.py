@@ -49,7 +49,8 @@ class DisabledRole(msgspec.Struct, frozen=True, tag="disabled"):
 
 
 class PrimaryRole(msgspec.Struct, frozen=True, tag="primary"):
-    """Primary of the set ``set_id``. Holds the set's authority, whose key never leaves this barrier, and its epochs."""
+    """Primary of the set ``set_id``. Holds the set's authority, whose key never leaves this barrier, and its epochs.
+    ``former``: what it was before it was promoted, if it followed somebody."""
 
     set_id: str
     history: History
@@ -57,6 +58,7 @@ class PrimaryRole(msgspec.Struct, frozen=True, tag="primary"):
     authority_pem: bytes
     authority_key_pem: bytes
     secondaries: dict[str, KnownSecondary] = {}
+    former: SecondaryRole | None = None
 
     def __repr__(self) -> str:
         return f"PrimaryRole(set {self.set_id}, epoch {self.epoch.number}, {len(self.secondaries)} secondaries)"
@@ -261,7 +263,10 @@ def promote(mode: Mode, role: Role, *, began: Promotion, cluster_addr: str, auth
     """A secondary becomes the set's primary, with an authority and an epoch of its own and no secondaries yet."""
     secondary = _secondary(mode, role, "secondary/promote")
     history = extended(secondary.history, began)
-    return PrimaryRole(secondary.set_id, history, cluster_addr, authority.certificate_pem, authority.key_pem)
+    former = secondary if secondary.attached else None
+    return PrimaryRole(
+        secondary.set_id, history, cluster_addr, authority.certificate_pem, authority.key_pem, former=former
+    )
 
 
 def next_number(role: Role) -> int:

@@ -25,6 +25,7 @@ from consul_backend.wal import Record
 from consul_backend.wal_reader import RecordGone
 from sidecar.replication.channel import Channel, ChannelClosed
 from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello, contradicts_log
+from sidecar.replication.history import FORKED
 from sidecar.replication.modes import Mode
 from sidecar.replication.parts import concerns, parts_of
 from sidecar.replication.progress import Progress
@@ -162,7 +163,7 @@ class Shipper:
         except (ChannelClosed, BackendError) as error:
             await channel.close(str(error))
             return str(error)
-        if reply.mode == "refuse" and reply.reason.startswith("fork"):
+        if reply.mode == "refuse" and reply.reason.startswith(FORKED):
             self.forks[name] = reply.reason
         else:
             self.forks.pop(name, None)

@@ -528,3 +528,35 @@ async def test_a_request_that_is_forwarded_during_the_demotion_is_refused_clearl
     assert {"unavailable", 503} & set(outcomes) <= set(outcomes) <= {204, 503, "unavailable", "unknown"}
     written = [key for key in primary.store.data if key.startswith("r/m/")]
     assert outcomes.count(204) <= len(written) <= outcomes.count(204) + outcomes.count("unknown")
+
+
+@pytest.mark.parametrize("mode", BOTH)
+async def test_two_primaries_see_each_other_until_one_is_demoted(pair: Pair, mode: Mode) -> None:
+    us, eu = pair.primary, await followed(pair, mode)
+    await promote(eu, mode, force=True)
+
+    async def forks(cluster: Cluster) -> list[dict[str, str]]:
+        return list((await cluster.manager.status(mode.name)).get("forks", []))
+
+    await until(lambda: (former := eu.of(mode).former) is not None and bool(former.sighted))
+    (theirs,) = await forks(eu)
+    assert us.address in theirs["reason"]
+    (ours,) = await forks(us)
+    assert ours["node_id"] == "eu"
+    assert "epoch 1 is older than the other cluster's 2" in ours["reason"]
+    await demote(us, mode)
+    await until(lambda: (former := eu.of(mode).former) is not None and not former.sighted)
+    assert await forks(eu) == []
+    await follow(pair, us, eu, mode, "us")
+    assert await forks(eu) == []
+
+
+async def test_after_a_planned_failover_nobody_is_suspected(pair: Pair) -> None:
+    us, eu = pair.primary, await followed(pair, DR)
+    await demote(us, DR)
+    await promote(eu, DR)
+    former = eu.of(DR).former
+    assert former is not None
+    assert await former.look() == ""
+    await follow(pair, us, eu, DR, "us")
+    assert await former.look() == ""

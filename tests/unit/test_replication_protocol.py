@@ -198,7 +198,7 @@ def test_hello(position, facts, mode, word):
         ("set", 2, "older", ""),
         ("other", 3, "epoch-id", "another replication set"),
         ("set", 3, "twin", "fork"),
-        ("set", 4, "newer", "older than the secondary's"),
+        ("set", 4, "newer", "older than the other cluster's"),
     ],
 )
 def test_forks_are_refused_by_both_ends(set_id, epoch, epoch_id, word):
