@@ -284,7 +284,8 @@ class ActiveScope:
         mode = DR if self._replication.mirrors else PERFORMANCE
         position = self._store.positions.get(mode.name)
         remote_index = None if position is None else position.index
-        gauges = store_gauges(self._store.statistics(), self.modes(), remote_index) | self._service.gauges()
+        gauges = store_gauges(self._store.statistics(), self.modes(), remote_index)
+        gauges |= self._service.gauges() | self._replication.gauges()
         leases = self._store.forest.count(*LEASES.rstrip("/").split("/"))
         return gauges | {"expire.num_leases": leases - gauges.get("expire.num_irrevocable_leases", 0)}
 

@@ -30,7 +30,7 @@ from sidecar.replication.forecast import forecast, objections, require_safe
 from sidecar.replication.history import Promotion
 from sidecar.replication.lost_writes import page_number, shown_entries, summary
 from sidecar.replication.mode_manager import ModeManager
-from sidecar.replication.mode_status import status_of
+from sidecar.replication.mode_status import gauges_of, status_of
 from sidecar.replication.modes import DR, PERFORMANCE, Mode, mode_named
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
 from sidecar.replication.texts import (
@@ -161,6 +161,11 @@ class Replication:
         return await secondary.forward(request, auth)
 
     # ---- looking
+
+    def gauges(self) -> dict[str, float]:
+        """Each mode's state as numbers, by the names of the telemetry."""
+        shown = (self.dr,) if self.mirrors else (self.dr, self.performance)
+        return {name: value for manager in shown for name, value in gauges_of(manager).items()}
 
     async def status(self, mode: str | None) -> dict[str, Any]:
         """The status of one mode, or of both for None (contract 1.2)."""

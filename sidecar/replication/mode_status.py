@@ -16,6 +16,7 @@ from sidecar.replication.mode_manager import ModeManager
 from sidecar.replication.roles import PrimaryRole, SecondaryRole
 from sidecar.replication.shipped import Shipped
 from sidecar.replication.shipper import Peer
+from sidecar.replication.states import Phase
 
 
 async def status_of(manager: ModeManager, index: statuses.IndexFacts) -> dict[str, Any]:
@@ -27,6 +28,34 @@ async def status_of(manager: ModeManager, index: statuses.IndexFacts) -> dict[st
         found = _secondary(manager, role, index) | _common(manager, role.history)
         return found | {"promotion_forecast": forecast(await manager.standing(probe=False))}
     return dict(statuses.DISABLED) | _lost(manager)
+
+
+def gauges_of(manager: ModeManager) -> dict[str, float]:
+    """The same as numbers, by the names of the telemetry below ``replication.<mode>``: roles are shown elsewhere."""
+    role, service = manager.role, manager.secondary
+    found: dict[str, float] = {"lost_writes": float(len(manager.lost_heads))}
+    if isinstance(role, PrimaryRole):
+        peers = manager.primary.shipper.peers.values() if manager.primary is not None else ()
+        lags = [lag_s for peer in peers if (lag_s := peer.lag_s(manager.clock.monotonic())) is not None]
+        found |= {
+            "epoch": float(role.epoch.number),
+            "secondaries": float(len(role.secondaries)),
+            "secondaries_connected": float(sum([peer.connected for peer in peers])),
+            "secondaries_lag_s": max(lags, default=0.0),
+            "forks": float(len(_forks(manager))),
+        }
+    elif isinstance(role, SecondaryRole) and service is not None:
+        upstream, position = service.applier.upstream, service.applier.position
+        found |= {f"state.{phase.value}": float(service.state == phase.value) for phase in Phase}
+        found |= {
+            "epoch": float(role.epoch.number),
+            "connected": float(upstream.connected),
+            "alarm": float(service.machine.alarm),
+            "missing_records": float(max(upstream.head_index - (position.index if position else 0), 0)),
+        }
+        if (lag_s := service.applier.lag_s()) is not None:
+            found["lag_s"] = lag_s
+    return {f"replication.{manager.mode.name}.{name}": value for name, value in found.items()}
 
 
 def _common(manager: ModeManager, history: tuple[Promotion, ...]) -> dict[str, Any]:

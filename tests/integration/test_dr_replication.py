@@ -92,6 +92,11 @@ async def test_a_dr_secondary_mirrors_everything_but_what_is_private(pair: Pair)
     await until(lambda: mirror.of(DR).secondary.machine.cycles == 0)
     assert (await primary.manager.status("dr"))["merkle_root"] == (await mirror.manager.status("dr"))["merkle_root"]
     assert ours["dr"]["merkle_root"] != ours["performance"]["merkle_root"]
+    gauges = mirror.manager.gauges()
+    assert gauges["replication.dr.state.stream-wals"] == gauges["replication.dr.connected"] == 1
+    assert sum(value for name, value in gauges.items() if ".state." in name) == 1
+    assert not any(name.startswith("replication.performance") for name in gauges), "that role is the primary's"
+    assert primary.manager.gauges()["replication.performance.secondaries_connected"] == 1
     assert ours["dr"]["known_secondaries"] == ["mirror"]
     assert ours["performance"]["known_secondaries"] == ["perf"]
     assert ours["dr"]["cluster_id"] != ours["performance"]["cluster_id"]
