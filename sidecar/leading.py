@@ -333,9 +333,9 @@ class ActiveScope:
             return None
 
     async def _standalone(self) -> Sequence[Write]:
-        """The identity that a mirror has had of its own becomes the cluster's."""
+        """The identity that a mirror has had of its own becomes the cluster's; a demoted primary gets a new one."""
         own = await self._sealed.get(PRIVATE_CLUSTER)
-        return [] if own is None else [Write(CLUSTER, own)]
+        return [Write(CLUSTER, own or ClusterInfo.generate(self._parts.cluster_name or None, os.urandom).encode())]
 
     async def _execute(self, message: ForwardRequest) -> Executed:
         """Run a secondary's request here: its identity is what the message says, whatever its headers hold."""

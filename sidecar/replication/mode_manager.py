@@ -181,7 +181,7 @@ class ModeManager:
         gate = self._callbacks.gate
         gate.restrict(DR.classes)  # tokens too: else the log would grow on while secondaries catch up
         try:
-            await gate.settled()
+            await self._settle()
             await self._drain()
             async with self.halted(), self._changing:
                 self.require_steady()
@@ -197,6 +197,14 @@ class ModeManager:
                 return after
         finally:
             self._restrict()
+
+    async def _settle(self) -> None:
+        """Wait for commits that were let in before the gate closed. Raises Unavailable when the store is too slow."""
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                await self._callbacks.gate.settled()
+        except TimeoutError:
+            raise Unavailable("the store is too slow to demote this cluster now: nothing was changed") from None
 
     async def _drain(self) -> None:
         primary = self.primary

@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.test_main_job import alice, consul_cluster, embedded_cluster, read, with_secrets
 from tests.support import disaster
-from tests.support.cluster import ROOT, Cluster
+from tests.support.cluster import ROOT, Cluster, replicate, wait_in_step
 from tests.support.consul_server import ConsulServer
 from tests.support.file_credentials import Shared
 from tests.support.leasing_engine import TYPE
@@ -185,3 +185,50 @@ def test_leases_are_revoked_by_the_promoted_cluster_and_by_nobody_before(tmp_pat
     finally:
         us.kill()
         eu.kill()
+
+
+def test_two_datacenters_each_with_a_mirror_survive_the_loss_of_both_originals(tmp_path: Path) -> None:
+    """us is performance primary, eu its performance secondary; each has a DR secondary, which takes its place."""
+    names = ("us", "us-dr", "eu", "eu-dr")
+    us, us_dr, eu, eu_dr = clusters = [embedded_cluster(tmp_path, name) for name in names]
+    try:
+        for cluster in clusters:
+            cluster.bootstrap()
+        with_secrets(us)
+        replicate(us, eu, "eu")
+        disaster.mirror(us, us_dr, "us-dr")
+        eu.root_token = disaster.root_token(eu)
+        disaster.mirror(eu, eu_dr, "eu-dr")
+        client = alice(eu.nodes[0])
+        client.secrets.kv.v2.create_or_update_secret("before", secret={"v": "1"})
+        wait_in_step(us, eu)
+        disaster.wait_in_step(us, us_dr)
+        disaster.wait_in_step(eu, eu_dr)
+
+        us.kill()
+        assert disaster.promote(us_dr, disaster.operation_token(us_dr), force=True).status == 200
+        us_dr.root_token = us.root_token
+        moved = eu.call(
+            "POST",
+            "sys/replication/performance/secondary/update-primary",
+            {"update_primary_addrs": [us_dr.nodes[0].cluster_address]},
+        )
+        assert moved.status == 200, moved.errors
+        wait_in_step(us_dr, eu)
+        client.secrets.kv.v2.create_or_update_secret("between", secret={"v": "2"})
+        assert read(hvac.Client(us_dr.nodes[0].address, token=us.root_token), "between") == {"v": "2"}
+        disaster.wait_in_step(eu, eu_dr)
+
+        eu.kill()
+        assert disaster.promote(eu_dr, disaster.operation_token(eu_dr), force=True).status == 200
+        wait_in_step(us_dr, eu_dr)
+        survivor = hvac.Client(eu_dr.nodes[0].address, token=client.token)
+        for path, value in (("before", "1"), ("between", "2")):
+            assert read(survivor, path) == {"v": value}, "with the token that eu gave out"
+        survivor.secrets.kv.v2.create_or_update_secret("after", secret={"v": "3"})
+        assert read(hvac.Client(us_dr.nodes[0].address, token=us.root_token), "after") == {"v": "3"}
+        status = disaster.status(eu_dr.nodes[0], "performance")
+        assert (status["mode"], status["secondary_id"], status["epoch"]["number"]) == ("secondary", "eu", 2)
+    finally:
+        for cluster in clusters:
+            cluster.kill()

@@ -100,14 +100,20 @@ def mirror(primary: Cluster, secondary: Cluster, name: str) -> None:
 
 def operation_token(cluster: Cluster) -> str:
     """A DR operation token from the cluster's key shares."""
-    base = f"{BASE}/secondary/generate-operation-token"
+    return _generated(cluster, f"{BASE}/secondary/generate-operation-token")
+
+
+def root_token(cluster: Cluster) -> str:
+    """A root token from the cluster's key shares."""
+    return _generated(cluster, "sys/generate-root")
+
+
+def _generated(cluster: Cluster, base: str) -> str:
     node = leader(cluster)
     started = require(node.call("POST", f"{base}/attempt", {})).body
     reply = started
     for key in cluster.keys:
         reply = require(node.call("POST", f"{base}/update", {"key": key, "nonce": started["nonce"]})).body
-    assert reply["complete"], reply
-    assert reply["encoded_root_token"] == ""
     encoded, otp = reply["encoded_token"], started["otp"]
     raw = base64.b64decode(encoded + "=" * (-len(encoded) % 4))
     return bytes(left ^ right for left, right in zip(raw, otp.encode(), strict=True)).decode()
