@@ -565,3 +565,49 @@ async def test_after_a_planned_failover_nobody_is_suspected(pair: Pair) -> None:
     assert await former.look() == ""
     await follow(pair, us, eu, DR, "us")
     assert await former.look() == ""
+
+
+@pytest.mark.parametrize("mode", BOTH)
+async def test_twenty_planned_failovers_under_load_lose_no_acknowledged_write(pair: Pair, mode: Mode) -> None:
+    """Writers try both clusters all the time; whatever either acknowledged is on both in the end."""
+    here, there = pair.primary, await followed(pair, mode)
+    clusters = (here, there)
+    acknowledged: set[str] = set()
+    over = asyncio.Event()
+
+    async def writer(name: int) -> None:
+        number = 0
+        while not over.is_set():
+            for cluster in clusters:
+                number += 1
+                key = f"r/m/{name}-{number}"
+                try:
+                    await GatedStore(cluster.store, cluster.writes).commit([Write(key, b"x")])
+                    acknowledged.add(key)
+                except (ReadOnlyStorage, NotApplied):
+                    pass
+            await asyncio.sleep(0.002)
+
+    epochs: list[int] = []
+    async with asyncio.TaskGroup() as tasks:
+        for name in range(3):
+            tasks.create_task(writer(name))
+        for turn in range(20):
+            await demote(here, mode)
+            await promote(there, mode)
+            token = await pair.token(f"turn-{turn}", mode, there)
+            await here.manager.secondary_update_primary(mode.name, token)
+            await until(
+                lambda here=here: (found := here.of(mode).secondary) is not None and found.state == "stream-wals"
+            )
+            role = there.of(mode).role
+            assert isinstance(role, PrimaryRole)
+            epochs.append(role.epoch.number)
+            here, there = there, here
+        over.set()
+    await until(lambda: in_step(here, there, mode))
+    assert epochs == list(range(2, 22))
+    assert len(acknowledged) > 100
+    assert {key for key in here.store.data if key.startswith("r/m/")} == acknowledged
+    for cluster in clusters:
+        assert (await cluster.manager.lost_writes(mode.name)).data == {"lost_writes": []}
