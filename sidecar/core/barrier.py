@@ -142,9 +142,13 @@ class Barrier:
         return ring.encode(self._root_key, keyring(storage_class), self._random_bytes)
 
     def load_ring(self, storage_class: str, raw: bytes) -> None:
-        """Use the keyring in ``raw``: it arrived by replication. To be called before any entry under it is read.
-        Raises WrongKey where the root key has changed too."""
-        self.install(storage_class, Keyring.decode(raw, self._root_key, keyring(storage_class)))
+        """Use the keyring in ``raw``: it arrived by replication. To be called before any entry under it is read. What
+        the other cluster reserved counts as used: promoted, this one goes on from there. Raises WrongKey where the
+        root key has changed too."""
+        arrived = Keyring.decode(raw, self._root_key, keyring(storage_class))
+        self.install(storage_class, arrived)
+        ring = self._rings[self._name(storage_class)]
+        ring.floor = max(ring.floor, arrived.active.encryptions)
 
     def new_ring(self, storage_class: str, now_s: float) -> Keyring:
         """The class's ring with a fresh active key, not yet in use."""

@@ -11,13 +11,16 @@ from consul_backend.errors import NotApplied
 from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, NotFound, PluginError, ReadOnlyStorage, Unavailable
 from sidecar.core.write_gate import GatedStore
+from sidecar.replication import protocol as wire
 from sidecar.replication import roles, texts
-from sidecar.replication.activation import OTHER_SET
+from sidecar.replication.activation import OTHER_SET, secondary_identity
 from sidecar.replication.history import Epoch
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
+from sidecar.replication.primary import ALIVE_PATH, FETCH_PATH
 from sidecar.replication.roles import PrimaryRole, SecondaryRole
 from sidecar.replication.wiring import Executed, ReplicationOptions
 from sidecar.transport.forwarding import ForwardRequest
+from sidecar.transport.peer import PeerClient, PeerIdentity, PeerOutcomeUnknown, PeerUnreachable
 from tests.support.replication_cluster import Auth, Cluster, Pair, PrimaryApi, Request, Store, in_step, until
 
 BOTH = (DR, PERFORMANCE)
@@ -611,3 +614,66 @@ async def test_twenty_planned_failovers_under_load_lose_no_acknowledged_write(pa
     assert {key for key in here.store.data if key.startswith("r/m/")} == acknowledged
     for cluster in clusters:
         assert (await cluster.manager.lost_writes(mode.name)).data == {"lost_writes": []}
+
+
+@pytest.mark.parametrize("mode", BOTH)
+async def test_a_revoked_secondary_is_cut_and_stays_out(pair: Pair, mode: Mode) -> None:
+    secondary = await followed(pair, mode)
+    other = await followed(pair, DR if mode is PERFORMANCE else PERFORMANCE, "eu-2")
+    await pair.primary.manager.revoke_secondary(mode.name, "eu")
+    await until(lambda: (found := secondary.of(mode).secondary) is not None and not found.connected_to)
+    status = await pair.primary.manager.status(mode.name)
+    assert (status["known_secondaries"], status["secondaries"]) == ([], [])
+    pair.primary.store.write(("r/m/secret", b"1"))
+    await until(lambda: "r/m/secret" in other.store.data)
+    await secondary.manager.recover()
+    await until(lambda: (found := secondary.of(mode).secondary) is not None and found.state == "idle")
+    assert "r/m/secret" not in secondary.store.data
+
+
+@pytest.mark.parametrize(
+    ("mode", "partition", "status"),
+    [
+        (PERFORMANCE, "r/m", 200),
+        (PERFORMANCE, "l/token", 400),
+        (PERFORMANCE, "c/core", 400),
+        (PERFORMANCE, "m", 400),
+        (DR, "l/token", 200),
+        (DR, "c/replication", 400),
+        (DR, "r/m/x", 400),
+    ],
+)
+async def test_a_secondary_is_given_nothing_of_another_class(
+    pair: Pair, mode: Mode, partition: str, status: int
+) -> None:
+    secondary = await followed(pair, mode)
+    pair.primary.store.write(("r/m/a", b"1"), ("l/token/a", b"2"), ("c/core/a", b"3"))
+    role = secondary.of(mode).role
+    assert isinstance(role, SecondaryRole)
+    head = pair.primary.store.head
+    request = wire.FetchRequest(head.index, head.chain_hash, True, bytes(16), [partition], [wire.Extent(0, 0, 0, b"")])
+    client = PeerClient(secondary_identity(mode, role), pair.primary.address)
+    try:
+        answer = await client.post(FETCH_PATH, wire.encode(request), timeout_s=10)
+    finally:
+        await client.close()
+    assert answer.status == status
+    if status == 200:
+        assert b"l/token/a" in answer.body if mode is DR else b"r/m/a" in answer.body
+    else:
+        assert b"does not travel" in answer.body
+
+
+async def test_a_certificate_of_one_mode_opens_nothing_of_the_other(pair: Pair) -> None:
+    secondary = await followed(pair, PERFORMANCE)
+    role, chief = secondary.of(PERFORMANCE).role, pair.primary.of(DR).role
+    assert isinstance(role, SecondaryRole)
+    assert isinstance(chief, PrimaryRole)
+    for alpn in (PERFORMANCE.alpn, DR.alpn):
+        identity = PeerIdentity(DR.server_name(chief.set_id), alpn, role.credentials, chief.authority_pem)
+        client = PeerClient(identity, pair.primary.address)
+        try:
+            with pytest.raises((PeerUnreachable, PeerOutcomeUnknown)):
+                await client.post(ALIVE_PATH, b"", timeout_s=5)
+        finally:
+            await client.close()

@@ -22,7 +22,7 @@ from sidecar.core.barrier import (
     load_barrier,
 )
 from sidecar.core.keyring import BadKeyring, Keyring
-from sidecar.core.keys import LOCAL_KEYRING, REPLICATED_KEYRING, SEAL
+from sidecar.core.keys import LOCAL_KEYRING, PRIVATE_KEYRING, REPLICATED_KEYRING, SEAL
 from sidecar.core.seal_record import WrongKey
 from sidecar.core.store_view import SealedStore, TrackedWrites, View
 from tests.support.logical_store import MemoryLogicalStore, make_barrier, make_sealed
@@ -328,3 +328,78 @@ async def test_view_is_read_only_where_the_cluster_is():
         await shared.delete("k")
     await local.put("k", b"v")
     assert list(store.data) == ["l/m/k"]
+
+
+# --- the private ring: what a cluster keeps for itself when another's rings take the place of its own
+
+
+def rings() -> tuple[Keyring, Keyring]:
+    return Keyring.generate(1, os.urandom), Keyring.generate(1, os.urandom)
+
+
+async def test_what_was_sealed_before_opens_whatever_rings_arrive():
+    root = os.urandom(32)
+    replicated, local = rings()
+    barrier = Barrier(root, replicated, local)
+    sealed = SealedStore(MemoryLogicalStore(), barrier)
+    blobs = {key: barrier.seal(key, key.encode()) for key in ("r/m/a", "l/t/b", "c/own/c")}
+    other_replicated, other_local = rings()
+    arriving = Barrier(root, other_replicated, other_local)
+    await rotation.keep_keys(sealed, 5)
+    for storage_class, ring in (("r", other_replicated), ("l", other_local)):
+        barrier.load_ring(storage_class, arriving.encode_ring(storage_class, ring))
+    for key, blob in blobs.items():
+        assert barrier.open(key, blob) == key.encode()
+    with pytest.raises(UnknownKey):
+        arriving.open("r/m/a", blobs["r/m/a"])
+
+    own = barrier.seal("c/own/d", b"x")
+    raws = {
+        REPLICATED_KEYRING: arriving.encode_ring("r", other_replicated),
+        LOCAL_KEYRING: arriving.encode_ring("l", other_local),
+        PRIVATE_KEYRING: await sealed.get_raw(PRIVATE_KEYRING),
+    }
+
+    async def read(key: str) -> bytes | None:
+        return raws[key]
+
+    again = await load_barrier(read, root)
+    assert again.open("c/own/d", own) == b"x"
+    assert again.open("l/t/b", blobs["l/t/b"]) == b"l/t/b"
+    raws[PRIVATE_KEYRING] = None
+    without = await load_barrier(read, root)
+    with pytest.raises(UnknownKey):
+        without.open("c/own/d", own)
+
+
+async def test_keeping_keys_twice_keeps_one_active_key_and_all_others():
+    replicated, local = rings()
+    barrier = Barrier(os.urandom(32), replicated, local)
+    sealed = SealedStore(MemoryLogicalStore(), barrier)
+    await rotation.keep_keys(sealed, 5)
+    first = barrier.ring("c")
+    barrier.install("r", replicated.rotated(6, os.urandom))
+    await rotation.keep_keys(sealed, 7)
+    assert barrier.ring("c").active_id == first.active_id
+    assert set(first.keys) < set(barrier.ring("c").keys)
+    assert replicated.active_id in barrier.ring("c").keys
+
+
+def test_class_c_is_the_local_rings_where_there_is_no_private_one():
+    replicated, local = rings()
+    barrier = Barrier(os.urandom(32), replicated, local)
+    assert barrier.ring("c") is barrier.ring("l")
+    blob = barrier.seal("c/own/a", b"x")
+    assert blob[1:9] == local.active_id
+
+
+def test_what_another_cluster_reserved_counts_as_used():
+    root = os.urandom(32)
+    replicated, local = rings()
+    barrier = Barrier(root, replicated, local)
+    barrier.seal("r/m/a", b"x")
+    ahead = replicated.with_encryptions(1_000_000)
+    barrier.load_ring("r", barrier.encode_ring("r", ahead))
+    assert barrier.encryptions("r") >= 1_000_000
+    barrier.load_ring("r", barrier.encode_ring("r", replicated.with_encryptions(10)))
+    assert barrier.encryptions("r") >= 1_000_000, "an older ring takes nothing back"
