@@ -1,6 +1,7 @@
 """The merkle index alone, at a million keys: memory, a commit's work a key, the root after a change, a flush's size.
 
 No store is involved: what is measured is what every commit and every flush of a big cluster pays in memory and CPU.
+Work a key is processor time, since other work on the machine is not the index's; the rest is by the clock.
 """
 
 from __future__ import annotations
@@ -78,11 +79,11 @@ def commit_work(forest: Forest, marks: ExtentTable, keys: int, rounds: int) -> f
     rng = random.Random(5)
     names = [path_of(rng.randrange(keys)) for _ in range(rounds)]
     value = rng.randbytes(256)
-    started = time.perf_counter()
+    started = time.process_time()
     for index, path in enumerate(names, 2):
         digest = entry_digest(f"r/{PARTITION}/{path}", value)
         marks.mark("r", PARTITION, forest.change("r", PARTITION, path, digest), index)
-    return (time.perf_counter() - started) / rounds * 1e6
+    return (time.process_time() - started) / rounds * 1e6
 
 
 def roots_after_one_change(forest: Forest, keys: int, rounds: int) -> list[float]:
@@ -135,14 +136,14 @@ def measure(keys: int, rounds: int) -> Figures:
     """All of it."""
     forest, bytes_a_key = build(keys)
     marks = ExtentTable("g1")
-    started = time.perf_counter()
+    started = time.process_time()
     again = Forest()
     for number in range(keys // 10):
         again.change("r", PARTITION, path_of(number), bytes(20))
-    build_us = (time.perf_counter() - started) / (keys // 10) * 1e6
-    started = time.perf_counter()
+    build_us = (time.process_time() - started) / (keys // 10) * 1e6
+    started = time.process_time()
     again.root("r")
-    first_root_ms = (time.perf_counter() - started) * 1e3
+    first_root_ms = (time.process_time() - started) * 1e3
     del again
     with PeakMemory() as memory:
         started = time.perf_counter()
