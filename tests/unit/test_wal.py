@@ -10,6 +10,8 @@ from consul_backend.wal import (
     GENESIS_PREV,
     RECORD_VERSION,
     CorruptRecord,
+    Large,
+    PartRef,
     Record,
     Write,
     digest32,
@@ -36,19 +38,21 @@ positions = st.dictionaries(
 )
 
 
+FIELDS = {
+    "index": 7,
+    "prev_hash": b"p" * 32,
+    "epoch": 3,
+    "writer": "node-1",
+    "batch_id": b"b" * 16,
+    "time_ms": 1_700_000_000_000,
+    "kind": "data",
+    "positions": {},
+    "groups": {("r", "core"): [("a", b"1"), ("b", None)], ("l", "core"): [("a", b"2")]},
+}
+
+
 def build(**changes):
-    fields = {
-        "index": 7,
-        "prev_hash": b"p" * 32,
-        "epoch": 3,
-        "writer": "node-1",
-        "batch_id": b"b" * 16,
-        "time_ms": 1_700_000_000_000,
-        "kind": "data",
-        "positions": {},
-        "groups": {("r", "core"): [("a", b"1"), ("b", None)], ("l", "core"): [("a", b"2")]},
-    }
-    return Record.build(**(fields | changes))
+    return Record.build(**(FIELDS | changes))
 
 
 @given(groups, positions, st.integers(1, 2**40), st.integers(0, 2**40))
@@ -139,3 +143,75 @@ def test_names_sort_as_numbers():
     keys = [record_key("g1", index, 512) for index in indexes]
     assert keys == sorted(keys)
     assert all(name.startswith(segment_prefix("g1", index // 512)) for name, index in zip(keys, indexes, strict=True))
+
+
+SOME = {("r", "core"): [("a", b"1")]}
+BATCH = b"i" * 16
+PART = PartRef(3, b"h" * 32, "lr")
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "large"),
+    [
+        ("part", SOME, Large(BATCH)),
+        ("part", SOME, Large(BATCH, continued=True)),
+        ("commit", {}, Large(BATCH, parts=(PART,))),
+        ("commit", {}, Large(BATCH, parts=(PART, PartRef(6, b"h" * 32, "r")))),
+        ("abort", {}, Large(BATCH)),
+        ("roll", {}, Large(BATCH)),
+        ("roll", {}, Large(BATCH, done=True)),
+    ],
+)
+def test_the_records_of_a_large_batch_come_back(kind, groups, large):
+    record = build(kind=kind, groups=groups, large=large)
+    found = Record.decode(record.encode())
+    assert (found.header.kind, found.header.large) == (kind, large)
+    assert found.header.large.continued is large.continued, "a flag that is not given is False"
+    assert Large(BATCH) == Large(BATCH, False, (), False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "large"),
+    [
+        ("data", SOME, Large(BATCH)),
+        ("tenure", {}, Large(BATCH)),
+        ("commit", {}, None),
+        ("part", SOME, Large(b"short")),
+        ("part", {}, Large(BATCH)),
+        ("part", SOME, Large(BATCH, parts=(PART,))),
+        ("part", SOME, Large(BATCH, done=True)),
+        ("commit", {}, Large(BATCH)),
+        ("commit", SOME, Large(BATCH, parts=(PART,))),
+        ("commit", {}, Large(BATCH, continued=True, parts=(PART,))),
+        ("commit", {}, Large(BATCH, parts=(PART, PART))),
+        ("commit", {}, Large(BATCH, parts=(PartRef(6, b"h" * 32, "r"), PART))),
+        ("commit", {}, Large(BATCH, parts=(PartRef(7, b"h" * 32, "r"),))),
+        ("commit", {}, Large(BATCH, parts=(PartRef(3, b"h" * 31, "r"),))),
+        ("commit", {}, Large(BATCH, parts=(PartRef(3, b"h" * 32, ""),))),
+        ("abort", {}, Large(BATCH, continued=True)),
+        ("abort", SOME, Large(BATCH)),
+        ("abort", {}, Large(BATCH, done=True)),
+        ("roll", {}, Large(BATCH, parts=(PART,))),
+    ],
+)
+def test_unsound_records_of_a_large_batch_are_refused(kind, groups, large):
+    with pytest.raises(CorruptRecord, match=r"bad (large|kind)"):
+        Record.decode(build(kind=kind, groups=groups, large=large).encode())
+
+
+def test_a_header_names_each_group_once_and_every_body():
+    record = build()
+    twice = Record.build(**{**FIELDS, "groups": {("r", "core"): [("a", b"1")]}})
+    header = msgspec.structs.replace(twice.header, groups=twice.header.groups * 2)
+    raw = msgspec.msgpack.encode(header)
+    with pytest.raises(CorruptRecord, match="bad groups"):
+        Record.decode(Record(header, raw, digest32(raw), twice.bodies * 2).encode())
+    missing = Record(record.header, record.header_bytes, record.chain_hash, record.bodies[:1])
+    with pytest.raises(CorruptRecord, match="bad groups"):
+        Record.decode(missing.encode())
+
+
+def test_what_is_malformed_is_called_so_without_its_content():
+    for raw in (b"", b"\xc1", msgspec.msgpack.encode(["secret"]), msgspec.msgpack.encode([RECORD_VERSION, 1, 2, 3])):
+        with pytest.raises(CorruptRecord, match=r"^a record is malformed$"):
+            Record.decode(raw)
