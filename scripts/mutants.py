@@ -41,7 +41,7 @@ TESTS = {
     "consul_backend.merkle": ["merkle", "merkle_machine", "lazy_index"],
     "consul_backend.merkle_pages": ["merkle", "merkle_machine", "lazy_index"],
     "consul_backend.recovery": ["recovery", "lazy_index", "large_crashes"],
-    "consul_backend.retention": ["retention", "replicated"],
+    "consul_backend.retention": ["retention"],
     "consul_backend.wal": ["wal"],
     "consul_backend.wire": ["wire", "limits"],
     "sidecar.replication.diff": ["diff_machine", "sync"],

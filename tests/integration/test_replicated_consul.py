@@ -133,7 +133,7 @@ async def test_large_batches_and_values_on_consul(cluster):
 async def test_limits_are_learnt_from_consul_s_refusal(cluster):
     """Sized for a newer Consul than answers: the refusal teaches the real limit, and no write fails of it."""
     limits = cluster.inner.limits
-    cluster.inner._limits = Limits(ops_max=2 * limits.ops_max, prefix_bytes=limits.prefix_bytes)
+    cluster.inner._probe.limits = Limits(ops_max=2 * limits.ops_max, prefix_bytes=limits.prefix_bytes)
     async with cluster.running(STILL) as store:
         await store.commit([Write(key(f"k{n}"), b"1") for n in range(cluster.inner.limits.ops_max - 3)])
         await store.rolled()
