@@ -6,9 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consul_backend.batching import OVERHEAD_OPS, Batch, Budget, Packing, Preparer, require_fits_alone, take
+from consul_backend.batching import (
+    _GROUPS_KEPT_MAX,
+    OVERHEAD_OPS,
+    Batch,
+    Budget,
+    Packing,
+    Preparer,
+    require_fits_alone,
+    take,
+)
 from consul_backend.errors import TooLarge
-from consul_backend.limits import Limits, body_bytes, excess
+from consul_backend.limits import KEY_BYTES_MAX, Limits, body_bytes, excess
 from consul_backend.physical import LOCK_KEY
 from consul_backend.position import Position
 from consul_backend.txn import Cas, CheckIndex, CheckSession
@@ -177,3 +186,24 @@ def test_a_key_or_value_no_store_takes_is_refused():
         batch([Write("r/core/" + "x" * 17_000, b"")])
     with pytest.raises(TooLarge, match="a value of 20001 bytes, the store takes 20000"):
         batch([Write("r/core/a", b"v" * 20_001)])
+
+
+def test_the_longest_key_is_taken_and_one_more_is_not():
+    room = KEY_BYTES_MAX - len("g/g1/d/r/p/")
+    longest = Preparer("g1", LIMITS).prepare(Write("r/p/" + "a" * room, b""))
+    assert len(longest.op.key) == KEY_BYTES_MAX
+    with pytest.raises(TooLarge, match=f"{KEY_BYTES_MAX + 1} bytes"):
+        Preparer("g1", LIMITS).prepare(Write("r/p/" + "a" * (room + 1), b""))
+
+
+def test_groups_are_kept_for_many_keys_and_never_mixed_up():
+    preparer = Preparer("g1", LIMITS)
+    for number in range(5000):  # more than are kept
+        made = preparer.prepare(Write(f"r/p{number}/a/b", b"1"))
+        assert (made.group, made.path, made.op.key) == (("r", f"p{number}"), "a/b", f"g/g1/d/r/p{number}/a/b")
+    assert len(preparer._groups) <= _GROUPS_KEPT_MAX
+    again = preparer.prepare(Write("l/p1/a", b"1"))
+    assert (again.group, again.path, again.op.key) == (("l", "p1"), "a", "g/g1/d/l/p1/a")
+    for bad in ("r/p1", "r/p1/", "x/p1/a", "r//a", "", "/", "rr/p1/a"):
+        with pytest.raises(ValueError, match="not a logical key"):
+            preparer.prepare(Write(bad, b"1"))
