@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -103,14 +104,30 @@ class _Pages:
         self.entries.setdefault((*name, page), []).append((path, digest))
 
 
-async def reindex(parts: Inspected, options: ReindexOptions, progress: Progress) -> ReindexReport:
-    """Check everything, then repair what can be repaired. Raises FenceLost, and what reading raises."""
+AskOthers = Callable[[Mapping[str, bytes]], Awaitable[Mapping[str, bytes]]]
+"""Values by logical key, of those entries (key to digest) that another cluster has."""
+
+
+async def nobody(wanted: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """There is no other cluster to ask."""
+    return {}
+
+
+async def reindex(
+    parts: Inspected, options: ReindexOptions, progress: Progress, ask_others: AskOthers = nobody
+) -> ReindexReport:
+    """Check everything, then repair what can be repaired: from the log, and from other clusters what the log no longer
+    has. Raises FenceLost, and what reading raises."""
     pages = _Pages()
     checked = await check(parts, progress, extents=options.diff, collect=pages.collect)
     report = ReindexReport(keys=checked.keys)
     progress.stage = "replaying"
     wanted = {finding.key: finding.digest for finding in checked.findings if finding.digest is not None}
     values = await _from_log(parts, wanted) if wanted else {}
+    missing = {key: digest for key, digest in wanted.items() if key not in values}
+    if missing:
+        told = await ask_others(missing)
+        values |= {key: value for key, value in told.items() if entry_digest(key, value) == missing.get(key)}
     progress.stage = "committing"
     for finding in checked.findings:
         failpoint("reindex:before-repair")

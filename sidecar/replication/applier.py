@@ -22,6 +22,7 @@ from consul_backend.errors import BackendError, PermissionDenied, TooLarge
 from consul_backend.failpoint import failpoint
 from consul_backend.limits import Limits
 from consul_backend.position import Position
+from sidecar.replication.asking import answer_to
 from sidecar.replication.channel import Channel, ChannelClosed
 from sidecar.replication.committer import commit, positions_at, stored_position
 from sidecar.replication.hello import Identity, Source, fork_problem, hello_of, source_of
@@ -31,6 +32,7 @@ from sidecar.replication.modes import Mode
 from sidecar.replication.progress import ClockOffset, Lag
 from sidecar.replication.protocol import (
     Ack,
+    Ask,
     Bye,
     CompleteUpTo,
     Heartbeat,
@@ -228,6 +230,10 @@ class Applier:
         self._moved(batch.position)
 
 
+# More than these are left unread: reading waits, and so does whoever asks.
+_QUESTIONS_MAX = 4
+
+
 class _Reception:
     """One connection."""
 
@@ -238,6 +244,7 @@ class _Reception:
         self._options = applier._options
         self._intake = Intake(applier._mode, position, Budget.of(self._options.limits))
         self._inbox: Inbox[LogFrame | CompleteUpTo | Bye] = Inbox(self._options.queue_bytes_max)
+        self._questions: asyncio.Queue[Ask] = asyncio.Queue(_QUESTIONS_MAX)
         self._offset = ClockOffset()
         self._echo: tuple[int, float] | None = None
         self._durable_at_s = self._clock.monotonic()
@@ -246,7 +253,11 @@ class _Reception:
         failure: BackendError | None = None
         outcome: Outcome | None = None
         async with asyncio.TaskGroup() as tasks:
-            helpers = (tasks.create_task(self._read(), name="read"), tasks.create_task(self._beat(), name="beat"))
+            helpers = (
+                tasks.create_task(self._read(), name="read"),
+                tasks.create_task(self._beat(), name="beat"),
+                tasks.create_task(self._answer(), name="answer"),
+            )
             try:
                 outcome = await self._act()
             except BackendError as error:  # kept out of the group, which would wrap it
@@ -269,6 +280,8 @@ class _Reception:
                 self._applier.upstream.heard_at_s = self._clock.monotonic()
                 if isinstance(frame, Heartbeat):
                     self._heard(frame)
+                elif isinstance(frame, Ask):
+                    await self._questions.put(frame)
                 else:
                     await self._inbox.put(frame, len(raw))
         except TimeoutError:
@@ -284,6 +297,18 @@ class _Reception:
         self._echo = (beat.clock_ms, self._clock.monotonic())
         self._applier.upstream.head_index = beat.head_index
         self._applier.upstream.advertised = Advertised(beat.api_addr, beat.cluster_addrs)
+
+    async def _answer(self) -> None:
+        """What the primary lost and asks for."""
+        with contextlib.suppress(ChannelClosed):
+            while True:
+                question = await self._questions.get()
+                try:
+                    told = await answer_to(self._applier._store, self._applier._mode.classes, question)
+                except ProtocolViolation as violation:
+                    self._inbox.fail(violation)
+                    return
+                await self._channel.send(encode(told))
 
     async def _beat(self) -> None:
         with contextlib.suppress(ChannelClosed):

@@ -11,7 +11,7 @@ import asyncio
 import hmac
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +90,7 @@ class Replication:
         self._activating = asyncio.Lock()
         self._bootstrapping: Mode | None = None
         self._began_as_mirror = False
-        self._upkeep = IndexUpkeep(store, sealed, clock)
+        self._upkeep = IndexUpkeep(store, sealed, clock, self._ask_secondaries)
         self.performance = self._manager(PERFORMANCE, callbacks)
         # Reads are gated for performance alone: a DR secondary serves none.
         self.dr = self._manager(DR, replace(callbacks, on_applied=self._mirrored, set_gate=lambda reason: None))
@@ -183,6 +183,15 @@ class Replication:
     async def merkle_check(self) -> Response:
         """Compare the index with everything stored; read-only (contract 1.14)."""
         return Response(data=await self._upkeep.check())
+
+    async def _ask_secondaries(self, wanted: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        """Entries that this cluster lost, from whoever follows it."""
+        found: dict[str, bytes] = {}
+        for manager in (self.performance, self.dr):
+            if manager.primary is not None:
+                missing = {key: digest for key, digest in wanted.items() if key not in found}
+                found |= await manager.primary.shipper.ask(missing)
+        return found
 
     async def reindex(self, diff: bool, force: bool, skip_flush: bool) -> Response:
         """Start to repair index and data keys in the background (contract 1.13)."""

@@ -21,7 +21,7 @@ import msgspec
 from consul_backend.position import Position
 from sidecar.replication.history import Promotion
 
-PROTOCOL_VERSIONS = (3,)
+PROTOCOL_VERSIONS = (4,)
 """Versions of this protocol that this program speaks. A change of any frame is a new version."""
 
 FRAME_BYTES_MAX = 2 * 1024 * 1024
@@ -167,6 +167,21 @@ class PartFrame(Frame, frozen=True, tag=9):
     raw: bytes
 
 
+class Ask(Frame, frozen=True, tag=10):
+    """The primary lost these entries, logical keys with their digests, or found them damaged: who has them?"""
+
+    number: Index
+    wanted: Annotated[list[tuple[str, Digest]], msgspec.Meta(max_length=128)]
+
+
+class Told(Frame, frozen=True, tag=11):
+    """The secondary's answer to the question of that number: whole ciphertexts by their place in it. What it does not
+    have, or what would make the answer too large, is left out."""
+
+    number: Index
+    values: Annotated[list[tuple[Index, bytes]], msgspec.Meta(max_length=128)]
+
+
 class PartitionDigests(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One partition as the secondary has it: one fingerprint of each of 2^``depth`` groups, in order;
     none at depth 0, where the root says it all."""
@@ -257,8 +272,8 @@ class Guard(Frame, frozen=True, tag=20):
 
 
 LogFrame = RecordFrame | Skip | PartFrame
-FromPrimary = RecordFrame | Skip | PartFrame | CompleteUpTo | Heartbeat | Bye
-FromSecondary = Ack | Heartbeat | Bye
+FromPrimary = RecordFrame | Skip | PartFrame | CompleteUpTo | Heartbeat | Ask | Bye
+FromSecondary = Ack | Heartbeat | Told | Bye
 FromFetch = Entries | RecordFrame | Skip | PartFrame | Guard | Bye
 
 _T = TypeVar("_T")

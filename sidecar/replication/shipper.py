@@ -23,6 +23,7 @@ from consul_backend.failpoint import failpoint
 from consul_backend.limits import Limits
 from consul_backend.wal import Record
 from consul_backend.wal_reader import RecordGone
+from sidecar.replication.asking import Questions, ask_all
 from sidecar.replication.channel import Channel, ChannelClosed
 from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello, contradicts_log
 from sidecar.replication.history import FORKED
@@ -39,6 +40,7 @@ from sidecar.replication.protocol import (
     ProtocolViolation,
     RecordFrame,
     Skip,
+    Told,
     decode_from_secondary,
     encode,
     is_none,
@@ -152,6 +154,11 @@ class Shipper:
             stream.end("refuse", "this secondary was revoked")
         self._store.unhold(self.hold_name(secondary_id))
 
+    async def ask(self, wanted: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Values by logical key, of those entries (key to digest) that some connected secondary has."""
+        travels = {key: digest for key, digest in wanted.items() if key.partition("/")[0] in self._mode.classes}
+        return await ask_all([stream.questions for stream in self._streams.values()], travels)
+
     async def serve(self, channel: Channel, hello: Hello) -> str:
         """Answer ``hello`` and stream until the connection ends; returns why it did. A new connection of a secondary
         ends its old one. The caller has decoded the hello and checked certificate, revocation and store id. Errors of
@@ -249,6 +256,7 @@ class _Stream:
         self._wake = asyncio.Event()
         self._beat_due = True
         self._canary: tuple[CompleteUpTo, float] | None = None
+        self.questions = Questions(self._wake.set)
         self._echo: tuple[int, float] | None = None  # the peer's clock in ms, when it arrived on ours
         self._told: asyncio.Future[Bye] = asyncio.get_running_loop().create_future()
 
@@ -263,6 +271,7 @@ class _Stream:
         try:
             bye = await self._run()
         finally:
+            self.questions.close()
             if peer.progress is self._progress:
                 peer.connected, peer.reason = False, bye.reason
         with contextlib.suppress(ChannelClosed, TimeoutError):
@@ -304,6 +313,8 @@ class _Stream:
             self._wake.clear()
             if self._beat_due:
                 await self._send_beat()
+            while (question := self.questions.next()) is not None:
+                await self._channel.send(encode(question))
             if not await self._send_records():
                 await self._wake.wait()
 
@@ -375,7 +386,7 @@ class _Stream:
                 raise ChannelClosed(f"no heartbeat for {silence_s:g} s") from None
             self._heard(decode_from_secondary(raw))
 
-    def _heard(self, frame: Ack | Heartbeat | Bye) -> None:
+    def _heard(self, frame: Ack | Heartbeat | Told | Bye) -> None:
         now_s = self._clock.monotonic()
         self._peer.heard_at_s = now_s
         if isinstance(frame, Ack):
@@ -386,6 +397,8 @@ class _Stream:
         elif isinstance(frame, Heartbeat):
             self._echo = (frame.clock_ms, now_s)
             self._peer.advertised = Advertised(frame.api_addr, frame.cluster_addrs)
+        elif isinstance(frame, Told):
+            self.questions.told(frame)
         else:
             raise ChannelClosed(f"the secondary ended the stream: {frame.reason}")
 

@@ -111,5 +111,8 @@ class SecondaryStore(IndexedStore, Protocol):
     def positions(self) -> Mapping[str, Position]:
         """The newest durable position of each mode."""
 
+    async def get(self, key: str) -> bytes | None:
+        """The whole ciphertext of one logical key."""
+
     async def commit(self, writes: Sequence[Write], *, positions: Mapping[str, Position] | None = None) -> Head:
         """All writes and the positions in one record, or nothing."""

@@ -19,7 +19,7 @@ from consul_backend.clock import Clock
 from consul_backend.errors import Corrupt, NotApplied, Overloaded, PermissionDenied
 from consul_backend.errors import Unavailable as StoreUnavailable
 from consul_backend.index_check import CheckReport, Inspected, Progress, check
-from consul_backend.reindex import ReindexOptions, reindex
+from consul_backend.reindex import AskOthers, ReindexOptions, nobody, reindex
 from plugin_api.errors import InvalidRequest
 from sidecar.replication.status import IndexFacts
 from sidecar.replication.wiring import SealedEntries
@@ -47,12 +47,15 @@ class IndexHealth(msgspec.Struct, frozen=True):
 
 
 class IndexUpkeep:
-    """One tenure's."""
+    """One tenure's. ``ask_others`` has entries that this cluster lost."""
 
-    def __init__(self, store: InspectedStore, sealed: SealedEntries, clock: Clock) -> None:
+    def __init__(
+        self, store: InspectedStore, sealed: SealedEntries, clock: Clock, ask_others: AskOthers = nobody
+    ) -> None:
         self._store = store
         self._sealed = sealed
         self._clock = clock
+        self._ask_others = ask_others
         self._health = IndexHealth()
         self._busy = asyncio.Lock()
         self._asked = asyncio.Event()
@@ -124,7 +127,7 @@ class IndexUpkeep:
             return
         async with self._busy:
             try:
-                report = await reindex(self._store.inspected(), options, progress)
+                report = await reindex(self._store.inspected(), options, progress, self._ask_others)
             except (StoreUnavailable, PermissionDenied, NotApplied, Overloaded, Corrupt) as error:
                 logger.error("reindex ended early, start it again: %s", error)
                 return

@@ -12,6 +12,7 @@ import random
 import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -20,8 +21,11 @@ from aiohttp import web
 from consul_backend.clock import SystemClock
 from consul_backend.election import Election, ElectionOptions, Held, LeaderInfo
 from consul_backend.embedded import EmbeddedStore
+from consul_backend.index_check import Progress
 from consul_backend.position import Position
+from consul_backend.reindex import ReindexOptions, ReindexReport, reindex
 from consul_backend.replicated import ReplicatedStore, StoreOptions, genesis
+from consul_backend.txn import Delete, Set
 from consul_backend.wal import Write
 from sidecar.replication import protocol as wire
 from sidecar.replication.answers import answer_diff, answer_fetch
@@ -73,6 +77,12 @@ class Node:
             self.physical, GENERATION, self._held.tenure, self.options, clock=CLOCK, lease=self._held.lease
         )
         self._running = asyncio.create_task(self.store.run())
+
+    async def lead_again(self, **options: object) -> None:
+        """Another tenure, with other options."""
+        await self.crash()
+        self.options = replace(self.options, **options)
+        await self.lead()
 
     async def crash(self) -> None:
         """Everything in memory is gone, the store stays as it is at this moment."""
@@ -280,6 +290,44 @@ async def write_some(store: ReplicatedStore, dice: random.Random, count: int) ->
 async def fill(store: ReplicatedStore, count: int, value: bytes = b"v" * 40) -> None:
     for start in range(0, count, 50):
         await store.commit([Write(f"r/p/key-{number}", value) for number in range(start, min(count, start + 50))])
+
+
+async def test_what_the_log_no_longer_has_is_restored_from_a_secondary(world: World):
+    primary = world.primary
+    short_log = {"segment_records": 4, "wal_keep_records": 8, "collect_interval_s": 0.02, "flush_interval_s": 0.02}
+    await primary.lead_again(cache_bytes_max=0, ring_records_max=1, **short_log)
+    world.serve_primary()
+    await world.join()
+    await fill(primary.store, 400)
+    written = primary.store.head.index
+    lost = ["r/p/key-3", "r/p/key-200", "r/p/key-399"]
+    values = {key: await primary.store.get(key) for key in lost}
+
+    async def let_the_log_go() -> None:
+        while primary.store.oldest_index <= written:
+            await primary.store.commit([Write("r/q/other", os.urandom(8))])
+            await asyncio.sleep(0.005)
+
+    async with asyncio.timeout(30):
+        await world.stream_while(let_the_log_go())
+    parts = primary.store.inspected()
+    await primary.physical.txn([Set(parts.where(lost[0]), b"foreign"), Set(parts.where(lost[1]), b"foreign")])
+    await primary.physical.txn([Delete(parts.where(lost[2]))])
+    options = ReindexOptions(diff=False, force=False, skip_flush=True)
+    alone = await reindex(parts, options, Progress())
+    assert (alone.restored, alone.unresolved) == (0, 3), "there is nobody to ask, and nothing is given up"
+    done: asyncio.Future[ReindexReport] = asyncio.get_running_loop().create_future()
+
+    async def repair() -> None:
+        world.in_step.clear()
+        await world.in_step.wait()
+        done.set_result(await reindex(parts, options, Progress(), world.shipper.ask))
+
+    async with asyncio.timeout(30):
+        await world.stream_while(repair())
+    assert (done.result().restored, done.result().quarantined, done.result().unresolved) == (3, 2, 0)
+    assert {key: await primary.store.get(key) for key in lost} == values
+    world.assert_same()
 
 
 async def test_steady_streaming(world: World):
