@@ -34,6 +34,7 @@ bench: setup
 	$(BIN)/python bench/api.py
 	$(BIN)/python bench/replication_lag.py
 	$(BIN)/python bench/failover.py
+	$(BIN)/python bench/disaster.py
 	$(BIN)/python bench/index.py
 	$(BIN)/python bench/recovery.py
 	$(BIN)/python bench/diff.py

@@ -20,6 +20,9 @@ class ReplicationAPI(Upstream, Protocol):
     async def status(self, mode: str | None) -> dict[str, Any]:
         """The ``data`` of one mode, or ``{"dr": …, "performance": …}`` for None (contract 1.2)."""
 
+    def require_steady(self) -> None:
+        """Raises Unavailable while a committed change of role waits for the next tenure."""
+
     async def primary_enable(self, mode: str, primary_cluster_addr: str) -> Response:
         """Become a primary (contract 1.3)."""
 

@@ -91,6 +91,8 @@ class SysReplication:
         return answer_of(await self._api().recover())
 
     async def _not_a_dr_secondary(self, call: Call, params: Params) -> None:
+        if self._core.replication is not None:
+            self._core.replication.require_steady()  # it may be just becoming one
         raise InvalidRequest(NOT_A_DR_SECONDARY)
 
     async def _delete_token(self, call: Call, params: Params) -> None:

@@ -141,6 +141,10 @@ class Replication:
             if not self.mirrors:
                 tasks.create_task(self.performance.run(), name="performance replication")
 
+    def require_steady(self) -> None:
+        """Raises Unavailable while a committed change of role waits for the next tenure."""
+        self.dr.require_steady()
+
     def is_primary_writable(self) -> bool:
         """Whether this cluster may write class ``r``."""
         return not self.mirrors and not isinstance(self.performance.role, SecondaryRole)

@@ -88,6 +88,14 @@ def require(reply: Reply, *statuses: int) -> Reply:
     return reply
 
 
+def patient(node: Node, path: str, body: dict[str, Any]) -> Reply:
+    """A request that is asked again while the node says 503, as it does between two roles."""
+    deadline = time.monotonic() + STEP_TIMEOUT_S
+    while (reply := node.call("POST", path, body, timeout_s=60)).status == 503 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return require(reply)
+
+
 def mirror(primary: Cluster, secondary: Cluster, name: str) -> None:
     """Make ``secondary`` a DR secondary and wait until it holds everything."""
     if status(primary.wait_active()).get("mode") != "primary":
@@ -110,7 +118,7 @@ def root_token(cluster: Cluster) -> str:
 
 def _generated(cluster: Cluster, base: str) -> str:
     node = leader(cluster)
-    started = require(node.call("POST", f"{base}/attempt", {})).body
+    started = patient(node, f"{base}/attempt", {}).body
     reply = started
     for key in cluster.keys:
         reply = require(node.call("POST", f"{base}/update", {"key": key, "nonce": started["nonce"]})).body

@@ -169,6 +169,9 @@ class FakeReplication:
         self.forwarded.append((request, auth))
         return await self.primary.handle(replace(request, forwarded_auth=auth))
 
+    def require_steady(self) -> None:
+        """Never in between."""
+
     async def status(self, mode: str | None) -> dict[str, Any]:
         one = {"mode": "primary"}
         return {"dr": {"mode": "disabled"}, "performance": one} if mode is None else one

@@ -205,9 +205,12 @@ async def test_a_change_that_ends_the_tenure_lets_no_other_follow() -> None:
     node = await role_node("primary", "primary")
     assert (await node.call("POST", "sys/replication/dr/primary/demote", {})).status == 200
     assert node.restarts
-    for path in ("performance/primary/disable", "performance/primary/demote"):
+    for path in ("performance/primary/disable", "performance/primary/demote", "dr/primary/enable"):
         reply = await node.call("POST", f"sys/replication/{path}", {})
-        assert reply.status in (400, 503), reply.errors
+        assert reply.status == 503, reply.errors
+    for action in ("promote", "generate-operation-token/attempt"):
+        reply = await node.call("POST", f"sys/replication/dr/secondary/{action}", {}, token=None)
+        assert reply.status == 503, "it is one in a moment"
 
 
 async def test_sealing_a_dr_secondary_takes_an_operation_token() -> None:
