@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +150,10 @@ def survives(name: str, code: CodeType, tests: Sequence[str], limit_s: float) ->
         status = 1
         with contextlib.suppress(BaseException):
             become(name, code)
+            # That a test fails is enough; looking for the smallest way to make it fail takes most of the time.
+            phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+            hypothesis.settings.register_profile("mutants", phases=phases, database=None, deadline=None)
+            hypothesis.settings.load_profile("mutants")
             options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "--hypothesis-seed=1", "-k", _QUICK]
             status = int(pytest.main([*options, *tests]))
         os._exit(status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -67,6 +68,8 @@ class DiffMachine(RuleBasedStateMachine):
         found = diffing.Differences(fingerprints_left=fingerprints)
         for _ in compare(self.shipped[True], request, found):
             pass
+        sent = sum(len(cells.fingerprints) for cells in found.cells.values()) // wire.FINGERPRINT_BYTES
+        assert sent <= fingerprints
         reply = wire.decode_diff_reply(
             wire.encode(
                 wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, found.gone, found.cells, {})
@@ -78,6 +81,7 @@ class DiffMachine(RuleBasedStateMachine):
         fetches = list(plan.requests(self.shipped[False], bytes_max))
         assert len(fetches) == 1 or bytes_max == 200, "one request holds it, so two round trips are enough"
         for names, extents in fetches:
+            assert len(extents) <= 1 or sum(16 + len(extent.ids) for extent in extents) <= bytes_max
             fetch = wire.FetchRequest(1, bytes(32), True, salt, names, extents)
             for number, extent in enumerate(extents):
                 part = range_of(fetch, extent)
@@ -109,3 +113,18 @@ class DiffMachine(RuleBasedStateMachine):
 
 TestDiffMachine = DiffMachine.TestCase
 TestDiffMachine.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.parametrize("count", [300, 3_000, 6_000, 9_000, 40_000])
+def test_ranges_smaller_than_a_page_and_as_large(count: int) -> None:
+    """Where groups and cells are pages, parts of pages, and single subpages."""
+    machine = DiffMachine()
+    dice = random.Random(count)
+    for n in range(count):
+        machine.primary[f"r/p/k{n}"] = machine.secondary[f"r/p/k{n}"] = n.to_bytes(20, "big")
+    for side in (True, False):
+        machine.forests[side].apply(machine.primary.items())
+    for n in dice.sample(range(count), 12):
+        machine._change(dice.random() < 0.5, f"r/p/k{n}", dice.choice([None, dice.randbytes(20)]))
+        machine._change(dice.random() < 0.5, f"r/p/new{n}", dice.randbytes(20))
+    machine.sync(10**6, 10**6)

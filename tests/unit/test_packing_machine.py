@@ -22,7 +22,9 @@ KEY = record_key("g1", 2**40, 512)
 FRAME_BYTES = 700
 """How much the packer may overestimate one transaction: sizes of numbers and frames that it does not know yet."""
 
-keys = st.builds("{}/{}/k{}".format, st.sampled_from("rl"), st.sampled_from(["one", "zwei ü"]), st.integers(0, 30))
+keys = st.builds(
+    "{}/{}/k{}".format, st.sampled_from("rl"), st.sampled_from(["one", "zwei ü", "p" * 3000]), st.integers(0, 30)
+)
 values = st.none() | st.integers(0, 3000).map(lambda size: b"v" * size)
 writes = st.lists(st.builds(Write, keys, values), min_size=1, max_size=5)
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consul_backend.retention import HARD_FACTOR, RetentionFacts, collectable, keep_from
+from consul_backend.errors import Unavailable
+from consul_backend.physical import TxnResult
+from consul_backend.retention import HARD_FACTOR, Collector, RetentionFacts, collectable, keep_from
+from consul_backend.tenure import Tenure
+from consul_backend.txn import CheckIndex, CheckSession, DeleteTree, Op
+from consul_backend.wal import segment_prefix
 
 facts = st.builds(
     RetentionFacts,
@@ -92,3 +101,43 @@ def test_by_example() -> None:
     assert keep_from(plain(crossings={95: 580, 57: 300})) == 580
     assert keep_from(plain(crossings={95: 575, 57: 300})) == 300, "parts of parts' neighbours"
     assert keep_from(plain(crossings={89: 1})) == 901
+
+
+class Deletions:
+    """A store that notes what is deleted; the first ``refuse`` transactions find nobody there."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+        self.refuse = 0
+
+    async def txn(self, ops: Sequence[Op]) -> TxnResult:
+        if self.refuse:
+            self.refuse -= 1
+            raise Unavailable("nobody there")
+        session, epoch, *rest = ops
+        assert isinstance(session, CheckSession)
+        assert isinstance(epoch, CheckIndex)
+        self.told += [op.prefix for op in rest if isinstance(op, DeleteTree)]
+        return TxnResult(0, ())
+
+
+async def test_segments_go_one_by_one_told_before_and_none_is_forgotten() -> None:
+    store = Deletions()
+    found = plain(head=140, redo_from=141, keep_records=100)
+    tenure = Tenure(1, "node", "0b8f2c1e-1c3d-4b5a-9a77-3f3a7f3a7f3a", 5)
+    collector = Collector(store, "g1", tenure, facts=lambda: found, gone=store.told.append, interval_s=3600)
+    assert collector.statistics() == {"wal_segments_collected": 0, "collect_failures": 0}
+    assert await collector.collect() == 4
+    prefixes = [segment_prefix("g1", segment) for segment in range(4)]
+    assert store.told == [0, 1, 2, 3, *prefixes], "readers are told before anything goes; the oldest goes first"
+    store.told.clear()
+    store.refuse = 1
+    found = replace(found, oldest=40, head=160, redo_from=161)
+    with pytest.raises(Unavailable):
+        await collector.collect()
+    assert store.told == [4, 5]
+    found = replace(found, oldest=60)  # as the store counts them now: told is told
+    assert await collector.collect() == 2
+    assert store.told == [4, 5, segment_prefix("g1", 4), segment_prefix("g1", 5)]
+    assert collector.statistics() == {"wal_segments_collected": 6, "collect_failures": 0}
+    assert await collector.collect() == 0
