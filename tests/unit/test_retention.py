@@ -103,6 +103,9 @@ def test_by_example() -> None:
     assert keep_from(plain(crossings={89: 1})) == 901
 
 
+NEWEST = CheckIndex("g/g1/wal/0000000000/00000000000001", 9)
+
+
 class Deletions:
     """A store that notes what is deleted; the first ``refuse`` transactions find nobody there."""
 
@@ -114,9 +117,10 @@ class Deletions:
         if self.refuse:
             self.refuse -= 1
             raise Unavailable("nobody there")
-        session, epoch, *rest = ops
+        session, epoch, newest, *rest = ops
         assert isinstance(session, CheckSession)
         assert isinstance(epoch, CheckIndex)
+        assert newest == NEWEST
         self.told += [op.prefix for op in rest if isinstance(op, DeleteTree)]
         return TxnResult(0, ())
 
@@ -125,7 +129,9 @@ async def test_segments_go_one_by_one_told_before_and_none_is_forgotten() -> Non
     store = Deletions()
     found = plain(head=140, redo_from=141, keep_records=100)
     tenure = Tenure(1, "node", "0b8f2c1e-1c3d-4b5a-9a77-3f3a7f3a7f3a", 5)
-    collector = Collector(store, "g1", tenure, facts=lambda: found, gone=store.told.append, interval_s=3600)
+    collector = Collector(
+        store, "g1", tenure, facts=lambda: found, newest=lambda: NEWEST, gone=store.told.append, interval_s=3600
+    )
     assert collector.statistics() == {"wal_segments_collected": 0, "collect_failures": 0}
     assert await collector.collect() == 4
     prefixes = [segment_prefix("g1", segment) for segment in range(4)]
