@@ -9,7 +9,7 @@ from tests.sim.focus import focused
 from tests.sim.runs import catch, failure_text, quiet
 from tests.sim.world import simulate
 
-SEEDS_MAX = 60
+SEEDS_MAX = 200
 """Within so many; most need one or two (``python -m tests.sim --bugs``)."""
 
 
