@@ -20,7 +20,7 @@ Each guarantee fails as :class:`CorruptRecord`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Literal
 
@@ -219,8 +219,13 @@ class Record:
 
     def only(self, classes: Collection[str]) -> Record:
         """The same record without the bodies of other classes; it keeps its chain hash."""
+        return self.picked(lambda cls, partition: cls in classes)
+
+    def picked(self, takes: Callable[[str, str], bool]) -> Record:
+        """The same record with the bodies of those groups alone whose class and partition are taken."""
         bodies = tuple(
-            body if head.cls in classes else None for head, body in zip(self.header.groups, self.bodies, strict=True)
+            body if takes(head.cls, head.partition) else None
+            for head, body in zip(self.header.groups, self.bodies, strict=True)
         )
         return Record(self.header, self.header_bytes, self.chain_hash, bodies)
 

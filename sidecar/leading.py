@@ -37,6 +37,7 @@ from sidecar.core.cluster import ClusterInfo
 from sidecar.core.init import build_mirror_genesis, build_secondary_genesis
 from sidecar.core.keys import CLUSTER, LEASES, PRIVATE_CLUSTER, REPLICATED_KEYRING, SEAL, partition_of
 from sidecar.core.lockout_rules import LockoutSettings, LockoutTuning
+from sidecar.core.mounts import MountEntry
 from sidecar.core.rotation import keep_keys
 from sidecar.core.seal_record import SealRecord, root_fingerprint
 from sidecar.core.store_view import SealedStore
@@ -49,6 +50,7 @@ from sidecar.replication.activation import ActivationResult
 from sidecar.replication.manager import Replication
 from sidecar.replication.modes import DR, PERFORMANCE
 from sidecar.replication.roles import SecondaryRole, decode_role
+from sidecar.replication.selection import Mount
 from sidecar.replication.sync import Staging
 from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
 from sidecar.request.types import ForwardedAuth
@@ -169,6 +171,8 @@ class ActiveScope:
         self._gate: str | None = None
         self._writes = WriteGate()
         self._recovered: ReplicatedStore | None = None
+        self._mounts_made: Sequence[Mount] = ()
+        self._mounts_made_of: Sequence[MountEntry] = ()
         self.restart_asked = asyncio.Event()
 
     async def start(self, tasks: asyncio.TaskGroup) -> ActiveRole:
@@ -216,6 +220,8 @@ class ActiveScope:
                 open_entry=self._open_entry,
                 standalone=self._standalone,
                 gate=self._writes,
+                mounts=self._mounts,
+                reselected=self._reselected,
             ),
             clock=self._clock,
             options=self._parts.replication,
@@ -331,6 +337,20 @@ class ActiveScope:
         except DecryptionFailed as error:
             log.error("a lost write cannot be shown: %s", error)
             return None
+
+    def _mounts(self) -> Sequence[Mount]:
+        """The same object until a table changes: a stream asks before each frame."""
+        if not isinstance(self._service, Service):
+            return ()
+        mounted = self._service.mounts.table.replicated()
+        if mounted is not self._mounts_made_of:
+            self._mounts_made = [Mount(entry.full_path, entry.uuid, entry.type) for entry in mounted]
+            self._mounts_made_of = mounted
+        return self._mounts_made
+
+    async def _reselected(self) -> None:
+        if isinstance(self._service, Service):
+            await self._service.reselected()
 
     async def _standalone(self) -> Sequence[Write]:
         """The identity that a mirror has had of its own becomes the cluster's; a demoted primary gets a new one."""

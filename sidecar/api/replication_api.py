@@ -7,15 +7,53 @@ the returned :class:`~plugin_api.request.Response`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from plugin_api.request import Response
 from sidecar.request.types import Upstream
 
 
+class FiltersAPI(Protocol):
+    """Paths filters of performance replication, and mounts whose data is not here (contract 1.15)."""
+
+    def hidden(self, mount_uuid: str) -> bool:
+        """Whether a filter withholds a replicated mount from this cluster."""
+
+    def not_held(self, mount_uuid: str) -> bool:
+        """Whether a replicated mount's data is not here."""
+
+    async def set(self, secondary_id: str, mode: str, paths: Sequence[str]) -> None:
+        """Set the filter of a secondary."""
+
+    async def delete(self, secondary_id: str) -> None:
+        """Remove it, if there is one."""
+
+    def get(self, secondary_id: str) -> dict[str, Any]:
+        """Mode and paths. Raises NotFound."""
+
+    def dynamic(self, kind: str, secondary_id: str) -> dict[str, Any]:
+        """The mounts a filter withholds now, as the ``primary`` or the ``secondary`` sees it."""
+
+    def lacking(self) -> dict[str, Any]:
+        """The mounts that are not held."""
+
+    async def accept_empty(self, paths: Sequence[str]) -> None:
+        """Take mounts that are not held as empty."""
+
+    async def mount_moved(self, source: str, target: str, move: Callable[[], Awaitable[None]]) -> None:
+        """Move a mount under the filters that name it."""
+
+    async def mount_removed(self, path: str) -> None:
+        """A mount was removed."""
+
+
 class ReplicationAPI(Upstream, Protocol):
     """Roles and status of this cluster; the calls run on the active node."""
+
+    @property
+    def filters(self) -> FiltersAPI:
+        """Paths filters."""
 
     async def status(self, mode: str | None) -> dict[str, Any]:
         """The ``data`` of one mode, or ``{"dr": …, "performance": …}`` for None (contract 1.2)."""

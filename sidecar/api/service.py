@@ -162,7 +162,13 @@ class Service:
 
     def _mount_view(self, plugins: PluginRegistry) -> MountView:
         options = self._options
-        table = MountTable(self._sealed, self._writable, plugin_types=lambda table: plugins.types(GROUPS[table]))
+        replication = self._replication
+        table = MountTable(
+            self._sealed,
+            self._writable,
+            plugin_types=lambda table: plugins.types(GROUPS[table]),
+            hidden=replication.filters.hidden if replication is not None else lambda mount_uuid: False,
+        )
         built_in: dict[str, Backend] = {
             "cubbyhole/": Cubbyhole(self._sealed),
             "auth/token/": TokenPaths(
@@ -187,6 +193,7 @@ class Service:
             now=self._now,
             defaults=TtlDefaults(options.default_lease_ttl_s, options.max_lease_ttl_s),
             generate_password=self._passwords.generate,
+            not_held=replication.filters.not_held if replication is not None else lambda mount_uuid: False,
         )
 
     def _writable(self) -> bool:
@@ -206,6 +213,10 @@ class Service:
     def cluster(self) -> ClusterInfo:
         """Who this cluster is."""
         return self._cluster
+
+    async def reselected(self) -> None:
+        """Which mounts a filter hides has changed, or whose data is held. Raises Unavailable: to be tried again."""
+        await self._mounts.reselected(self._leasing.revocation.revoke_prefix)
 
     # -- the tenure
 

@@ -95,6 +95,8 @@ class SysMounts:
             await self._mounts.table.unmount(table, path)
             self._mounts.refresh()
         self._core.mounts_changed()
+        if self._core.replication is not None and not entry.local:
+            await self._core.replication.filters.mount_removed(entry.full_path)
 
     async def _read_tuning(self, call: Call, params: Params) -> Answer:
         return Answer(tuning(self._tuned_entry(params), self._mounts.defaults))

@@ -10,6 +10,7 @@ from plugin_api.errors import InvalidRequest, NotFound, PluginError
 from plugin_api.request import Operation
 from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.api.sys_mounts import emptied
+from sidecar.core.mounts import AUTH
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
 from sidecar.request.route_table import STRING, takes
@@ -61,11 +62,19 @@ class SysRemount:
 
     async def _move(self, source: str, target: str) -> None:
         core = self._core
-        entry, _ = core.mounts.table.check_remount(source, target)
-        # As in Vault: what was issued under the old path does not follow.
-        async with emptied(core, entry):
+        entry, new_path = core.mounts.table.check_remount(source, target)
+
+        async def move() -> None:
             await core.mounts.table.remount(source, target)
             core.mounts.refresh()
+
+        # As in Vault: what was issued under the old path does not follow.
+        async with emptied(core, entry):
+            if core.replication is None or entry.local:
+                await move()
+                return
+            new_full_path = f"auth/{new_path}" if entry.table == AUTH else new_path
+            await core.replication.filters.mount_moved(entry.full_path, new_full_path, move)
 
     async def _status(self, call: Call, params: Params) -> Answer:
         info = self._migrations.get(params["id"])

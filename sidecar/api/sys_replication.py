@@ -68,7 +68,48 @@ class SysReplication:
         for path, handler, sudo in actions:
             rows.append(Route(f"replication/{path}", {update: handler}, sudo=sudo))
             rows.append(Route(f"replication/{{mode}}/{path}", {update: handler}, sudo=sudo))
-        return rows + lost_writes_routes(self._lost_writes, self._lost_one, self._lost_export, self._lost_delete)
+        return (
+            rows
+            + self._filter_routes()
+            + lost_writes_routes(self._lost_writes, self._lost_one, self._lost_export, self._lost_delete)
+        )
+
+    def _filter_routes(self) -> list[Route]:
+        """Paths filters, with the name they had before 1.11, and mounts whose data is not held."""
+        base = "replication/performance"
+        handlers = {
+            Operation.READ: self._read_filter,
+            Operation.UPDATE: self._set_filter,
+            Operation.DELETE: self._delete_filter,
+        }
+        return [
+            Route(f"{base}/primary/paths-filter/{{id}}", handlers, help="What one secondary is not sent."),
+            Route(f"{base}/primary/mount-filter/{{id}}", handlers),
+            Route(f"{base}/{{kind}}/dynamic-filter/{{id}}", {Operation.READ: self._dynamic_filter}),
+            Route(f"{base}/not-held", {Operation.READ: self._not_held}, help="Mounts whose data is not here."),
+            Route(f"{base}/not-held/accept-empty", {Operation.UPDATE: self._accept_empty}, sudo=True),
+        ]
+
+    async def _read_filter(self, call: Call, params: Params) -> Answer:
+        return Answer(self._api().filters.get(_checked_id(params["id"])))
+
+    async def _set_filter(self, call: Call, params: Params) -> None:
+        fields = Fields(call.data)
+        await self._api().filters.set(_checked_id(params["id"]), fields.string("mode"), fields.strings("paths"))
+
+    async def _delete_filter(self, call: Call, params: Params) -> None:
+        await self._api().filters.delete(_checked_id(params["id"]))
+
+    async def _dynamic_filter(self, call: Call, params: Params) -> Answer:
+        if params["kind"] not in ("primary", "secondary"):
+            raise UnsupportedPath
+        return Answer(self._api().filters.dynamic(params["kind"], _checked_id(params["id"])))
+
+    async def _not_held(self, call: Call, params: Params) -> Answer:
+        return Answer(self._api().filters.lacking())
+
+    async def _accept_empty(self, call: Call, params: Params) -> None:
+        await self._api().filters.accept_empty(Fields(call.data).strings("paths"))
 
     async def _both(self, call: Call, params: Params) -> Answer:
         if self._core.replication is None:
@@ -231,6 +272,10 @@ def _secondary_id(fields: Fields) -> str:
     secondary_id = fields.string("id")
     if not secondary_id:
         raise InvalidRequest("id must be specified")
+    return _checked_id(secondary_id)
+
+
+def _checked_id(secondary_id: str) -> str:
     if len(secondary_id) > _ID_CHARS_MAX or not _ID.fullmatch(secondary_id):
         raise InvalidRequest(
             "id may hold letters, digits, '_', '.' and '-', and begins and ends with none of the last two"

@@ -130,7 +130,8 @@ def clean_mount_path(path: str) -> str:
 
 
 class MountTable:
-    """Both tables, loaded once and kept exact. ``plugin_types`` gives the types known for a table."""
+    """Both tables, loaded once and kept exact. ``plugin_types`` gives the types known for a table. A replicated mount
+    that is ``hidden``, by uuid, is kept and shown to nobody: a filter withholds it from this cluster."""
 
     def __init__(
         self,
@@ -138,13 +139,16 @@ class MountTable:
         writable: Callable[[], bool],
         *,
         plugin_types: Callable[[str], Collection[str]] | None = None,
+        hidden: Callable[[str], bool] = lambda mount_uuid: False,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._sealed = sealed
         self._writable = writable
         self._plugin_types = plugin_types
+        self._hidden = hidden
         self._random_bytes = random_bytes
         self._entries: dict[str, MountEntry] = {}
+        self._replicated: tuple[MountEntry, ...] | None = None
         self._tables_lock = asyncio.Lock()
         self._purge_lock = asyncio.Lock()
 
@@ -157,16 +161,24 @@ class MountTable:
                 keys = [folder + name for name in await self._sealed.list(folder)]
                 for entry in await self._read(keys):
                     entries[entry.key] = entry
-        self._entries = entries
+        self._entries, self._replicated = entries, None
 
     def entries(self, table: str) -> list[MountEntry]:
         """The table's entries, sorted by path. A local mount hides a replicated one at the same path, which can only
         have come from the primary later."""
         by_path: dict[str, MountEntry] = {}
         for entry in self._entries.values():
-            if entry.table == table and (entry.local or entry.path not in by_path):
+            if entry.table != table or (not entry.local and self._hidden(entry.uuid)):
+                continue
+            if entry.local or entry.path not in by_path:
                 by_path[entry.path] = entry
         return [by_path[path] for path in sorted(by_path)]
+
+    def replicated(self) -> tuple[MountEntry, ...]:
+        """Every replicated mount of both tables, hidden or not; the same object until a table changes."""
+        if self._replicated is None:
+            self._replicated = tuple([entry for entry in self._entries.values() if not entry.local])
+        return self._replicated
 
     def find(self, table: str, path: str) -> MountEntry | None:
         """The mount at exactly ``path`` (with or without its trailing slash)."""
@@ -217,6 +229,7 @@ class MountTable:
             self._require_writable(entry)
             await self._sealed.commit([Write(entry.key, None), _purge_mark("l", entry.uuid), *self._shared_mark(entry)])
             del self._entries[entry.key]
+            self._replicated = None
             return entry
 
     async def tune(
@@ -285,6 +298,7 @@ class MountTable:
             for key in changed:
                 self._entries.pop(key, None)
             self._entries.update(read)
+            self._replicated = None
         return True
 
     async def purge(self) -> int:
@@ -313,7 +327,7 @@ class MountTable:
     async def _store(self, entry: MountEntry) -> None:
         self._require_writable(entry)
         await self._sealed.commit([encode_mount(entry)])
-        self._entries[entry.key] = entry
+        self._entries[entry.key], self._replicated = entry, None
 
     def _require_writable(self, entry: MountEntry) -> None:
         if not entry.local and not self._writable():

@@ -31,8 +31,9 @@ import msgspec
 
 from plugin_api.errors import InvalidRequest, PluginError, Unavailable
 from sidecar.replication.history import Epoch, Promotion, epoch_of
-from sidecar.replication.modes import MODES, Mode
+from sidecar.replication.modes import MODES, PERFORMANCE, Mode
 from sidecar.replication.roles import SecondaryRole, encode_role
+from sidecar.replication.selection import EVERYTHING, NOTHING
 from sidecar.transport import certificates
 from sidecar.transport.certificates import Credentials
 from sidecar.transport.forwarding import MalformedMessage, decode, encode
@@ -340,6 +341,7 @@ def _result(mode: Mode, bundle: Bundle, reply: BootstrapReply, store_id: str) ->
         certificate_pem=bundle.credentials.certificate_pem,
         key_pem=bundle.credentials.key_pem,
         addresses=reply.cluster_addrs[:16],
+        held=NOTHING if mode is PERFORMANCE else EVERYTHING,
     )
     return ActivationResult(mode=mode, root_key=reply.root_key, keyrings=reply.keyrings, seal=reply.seal, role=role)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TypeVar
 
 from consul_backend.errors import BackendError
@@ -27,8 +27,9 @@ from sidecar.replication.protocol import (
     encode,
     with_length,
 )
+from sidecar.replication.selection import EVERYTHING, Partitions
 from sidecar.replication.shipped import Shipped, load_indexes
-from sidecar.replication.shipper import frames_of
+from sidecar.replication.shipper import SELECTION_CHANGED, frames_of
 from sidecar.replication.store_view import PrimaryStore
 
 log = logging.getLogger("replication.sync")
@@ -41,12 +42,37 @@ _STEPS_BETWEEN_TURNS = 4
 _T = TypeVar("_T")
 
 
+class SelectionChanged(Exception):
+    """The secondary asks by a selection that holds no longer: it has to say hello again."""
+
+    def __init__(self) -> None:
+        super().__init__(SELECTION_CHANGED)
+
+
+class _Withdrawn(Exception):
+    """Some of what is being sent may not be sent any more."""
+
+
+def everything() -> Partitions:
+    """No filter."""
+    return EVERYTHING
+
+
 async def answer_diff(
-    store: PrimaryStore, source: Source, request: DiffRequest, *, mode: Mode, hold_as: str
+    store: PrimaryStore,
+    source: Source,
+    request: DiffRequest,
+    *,
+    mode: Mode,
+    hold_as: str,
+    selected: Callable[[], Partitions] = everything,
 ) -> DiffReply:
-    """The answer to the first round trip. From here on the WAL after the base is held for ``hold_as``."""
+    """The answer to the first round trip. From here on the WAL after the base is held for ``hold_as``. Raises
+    SelectionChanged."""
     await load_indexes(store, mode)
-    shipped = Shipped(store.forest, mode.classes)
+    if not request.selection.within(selected()):
+        raise SelectionChanged
+    shipped = Shipped(store.forest, mode.classes, request.selection)
     head, root, positions = store.head, shipped.root(), store.positions  # no await between: all of one instant
     store.hold(hold_as, head.index)
     found = Differences()
@@ -69,21 +95,32 @@ async def answer_diff(
     )
 
 
-async def answer_fetch(store: PrimaryStore, request: FetchRequest, *, mode: Mode) -> AsyncIterator[bytes]:
-    """The streamed body of the second round trip, in chunks of whole frames. When the store fails, the last frame says
-    so; the secondary comes again."""
+async def answer_fetch(
+    store: PrimaryStore, request: FetchRequest, *, mode: Mode, selected: Callable[[], Partitions] = everything
+) -> AsyncIterator[bytes]:
+    """The streamed body of the second round trip, in chunks of whole frames. When the store fails, or a filter
+    withholds some of it meanwhile, the last frame says so; the secondary comes again. The caller has resolved the
+    partitions that the request names, in the request's own selection."""
+
+    def framed(frame: Frame) -> bytes:
+        if not request.selection.within(selected()):
+            raise _Withdrawn
+        return with_length(encode(frame))
+
     try:
         await load_indexes(store, mode)
         async for frame in _fetched_entries(store, request, mode):
-            yield with_length(encode(frame))
+            yield framed(frame)
         guard = Guard(request.base_index, request.base_hash, bytes(DIGEST_BYTES), {})
         if request.final:
-            shipped = Shipped(store.forest, mode.classes)
+            shipped = Shipped(store.forest, mode.classes, request.selection)
             head, root, positions = store.head, shipped.root(), store.positions  # of one instant, as above
             guard = Guard(head.index, head.chain_hash, root, dict(positions))
             async for record in _records_since(store, request, head.index, mode):
-                yield with_length(encode(record))
+                yield framed(record)
         last: Frame = guard
+    except _Withdrawn:
+        last = Bye("closing", SELECTION_CHANGED)
     except RecordGone:
         last = Bye("need-diff", f"{NO_MATCHING_WALS}: the records since {request.base_index} were collected meanwhile")
     except BackendError as error:
@@ -108,7 +145,7 @@ async def _differing_entries(store: PrimaryStore, request: FetchRequest, mode: M
     puts: list[tuple[str, bytes]] = []
     dropped: list[tuple[int, bytes]] = []
     size_bytes = 0
-    shipped = Shipped(store.forest, mode.classes)
+    shipped = Shipped(store.forest, mode.classes, request.selection)
     for done, extent in enumerate(request.extents):
         part = range_of(request, extent)
         prefix = f"{part.partition}/"
@@ -154,9 +191,9 @@ async def _records_since(store: PrimaryStore, request: FetchRequest, last: int, 
     while at < last:
         records = await store.records(at + 1, min(_RECORDS_AT_ONCE, last - at))
         by_index = {record.index: record for record in records}
-        for frame, covered in frames_of(records, mode.classes):
+        for frame, covered in frames_of(records, mode.classes, request.selection):
             if isinstance(frame, RecordFrame):
-                async for part in parts_of(store, by_index[covered], mode.classes):
+                async for part in parts_of(store, by_index[covered], mode.classes, request.selection):
                     yield part
             yield frame
             at = covered

@@ -46,6 +46,7 @@ from sidecar.replication.protocol import (
     decode_hello_reply,
     encode,
 )
+from sidecar.replication.selection import EVERYTHING, Partitions
 from sidecar.replication.shipped import Shipped
 from sidecar.replication.shipper import Advertised
 from sidecar.replication.states import Event
@@ -104,8 +105,8 @@ class _NeedDiff(Exception):
 class Applier:
     """One per mode and tenure as secondary; :meth:`run` once per connection, again and again.
 
-    ``on_source`` hears whom a hello was answered by, before anything of it is applied: it may keep what would be lost,
-    and returns who this secondary is from now on."""
+    ``on_source`` hears whom a hello was answered by and what travels, before anything of it is applied: it may keep
+    what would be lost, drops what may not stay, and returns who this secondary is from now on."""
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class Applier:
         identity: Identity,
         advertise: Callable[[], Advertised] = Advertised,
         on_event: Callable[[Event], None] = lambda event: None,
-        on_source: Callable[[Source], Awaitable[Identity]] | None = None,
+        on_source: Callable[[Source, Partitions], Awaitable[Identity]] | None = None,
     ) -> None:
         self._mode = mode
         self._on_source = on_source
@@ -134,6 +135,7 @@ class Applier:
         self._advanced = asyncio.Event()
         self._lag = Lag()
         self.identity = identity
+        self.selection = EVERYTHING
         self.upstream = Upstream()
 
     @property
@@ -193,9 +195,10 @@ class Applier:
         self.upstream.head_index = reply.head_index
         if self._on_source is not None:
             try:
-                self.identity = await self._on_source(source)
+                self.identity = await self._on_source(source, reply.selection)
             except ChannelClosed as later:
                 return Outcome(End.LOST, str(later))
+        self.selection = reply.selection
         if reply.mode == "need-diff":
             return Outcome(End.NEED_DIFF, reply.reason)
         if self._position is None:
@@ -242,7 +245,8 @@ class _Reception:
         self._channel = channel
         self._clock = applier._clock
         self._options = applier._options
-        self._intake = Intake(applier._mode, position, Budget.of(self._options.limits))
+        self._selection = applier.selection
+        self._intake = Intake(applier._mode, position, Budget.of(self._options.limits), self._selection)
         self._inbox: Inbox[LogFrame | CompleteUpTo | Bye] = Inbox(self._options.queue_bytes_max)
         self._questions: asyncio.Queue[Ask] = asyncio.Queue(_QUESTIONS_MAX)
         self._offset = ClockOffset()
@@ -385,7 +389,7 @@ class _Reception:
         position = self._applier.position
         if position is None or (frame.index, frame.chain_hash) != (position.index, position.chain_hash):
             raise ProtocolViolation(f"complete up to {frame.index} came out of order")
-        if Shipped(self._applier._store.forest, self._applier._mode.classes).root() != frame.root:
+        if Shipped(self._applier._store.forest, self._applier._mode.classes, self._selection).root() != frame.root:
             raise _NeedDiff(f"roots differ at record {frame.index}")
         self._applier.upstream.complete_at = (frame.index, frame.source_time_ms)
         self._applier._lag.complete(

@@ -7,19 +7,22 @@ was written after the last word was heard; nothing older is missing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from plugin_api.errors import InvalidRequest, Unavailable
 
 EVERYTHING = "this secondary holds no complete copy of its primary's data"
+NAMED_MAX = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
     """A secondary at one moment. ``applied`` is the newest record applied, 0 for none; ``seen`` the primary's newest
     one heard of since this tenure began, 0 before any word. Ages in seconds, None where nothing was heard yet.
-    ``alive_at``: an address at which the primary answers, empty when none does. ``attached``: has a primary at all."""
+    ``alive_at``: an address at which the primary answers, empty when none does. ``attached``: has a primary at all.
+    ``not_held`` are the mounts whose data is not here."""
 
     attached: bool
     complete: bool
@@ -30,6 +33,7 @@ class Standing:
     connected: bool
     alive_at: str = ""
     lag_max_s: float = 0.0
+    not_held: Sequence[str] = ()
 
 
 def missing(standing: Standing) -> int:
@@ -37,9 +41,10 @@ def missing(standing: Standing) -> int:
     return max(standing.seen - standing.applied, 0)
 
 
-def forecast(standing: Standing) -> dict[str, Any]:
-    """What ``preview`` and the status show. ``known_missing_records`` counts records of the primary's log, ``exact``
-    says that nothing else can be missing: the primary is gone for good and was idle, or was demoted, only it knows."""
+def forecast(standing: Standing, *, named: bool = True) -> dict[str, Any]:
+    """What ``preview`` and the status show; mounts by name only where the caller has been authorized (``named``).
+    ``known_missing_records`` counts records of the primary's log, ``exact`` says that nothing else can be missing: the
+    primary is gone for good and was idle, or was demoted, only it knows."""
     first = standing.applied + 1
     return {
         "complete_copy": standing.complete,
@@ -51,15 +56,22 @@ def forecast(standing: Standing) -> dict[str, Any]:
         "complete_age_s": _rounded(standing.complete_age_s),
         "primary_reachable_at": standing.alive_at,
         "may_be_lost": _sentence(standing),
-        "objections": objections(standing),
+        "mounts_not_held": list(standing.not_held) if named else len(standing.not_held),
+        "objections": objections(standing, named=named),
     }
 
 
-def objections(standing: Standing) -> list[str]:
+def objections(standing: Standing, *, named: bool = True) -> list[str]:
     """Why ``force`` is needed; empty when it is not."""
-    if not standing.attached:
-        return []
     found = []
+    if standing.not_held:
+        names = ": " + ", ".join(standing.not_held[:NAMED_MAX]) if named else ""
+        found.append(
+            f"this secondary does not hold the data of {len(standing.not_held)} mounts, "
+            f"which would answer 503 after a promotion{names}"
+        )
+    if not standing.attached:
+        return found
     if not standing.complete:
         found.append(EVERYTHING)
     if standing.alive_at:

@@ -8,6 +8,7 @@ from consul_backend.limits import Limits
 from consul_backend.position import Position
 from sidecar.replication.history import History, Promotion, fork_between
 from sidecar.replication.protocol import PROTOCOL_VERSIONS, Hello, HelloReply, is_none
+from sidecar.replication.selection import EVERYTHING, Partitions
 
 NO_MATCHING_WALS = "no matching WALs available"
 
@@ -27,13 +28,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A secondary as it introduces itself. Empty ``set_id`` and ``epoch_id``: not known yet."""
+    """A secondary as it introduces itself. Empty ``set_id`` and ``epoch_id``: not known yet. ``held``: what of the
+    set's data is here."""
 
     secondary_id: str
     store_id: str
     set_id: str = ""
     epoch: int = 0
     epoch_id: str = ""
+    held: Partitions = EVERYTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +62,15 @@ def hello_of(identity: Identity, position: Position | None, limits: Limits) -> H
         ops_max=limits.ops_max,
         body_bytes_max=limits.body_bytes_max,
         prefix_bytes=limits.prefix_bytes,
+        held=identity.held,
     )
 
 
-def answer_hello(hello: Hello, source: Source, facts: LogFacts, limits: Limits) -> HelloReply:
-    """The primary's first frame. The caller has checked who the secondary is; here it is only about data."""
+def answer_hello(
+    hello: Hello, source: Source, facts: LogFacts, limits: Limits, selection: Partitions = EVERYTHING
+) -> HelloReply:
+    """The primary's first frame. The caller has checked who the secondary is; here it is only about data. What of the
+    ``selection`` the secondary does not hold is no matter of the log: only a diff brings it."""
     version = max(set(hello.versions) & set(PROTOCOL_VERSIONS), default=0)
     if not version:
         mode, reason = "refuse", "no common protocol version: upgrade the secondary first"
@@ -71,6 +78,8 @@ def answer_hello(hello: Hello, source: Source, facts: LogFacts, limits: Limits) 
         mode, reason = "refuse", problem
     elif problem := _position_problem(hello.position, source, facts):
         mode, reason = "need-diff", problem
+    elif not selection.within(hello.held):
+        mode, reason = "need-diff", "the secondary does not hold every partition that it is sent now"
     else:
         mode, reason = "accept", ""
     return HelloReply(
@@ -88,6 +97,7 @@ def answer_hello(hello: Hello, source: Source, facts: LogFacts, limits: Limits) 
         body_bytes_max=limits.body_bytes_max,
         prefix_bytes=limits.prefix_bytes,
         history=source.history,
+        selection=selection,
     )
 
 

@@ -4,7 +4,8 @@ Past :meth:`Intake.accept` this holds:
 
 1. A record's index is the last one plus one, its previous hash is the last one's hash, its bytes are what its header
    says, and its tenure is not older than the last one seen.
-2. It brings every entry of the classes that travel in this mode and none of another, and every key is well formed.
+2. It brings every entry of the classes that travel in this mode, and of the partitions selected, and none of another;
+   every key is well formed.
 3. A batch holds whole records in order, and the position of its last record. A record that changes a
    keyring ends its batch: entries encrypted under a new key come after the key is loaded.
 4. The commit record of a large batch brings every entry of its parts; parts alone bring nothing.
@@ -24,6 +25,7 @@ from sidecar.replication.hello import Source
 from sidecar.replication.modes import Mode
 from sidecar.replication.parts import Parts
 from sidecar.replication.protocol import LogFrame, PartFrame, ProtocolViolation, RecordFrame, Skip
+from sidecar.replication.selection import EVERYTHING, Partitions
 
 _GUARD_OPS = 3
 """Fence, chain check and the record itself."""
@@ -92,14 +94,15 @@ class Batch:
 class Intake:
     """Records in, batches out. Holds what was accepted and not yet taken; the caller bounds that by not feeding."""
 
-    def __init__(self, mode: Mode, position: Position, budget: Budget) -> None:
+    def __init__(self, mode: Mode, position: Position, budget: Budget, selection: Partitions = EVERYTHING) -> None:
         self._mode = mode
+        self._selection = selection
         self._last = position
         self._tenure = 0
         self._budget = budget
         self._steps: deque[Step] = deque()
         self._pending_bytes = 0
-        self._parts = Parts(mode.classes)
+        self._parts = Parts(mode.classes, selection)
 
     @classmethod
     def at(cls, mode: Mode, source: Source, index: int, chain_hash: bytes, budget: Budget) -> Intake:
@@ -151,13 +154,14 @@ class Intake:
         if header.epoch < self._tenure:
             raise ProtocolViolation(f"record {header.index} is of tenure {header.epoch}, before {self._tenure}")
         for head, body in zip(header.groups, record.bodies, strict=True):
-            if (head.cls in self._mode.classes) != (body is not None):
-                what = f"{'lacks' if body is None else 'brings'} entries of class {head.cls}"
+            travels = head.cls in self._mode.classes and self._selection.takes(head.cls, head.partition)
+            if travels != (body is not None):
+                what = f"{'lacks' if body is None else 'brings'} entries of {head.cls}/{head.partition}"
                 raise ProtocolViolation(f"record {header.index} {what}")
         if header.kind == "part":
             raise ProtocolViolation(f"record {header.index} is a part and came by itself")
         found = self._parts.take(record) if header.kind == "commit" else record.writes()
-        writes = checked_writes(found, self._mode.classes)
+        writes = checked_writes(found, self._mode.classes, self._selection)
         self._tenure = header.epoch
         keyring = any(write.key in self._mode.keyrings for write in writes)
         return Step(writes, self._moved_to(header.index, record.chain_hash), keyring, header.positions)
@@ -200,16 +204,20 @@ class Intake:
         return sum([self._budget.cost_bytes(write) for write in writes])
 
 
-def checked_writes(writes: Sequence[Write], classes: Collection[str]) -> tuple[Write, ...]:
-    """The same writes, if every key is a well-formed key of one of ``classes``; else ProtocolViolation."""
+def checked_writes(
+    writes: Sequence[Write], classes: Collection[str], selection: Partitions = EVERYTHING
+) -> tuple[Write, ...]:
+    """The same writes, if every key is a well-formed key of what travels; else ProtocolViolation."""
     for write in writes:
         try:
             write.key.encode()
-            cls, _, _ = split_key(write.key)
+            cls, partition, _ = split_key(write.key)
         except ValueError:
             raise ProtocolViolation("an entry's key is malformed") from None
         if cls not in classes:
             raise ProtocolViolation(f"an entry of class {cls} where only {', '.join(classes)} may travel")
+        if not selection.takes(cls, partition):
+            raise ProtocolViolation(f"an entry of {cls}/{partition}, which is not sent to this secondary")
     return tuple(writes)
 
 

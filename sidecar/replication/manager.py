@@ -26,6 +26,7 @@ from sidecar.replication import roles
 from sidecar.replication import status as statuses
 from sidecar.replication.activation import activate, build_bundle
 from sidecar.replication.allow_list import add_secondary, check_new, revoke
+from sidecar.replication.filters import Filters
 from sidecar.replication.forecast import forecast, objections, require_safe
 from sidecar.replication.history import Promotion
 from sidecar.replication.lost_writes import page_number, shown_entries, summary
@@ -92,6 +93,7 @@ class Replication:
         self._began_as_mirror = False
         self._upkeep = IndexUpkeep(store, sealed, clock, self._ask_secondaries)
         self.performance = self._manager(PERFORMANCE, callbacks)
+        self.filters = Filters(self.performance, lambda: self._steady(PERFORMANCE.name))
         # Reads are gated for performance alone: a DR secondary serves none.
         self.dr = self._manager(DR, replace(callbacks, on_applied=self._mirrored, set_gate=lambda reason: None))
 
@@ -348,12 +350,14 @@ class Replication:
         """Become a cluster of its own with the data there is (contract 1.11)."""
         manager = self._steady(mode)
         roles.require(manager.mode, manager.role, "secondary/disable")
+        lacking = tuple(await self.performance.lacking_ids())
         also: list[Write] = []
         if manager is self.dr:
             # The primary goes on as what it is: its copy must not come up as a second one.
-            also = [Write(PERFORMANCE.role_key, roles.encode_role(DisabledRole()))]
+            also = [Write(PERFORMANCE.role_key, roles.encode_role(DisabledRole(lacking)))]
             also += await self._callbacks.standalone()
-        await manager.commit_with(lambda role: roles.disable(manager.mode, role, "secondary/disable"), also)
+        own = lacking if manager is self.performance else ()
+        await manager.commit_with(lambda role: roles.disable(manager.mode, role, "secondary/disable", own), also)
         self._callbacks.set_gate(None)
         return Response(warnings=[DISABLING])
 
@@ -379,7 +383,12 @@ class Replication:
         async def build(newest: Role, position: Position | None) -> tuple[PrimaryRole, Sequence[Write]]:
             began = self._began(roles.next_number(newest), position)
             after = roles.promote(
-                manager.mode, newest, began=began, cluster_addr=primary_cluster_addr, authority=authority
+                manager.mode,
+                newest,
+                began=began,
+                cluster_addr=primary_cluster_addr,
+                authority=authority,
+                not_held=[mount.uuid for mount in manager.lacking()],
             )
             return after, await self._taken_over(position) if manager is self.dr else []
 

@@ -26,11 +26,12 @@ from sidecar.replication.former import FormerPrimary
 from sidecar.replication.hello import Source
 from sidecar.replication.history import Epoch, parting
 from sidecar.replication.lost_writes import LostHead, LostWrites
-from sidecar.replication.modes import DR, Mode
+from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.primary import PrimaryService
 from sidecar.replication.protocol import is_none
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
 from sidecar.replication.secondary import SecondaryService
+from sidecar.replication.selection import EVERYTHING, Mount, Partitions, selection_for
 from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions, SealedEntries
 from sidecar.transport.listener import ClusterListener
 
@@ -84,6 +85,7 @@ class ModeManager:
         self._allowed.set()
         self._running = False
         self._ending = False
+        self._selections: dict[str, tuple[tuple[object, ...], Partitions]] = {}
 
     @property
     def role(self) -> Role:
@@ -217,6 +219,43 @@ class ModeManager:
             late = primary.behind(self.store.head.index)
             logger.warning("demotion: these secondaries do not have everything: %s", ", ".join(late))
 
+    def selected(self, secondary_id: str) -> Partitions:
+        """What may travel to a secondary of this primary now."""
+        role = self._role
+        if self.mode is not PERFORMANCE or not isinstance(role, PrimaryRole):
+            return EVERYTHING
+        filtered = role.filters.get(secondary_id)
+        if filtered is None and not role.not_held:
+            return EVERYTHING
+        made_of = (self._callbacks.mounts(), filtered, role.not_held)
+        known = self._selections.get(secondary_id)
+        if known is not None and all(one is other for one, other in zip(known[0], made_of, strict=True)):
+            return known[1]  # streams ask before each frame
+        selection = selection_for(filtered, made_of[0], role.not_held)
+        self._selections[secondary_id] = (made_of, selection)
+        return selection
+
+    def mounts(self) -> Sequence[Mount]:
+        """The replicated mounts of this cluster, hidden ones too."""
+        return self._callbacks.mounts()
+
+    def lacking(self) -> list[Mount]:
+        """The replicated mounts whose data is not here, by path."""
+        if self.mode is not PERFORMANCE:
+            return []
+        return sorted(mount for mount in self.mounts() if mount.filterable and roles.not_held(self._role, mount.uuid))
+
+    async def lacking_ids(self) -> list[str]:
+        """:meth:`lacking`, from the store: a cluster that mirrors another serves no mounts."""
+        if self.mode is not PERFORMANCE:
+            return []
+        names = [name for table in ("mounts", "auth") for name in await self._sealed.list(f"r/core/{table}/")]
+        return sorted(name for name in names if roles.not_held(self._role, name))
+
+    async def reselected(self) -> None:
+        """What is hidden or not held has changed."""
+        await self._callbacks.reselected()
+
     def restricted(self) -> tuple[str, ...]:
         """The classes that nobody but replication may write in this role."""
         return self.mode.classes if isinstance(self._role, SecondaryRole) else ()
@@ -249,6 +288,7 @@ class ModeManager:
             if self.mode is DR:
                 self.end_tenure()
         self._restrict()
+        await self.reselected()
         logger.warning("replication: promoted to %s primary, epoch %d", self.mode.name, after.epoch.number)
         return after
 
@@ -260,6 +300,7 @@ class ModeManager:
             if self.mode is DR:
                 self.end_tenure()
         self._restrict()
+        await self.reselected()
         return after
 
     async def standing(self, *, probe: bool) -> Standing:
@@ -284,6 +325,7 @@ class ModeManager:
             connected=upstream is not None and upstream.connected,
             alive_at=alive_at,
             lag_max_s=self.options.promotion_lag_max_s,
+            not_held=[mount.path for mount in self.lacking()],
         )
 
     # ---- acting as the role says
@@ -307,6 +349,7 @@ class ModeManager:
                     self.options,
                     role,
                     newest=self._primary_of(role.epoch),
+                    select=self.selected,
                     change=self._change_primary,
                     serving=self._serving,
                 )
@@ -326,6 +369,7 @@ class ModeManager:
                     role,
                     learned=self._learned,
                     adopt=self._adopt,
+                    synced=self._synced,
                 )
                 await self.secondary.run()
         finally:
@@ -348,15 +392,24 @@ class ModeManager:
         after = await self.change(learn)
         return after if isinstance(after, SecondaryRole) else None
 
-    async def _adopt(self, source: Source) -> SecondaryRole | None:
+    async def _synced(self, selection: Partitions) -> SecondaryRole | None:
+        def complete(newest: Role) -> Role:
+            return roles.synced(newest, selection) if isinstance(newest, SecondaryRole) else newest
+
+        after = await self.change(complete)
+        return after if isinstance(after, SecondaryRole) else None
+
+    async def _adopt(self, source: Source, selection: Partitions) -> SecondaryRole | None:
         """A primary answered the hello: take over its history, after keeping what this cluster holds and the primary's
-        history never had. None when this is no secondary any more. Raises BackendError."""
+        history never had, and what it says of the partitions that travel. None when this is no secondary any more.
+        Raises BackendError."""
         async with self._changing:
             role = self._role
             if not isinstance(role, SecondaryRole) or role.set_id != source.set_id or not source.history:
                 return None
+            selecting = roles.select(role, selection)
             if role.history == source.history and role.accepts is None:
-                return role
+                return await self._commit(selecting)
             where = parting(role.history, source.history, self.store.generation)
             head = await self.lost.gather(
                 where,
@@ -370,7 +423,7 @@ class ModeManager:
                 await self._callbacks.keep_keys()
                 also = [self.lost.head(head)]
                 failpoint("lost-writes:before-head")
-            after = await self._commit(roles.adopt(role, source.history), also)
+            after = await self._commit(roles.adopt(selecting, source.history), also)
             if head is not None:
                 self.lost_heads = [*(one for one in self.lost_heads if one.id != head.id), head]
                 logger.error(

@@ -13,7 +13,10 @@ from sidecar.replication.forecast import forecast
 from sidecar.replication.history import Promotion
 from sidecar.replication.lost_writes import summary
 from sidecar.replication.mode_manager import ModeManager
+from sidecar.replication.modes import PERFORMANCE
 from sidecar.replication.roles import PrimaryRole, SecondaryRole
+from sidecar.replication.roles import hidden as hides
+from sidecar.replication.selection import EVERYTHING
 from sidecar.replication.shipped import Shipped
 from sidecar.replication.shipper import Peer
 from sidecar.replication.states import Phase
@@ -23,11 +26,27 @@ async def status_of(manager: ModeManager, index: statuses.IndexFacts) -> dict[st
     """The fields of contract 1.2 for whatever role the cluster has in this mode."""
     role = manager.role
     if isinstance(role, PrimaryRole):
-        return _primary(manager, role, index) | _common(manager, role.history)
+        return _primary(manager, role, index) | _common(manager, role.history) | _filtered(manager, role)
     if isinstance(role, SecondaryRole):
-        found = _secondary(manager, role, index) | _common(manager, role.history)
-        return found | {"promotion_forecast": forecast(await manager.standing(probe=False))}
-    return dict(statuses.DISABLED) | _lost(manager)
+        found = _secondary(manager, role, index) | _common(manager, role.history) | _filtered(manager, role)
+        return found | {"promotion_forecast": forecast(await manager.standing(probe=False), named=False)}
+    return dict(statuses.DISABLED) | _lost(manager) | _lacking(manager)
+
+
+def _filtered(manager: ModeManager, role: PrimaryRole | SecondaryRole) -> dict[str, Any]:
+    """Who is filtered, and how many mounts that concerns; anybody may ask, so their paths are told elsewhere."""
+    if manager.mode is not PERFORMANCE:
+        return {}
+    if isinstance(role, PrimaryRole):
+        filters = {name: {"mode": one.mode, "paths": len(one.paths)} for name, one in sorted(role.filters.items())}
+        return ({"paths_filters": filters} if filters else {}) | _lacking(manager)
+    hidden = sum([hides(role, mount.uuid) for mount in manager.mounts()])
+    return ({"mounts_withheld": hidden} if hidden else {}) | _lacking(manager)
+
+
+def _lacking(manager: ModeManager) -> dict[str, Any]:
+    lacking = len(manager.lacking())
+    return {"mounts_not_held": lacking} if lacking else {}
 
 
 def gauges_of(manager: ModeManager) -> dict[str, float]:
@@ -165,7 +184,9 @@ def _secondary(manager: ModeManager, role: SecondaryRole, index: statuses.IndexF
 
 def _root_hex(manager: ModeManager) -> str:
     try:
-        return Shipped(manager.store.forest, manager.mode.classes).root().hex()
+        role = manager.role
+        selection = role.selection if isinstance(role, SecondaryRole) else EVERYTHING
+        return Shipped(manager.store.forest, manager.mode.classes, selection).root().hex()
     except NotLoaded:
         return ""
 

@@ -29,14 +29,14 @@ from plugin_api.errors import InvalidRequest, PermissionDenied, Unavailable
 from sidecar.replication import protocol
 from sidecar.replication.activation import BOOTSTRAP_PATH, VERSIONS, BootstrapReply, BootstrapRequest
 from sidecar.replication.allow_list import claim_store, connect
-from sidecar.replication.answers import answer_diff, answer_fetch
+from sidecar.replication.answers import SelectionChanged, answer_diff, answer_fetch
 from sidecar.replication.channel import ChannelClosed, WebSocketChannel
 from sidecar.replication.hello import Source
 from sidecar.replication.modes import PERFORMANCE, Mode
 from sidecar.replication.protocol import HelloReply, ProtocolViolation
 from sidecar.replication.roles import KnownSecondary, PrimaryRole, Role
 from sidecar.replication.shipped import Shipped
-from sidecar.replication.shipper import Advertised, Shipper, ShipperOptions
+from sidecar.replication.shipper import Advertised, Select, Shipper, ShipperOptions
 from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions
 from sidecar.transport import certificates
 from sidecar.transport.forwarding import (
@@ -68,7 +68,8 @@ ChangeRole = Callable[[Callable[[Role], PrimaryRole]], Awaitable[PrimaryRole]]
 
 class PrimaryService:
     """Serves the secondaries of one set during one tenure. ``newest`` returns the newest committed role of that set,
-    None when there is none any more; ``serving`` is set while the cluster port offers this."""
+    None when there is none any more; ``select`` what may travel to a secondary now; ``serving`` is set while the
+    cluster port offers this."""
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class PrimaryService:
         role: PrimaryRole,
         *,
         newest: Callable[[], PrimaryRole | None],
+        select: Select,
         change: ChangeRole,
         serving: asyncio.Event,
     ) -> None:
@@ -93,6 +95,7 @@ class PrimaryService:
         self._clock = clock
         self._role = role
         self._newest = newest
+        self._select = select
         self._change = change
         self.serving = serving
         self.source = Source(
@@ -116,6 +119,7 @@ class PrimaryService:
             ),
             clock,
             advertise=self._advertised,
+            select=select,
         )
         self._silence_s = options.beat_s * options.silent_beats_max
         self._seen_at_s: dict[str, float] = {}
@@ -313,21 +317,28 @@ class PrimaryService:
         asked = protocol.decode_diff_request(await request.read())
         try:
             reply = await answer_diff(
-                self._store, self.source, asked, mode=self._mode, hold_as=self.shipper.hold_name(known.id)
+                self._store,
+                self.source,
+                asked,
+                mode=self._mode,
+                hold_as=self.shipper.hold_name(known.id),
+                selected=lambda: self._select(known.id),
             )
+        except SelectionChanged as error:
+            return web.Response(status=409, text=str(error))
         except BackendError as error:
             return web.Response(status=503, text=str(error))
         return _binary(protocol.encode(reply))
 
     async def _fetch(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._pinned(request)
+        known = self._pinned(request)
         asked = protocol.decode_fetch_request(await request.read())
-        shipped = Shipped(self._store.forest, self._mode.classes)
+        shipped = Shipped(self._store.forest, self._mode.classes, asked.selection)
         for name in asked.partitions:
             shipped.resolve(name)
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         await response.prepare(request)
-        async for chunk in answer_fetch(self._store, asked, mode=self._mode):
+        async for chunk in answer_fetch(self._store, asked, mode=self._mode, selected=lambda: self._select(known.id)):
             await response.write(chunk)
         await response.write_eof()
         return response

@@ -20,8 +20,9 @@ import msgspec
 
 from consul_backend.position import Position
 from sidecar.replication.history import Promotion
+from sidecar.replication.selection import EVERYTHING, Partitions
 
-PROTOCOL_VERSIONS = (4,)
+PROTOCOL_VERSIONS = (5,)
 """Versions of this protocol that this program speaks. A change of any frame is a new version."""
 
 FRAME_BYTES_MAX = 2 * 1024 * 1024
@@ -73,7 +74,8 @@ class Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 class Hello(Frame, frozen=True, tag=1):
     """The secondary's first frame. ``position`` None: no data yet. ``epoch_id`` names the replication epoch beyond its
-    number; empty strings mean *not known yet*. Limits are those of the secondary's store."""
+    number; empty strings mean *not known yet*. Limits are those of the secondary's store. ``held``: the partitions
+    whose data is here; a filter, or a primary that lacks some, leaves others out."""
 
     versions: tuple[Index, ...]
     secondary_id: Name
@@ -85,13 +87,15 @@ class Hello(Frame, frozen=True, tag=1):
     ops_max: Index
     body_bytes_max: Index
     prefix_bytes: Index
-    partition_filter: None = None
+    held: Partitions = EVERYTHING
 
 
 class HelloReply(Frame, frozen=True, tag=2):
     """The primary's first frame. ``mode`` is ``accept``, ``need-diff`` or ``refuse``; ``reason`` is for people. After
-    ``accept`` the stream begins with the record after the position in the hello; else the connection ends.
-    ``history`` are the set's replication epochs as the primary knows them, the newest last."""
+    ``accept`` the stream begins with the record after the position in the hello; else the connection ends. ``history``
+    are the set's replication epochs as the primary knows them, the newest last. ``selection``: the partitions that
+    travel on this connection; what its ``only`` leaves out the secondary may not keep, what is ``without`` the primary
+    does not hold itself."""
 
     version: Index
     mode: Name
@@ -107,10 +111,11 @@ class HelloReply(Frame, frozen=True, tag=2):
     body_bytes_max: Index
     prefix_bytes: Index
     history: tuple[Promotion, ...] = ()
+    selection: Partitions = EVERYTHING
 
 
 class RecordFrame(Frame, frozen=True, tag=3):
-    """One record: header whole, bodies of the classes that travel only. Its index is the last one handled plus one."""
+    """One record: header whole, bodies of what travels only. Its index is the last one handled plus one."""
 
     raw: bytes
 
@@ -193,11 +198,12 @@ class PartitionDigests(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
 
 class DiffRequest(Frame, frozen=True, tag=16):
     """First round trip: what the secondary has, by ``<class>/<partition>``. ``salt`` is random and keys every
-    fingerprint and id of this diff."""
+    fingerprint and id of this diff. Only what is in ``selection``, of the last hello, is compared."""
 
     salt: Salt
     root: Digest
     partitions: dict[Name, PartitionDigests]
+    selection: Partitions = EVERYTHING
 
 
 class Cells(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -248,6 +254,7 @@ class FetchRequest(Frame, frozen=True, tag=18):
     salt: Salt
     partitions: list[Name]
     extents: list[Extent]
+    selection: Partitions = EVERYTHING
 
 
 class Entries(Frame, frozen=True, tag=19):

@@ -9,7 +9,7 @@ fingerprint: who is not in it is refused, so a revocation needs no list of its o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -17,13 +17,15 @@ import msgspec
 from consul_backend.errors import Corrupt
 from plugin_api.errors import InvalidRequest
 from sidecar.replication.history import Epoch, History, Promotion, epoch_of, extended
-from sidecar.replication.modes import DR, Mode
+from sidecar.replication.modes import DR, PERFORMANCE, Mode
+from sidecar.replication.selection import EVERYTHING, MountIds, Partitions, PathsFilter, filled, narrowed, partitions
 from sidecar.transport.certificates import Credentials
 from sidecar.transport.peer import parse_address
 
 _ID = re.compile(r"\w(?:[\w.-]*\w)?\Z", re.ASCII)
 ID_LENGTH_MAX = 256
 ADDRESSES_MAX = 16
+FILTERS_MAX = 1024
 BOOTSTRAP_GRACE_MS = 10 * 60 * 1000
 
 
@@ -40,7 +42,9 @@ class KnownSecondary(msgspec.Struct, frozen=True):
 
 
 class DisabledRole(msgspec.Struct, frozen=True, tag="disabled"):
-    """No replication."""
+    """No replication. ``not_held`` as in a primary."""
+
+    not_held: MountIds = ()
 
     @property
     def kind(self) -> str:
@@ -50,7 +54,11 @@ class DisabledRole(msgspec.Struct, frozen=True, tag="disabled"):
 
 class PrimaryRole(msgspec.Struct, frozen=True, tag="primary"):
     """Primary of the set ``set_id``. Holds the set's authority, whose key never leaves this barrier, and its epochs.
-    ``former``: what it was before it was promoted, if it followed somebody."""
+    ``former``: what it was before it was promoted, if it followed somebody.
+
+    ``filters`` are by secondary id, known yet or not: revoking an id leaves its filter. ``not_held`` are the uuids of
+    mounts whose data this cluster does not have, because it was a filtered secondary when it was promoted.
+    """
 
     set_id: str
     history: History
@@ -59,6 +67,8 @@ class PrimaryRole(msgspec.Struct, frozen=True, tag="primary"):
     authority_key_pem: bytes
     secondaries: dict[str, KnownSecondary] = {}
     former: SecondaryRole | None = None
+    filters: dict[str, PathsFilter] = {}
+    not_held: MountIds = ()
 
     def __repr__(self) -> str:
         return f"PrimaryRole(set {self.set_id}, epoch {self.epoch.number}, {len(self.secondaries)} secondaries)"
@@ -89,7 +99,7 @@ class SecondaryRole(msgspec.Struct, frozen=True, tag="secondary"):
 
     Without a certificate there is no primary: it was demoted, or told to forget its primary. ``accepts`` is the epoch
     of the primary that an operator pointed it at, until it has met that primary: a fork is accepted by that, and by
-    nothing else.
+    nothing else. ``selection`` is what the primary sends, as it last said; ``held`` what of it is here.
     """
 
     set_id: str
@@ -103,6 +113,8 @@ class SecondaryRole(msgspec.Struct, frozen=True, tag="secondary"):
     key_pem: bytes = b""
     addresses: tuple[str, ...] = ()
     accepts: Epoch | None = None
+    selection: Partitions = EVERYTHING
+    held: Partitions = EVERYTHING
 
     def __repr__(self) -> str:
         return f"SecondaryRole({self.secondary_id!r} of set {self.set_id}, epoch {self.epoch.number})"
@@ -243,29 +255,51 @@ def enable_primary(
 ) -> PrimaryRole:
     """A disabled cluster becomes primary of a new set, whose first epoch is ``began``."""
     require(mode, role, "primary/enable")
-    return PrimaryRole(set_id, (began,), cluster_addr, authority.certificate_pem, authority.key_pem)
+    return PrimaryRole(
+        set_id,
+        (began,),
+        cluster_addr,
+        authority.certificate_pem,
+        authority.key_pem,
+        not_held=role.not_held if isinstance(role, DisabledRole) else (),
+    )
 
 
-def disable(mode: Mode, role: Role, operation: str) -> DisabledRole:
+def disable(mode: Mode, role: Role, operation: str, not_held: Sequence[str] = ()) -> DisabledRole:
     """``primary/disable``: its secondaries can no longer connect. ``secondary/disable``: it becomes a cluster of its
-    own with the data it has."""
+    own with the data it has; ``not_held`` are the mounts it has none of."""
     require(mode, role, operation)
-    return DisabledRole()
+    return DisabledRole(role.not_held if isinstance(role, PrimaryRole) else tuple(not_held))
 
 
 def demote(mode: Mode, role: Role) -> SecondaryRole:
     """A primary becomes a secondary that follows nobody yet. The set's authority and its secondaries are forgotten."""
     primary = _primary(mode, role, "primary/demote")
-    return SecondaryRole(primary.set_id, primary.history)
+    return SecondaryRole(primary.set_id, primary.history, held=partitions(None, primary.not_held))
 
 
-def promote(mode: Mode, role: Role, *, began: Promotion, cluster_addr: str, authority: Credentials) -> PrimaryRole:
-    """A secondary becomes the set's primary, with an authority and an epoch of its own and no secondaries yet."""
+def promote(
+    mode: Mode,
+    role: Role,
+    *,
+    began: Promotion,
+    cluster_addr: str,
+    authority: Credentials,
+    not_held: Sequence[str] = (),
+) -> PrimaryRole:
+    """A secondary becomes the set's primary, with an authority and an epoch of its own and no secondaries yet.
+    ``not_held`` are the mounts whose data it does not have."""
     secondary = _secondary(mode, role, "secondary/promote")
     history = extended(secondary.history, began)
     former = secondary if secondary.attached else None
     return PrimaryRole(
-        secondary.set_id, history, cluster_addr, authority.certificate_pem, authority.key_pem, former=former
+        secondary.set_id,
+        history,
+        cluster_addr,
+        authority.certificate_pem,
+        authority.key_pem,
+        former=former,
+        not_held=tuple(not_held),
     )
 
 
@@ -295,13 +329,19 @@ def point_at(mode: Mode, role: Role, target: SecondaryRole) -> SecondaryRole:
             "the token was issued by a primary of another replication set: disable replication here and enable this "
             "cluster as its secondary, which replaces everything it holds",
         )
-    return msgspec.structs.replace(target, history=secondary.history, accepts=target.epoch)
+    return msgspec.structs.replace(
+        target,
+        history=secondary.history,
+        accepts=target.epoch,
+        selection=secondary.selection,
+        held=secondary.held,
+    )
 
 
 def forget_primary(mode: Mode, role: Role) -> SecondaryRole:
     """``update-primary`` with a blank token: it stays a secondary and follows nobody."""
     secondary = _secondary(mode, role, "secondary/update-primary")
-    return SecondaryRole(secondary.set_id, secondary.history)
+    return SecondaryRole(secondary.set_id, secondary.history, selection=secondary.selection, held=secondary.held)
 
 
 def redirect(mode: Mode, role: Role, addresses: Sequence[str]) -> SecondaryRole:
@@ -319,6 +359,68 @@ def redirect(mode: Mode, role: Role, addresses: Sequence[str]) -> SecondaryRole:
 def adopt(role: SecondaryRole, history: History) -> SecondaryRole:
     """After meeting a primary with that history: its epochs are this cluster's from now on."""
     return msgspec.structs.replace(role, history=history, accepts=None)
+
+
+def select(role: SecondaryRole, selection: Partitions) -> SecondaryRole:
+    """After a primary said what travels. Where that holds nothing new, all of it is here, as far as the log says."""
+    held = narrowed(role.held, selection)
+    if selection.within(held):
+        held = filled(held, selection)
+    if (role.selection, role.held) == (selection, held):
+        return role
+    return msgspec.structs.replace(role, selection=selection, held=held)
+
+
+def synced(role: SecondaryRole, selection: Partitions) -> SecondaryRole:
+    """After a sync by that selection: what the primary holds of it is here. A selection that changed meanwhile counts
+    by itself."""
+    held = filled(role.held, selection)
+    if role.selection != selection or held == role.held:
+        return role
+    return msgspec.structs.replace(role, held=held)
+
+
+def not_held(role: Role, mount_uuid: str) -> bool:
+    """Whether a replicated mount's data is not here, although the mount may be."""
+    if isinstance(role, SecondaryRole):
+        return not role.held.has(mount_uuid)
+    return mount_uuid in role.not_held
+
+
+def hidden(role: Role, mount_uuid: str) -> bool:
+    """Whether a replicated mount is withheld from this secondary, so that it is none here."""
+    return isinstance(role, SecondaryRole) and not role.selection.permits(mount_uuid)
+
+
+def set_filter(mode: Mode, role: Role, secondary_id: str, paths_filter: PathsFilter | None) -> PrimaryRole:
+    """Set or, with None, remove a filter. Raises InvalidRequest."""
+    if mode is not PERFORMANCE:
+        raise InvalidRequest("paths filters belong to performance replication: a DR secondary mirrors everything")
+    primary = require_primary(mode, role)
+    if primary.filters.get(secondary_id) == paths_filter:
+        return primary
+    filters = {name: one for name, one in primary.filters.items() if name != secondary_id}
+    if paths_filter is not None:
+        filters[secondary_id] = paths_filter
+    if len(filters) > FILTERS_MAX:
+        raise InvalidRequest(f"there are {FILTERS_MAX} paths filters already; delete those of secondaries long gone")
+    return msgspec.structs.replace(primary, filters=filters)
+
+
+def refilter(role: Role, change: Callable[[str, PathsFilter], PathsFilter]) -> Role:
+    """Every filter changed alike; ``role`` itself when that changes nothing. A filter that names nothing any more is
+    kept: with mode *allow* it goes on withholding everything."""
+    if not isinstance(role, PrimaryRole):
+        return role
+    filters = {name: change(name, one) for name, one in role.filters.items()}
+    return role if filters == role.filters else msgspec.structs.replace(role, filters=filters)
+
+
+def accept_empty(role: Role, mount_uuids: Collection[str]) -> Role:
+    """Mounts whose data is not here are taken as empty from now on. Raises InvalidRequest on a secondary."""
+    if isinstance(role, SecondaryRole):
+        raise InvalidRequest("this cluster is a secondary: what it does not hold is its primary's to send")
+    return msgspec.structs.replace(role, not_held=tuple(one for one in role.not_held if one not in mount_uuids))
 
 
 def learn_addresses(role: SecondaryRole, addresses: Sequence[str]) -> SecondaryRole:

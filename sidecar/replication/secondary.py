@@ -9,6 +9,7 @@ Without a primary (demoted, or told to forget it) it rests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -24,10 +25,12 @@ from sidecar.replication.applier import Applier, ApplierOptions
 from sidecar.replication.channel import Channel, ChannelClosed, WebSocketChannel
 from sidecar.replication.committer import stored_position
 from sidecar.replication.hello import Identity, Source
-from sidecar.replication.modes import Mode
+from sidecar.replication.intake import Budget
+from sidecar.replication.modes import PERFORMANCE, Mode
 from sidecar.replication.primary import ALIVE_PATH, DIFF_PATH, FETCH_PATH, STREAM_PATH
 from sidecar.replication.protocol import DiffReply, DiffRequest, FetchRequest, is_none
 from sidecar.replication.roles import SecondaryRole
+from sidecar.replication.selection import Partitions
 from sidecar.replication.shipper import Advertised
 from sidecar.replication.states import Action, Event, Machine, Phase, step
 from sidecar.replication.status import SyncFacts, SyncProgress
@@ -42,6 +45,7 @@ from sidecar.replication.wiring import (
     NodeInfo,
     ReplicationOptions,
 )
+from sidecar.replication.withheld import drop_withheld
 from sidecar.transport.forwarding import (
     ForwardNotSent,
     ForwardOutcomeUnknown,
@@ -73,7 +77,8 @@ _RANDOM = secrets.SystemRandom()
 class SecondaryService:
     """One tenure as secondary. ``learned`` stores the primary's addresses and returns the role with them, None
     when this cluster is no secondary any more. ``adopt`` is asked before anything of a primary is applied: it keeps
-    what would be lost, stores the primary's history, and returns the role with it."""
+    what would be lost, stores the primary's history and what travels, and returns the role with it. ``synced`` stores
+    that a selection is here completely."""
 
     def __init__(
         self,
@@ -86,10 +91,12 @@ class SecondaryService:
         role: SecondaryRole,
         *,
         learned: Callable[[tuple[str, ...]], Awaitable[SecondaryRole | None]],
-        adopt: Callable[[Source], Awaitable[SecondaryRole | None]],
+        adopt: Callable[[Source, Partitions], Awaitable[SecondaryRole | None]],
+        synced: Callable[[Partitions], Awaitable[SecondaryRole | None]],
     ) -> None:
         self._mode = mode
         self._adopt = adopt
+        self._synced = synced
         self._store = store
         self._node = node
         self._callbacks = callbacks
@@ -240,6 +247,7 @@ class SecondaryService:
         return action
 
     async def _sync(self) -> Action:
+        selection = self._role.selection
         syncer = Syncer(
             self._mode,
             self._store,
@@ -252,10 +260,13 @@ class SecondaryService:
             limits=self._options.limits,
             identity=self.applier.identity,
             staging=self._options.staging,
+            selection=selection,
         )
         result = await syncer.run()
         self.sync_progress = None
         if result.event in (Event.EQUAL, Event.SYNCED):
+            if self._mode is PERFORMANCE:
+                await self._filled(selection)
             self.last_sync = SyncFacts("merkle", result.round_trips, result.bytes, result.keys, result.seconds)
             logger.info(
                 "replication: merkle sync done: %d keys, %d bytes, %d round trips, %.3f s",
@@ -265,6 +276,19 @@ class SecondaryService:
                 result.seconds,
             )
         return self._step(result.event, result.reason)
+
+    async def _filled(self, selection: Partitions) -> None:
+        """A sync has brought all of a selection. Not stored, it is compared once more after the next hello."""
+        before = self._role
+        try:
+            self._role = await self._synced(selection) or self._role
+        except (Overloaded, NotApplied, StoreUnavailable, Unavailable) as error:
+            logger.info("replication: that the partitions are held was not stored, next time: %s", error)
+            return
+        self.applier.identity = _identity(self._role)
+        if self._role.held != before.held:
+            with contextlib.suppress(Unavailable):  # the next hello tries again
+                await self._callbacks.reselected()
 
     async def _ask_diff(self, request: DiffRequest) -> DiffReply:
         try:
@@ -405,22 +429,28 @@ class SecondaryService:
             on_source=self._met,
         )
 
-    async def _met(self, source: Source) -> Identity:
+    async def _met(self, source: Source, selection: Partitions) -> Identity:
         """A primary answered the hello. Raises ChannelClosed: come again."""
         try:
-            role = await self._adopt(source)
+            role = await self._adopt(source, selection)
         except (Overloaded, NotApplied, StoreUnavailable) as error:
             raise ChannelClosed(f"the primary's replication epoch could not be stored here: {error}") from error
         if role is None:
             raise ChannelClosed("this cluster's role changed meanwhile")
         self._role = role
+        if self._mode is PERFORMANCE:
+            try:
+                await self._callbacks.reselected()
+            except Unavailable as error:
+                raise ChannelClosed(str(error)) from error
+            await drop_withheld(self._store, selection, Budget.of(self._options.limits))
         return _identity(role)
 
 
 def _identity(role: SecondaryRole) -> Identity:
     """How it introduces itself: an epoch that an operator accepted counts before that of its data."""
     epoch = role.accepts or role.epoch
-    return Identity(role.secondary_id, role.store_id, role.set_id, epoch.number, epoch.id)
+    return Identity(role.secondary_id, role.store_id, role.set_id, epoch.number, epoch.id, role.held)
 
 
 class _Counted:

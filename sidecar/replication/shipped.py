@@ -1,7 +1,7 @@
-"""A forest as one mode of replication sees it: only the classes that travel, partitions named ``<class>/<partition>``.
+"""A forest as one mode of replication sees it: only what travels, partitions named ``<class>/<partition>``.
 
-Every name that arrives from the other cluster is resolved here, so whoever asks for a partition of another class is
-refused here and nowhere else.
+Every name that arrives from the other cluster is resolved here, so whoever asks for a partition that does not
+travel is refused here and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,27 +10,34 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from sidecar.replication.modes import Mode
 from sidecar.replication.protocol import ProtocolViolation
+from sidecar.replication.selection import EVERYTHING, Partitions
 from sidecar.replication.store_view import Forest, IndexedStore
 
 
 class Shipped:
-    """``forest`` restricted to ``classes``. Methods that take a name raise ProtocolViolation for one of another class.
-    A partition that holds nothing has no digests and no entries."""
+    """``forest`` restricted to ``classes`` and ``selection``. Methods that take a name raise ProtocolViolation for any
+    other. A partition that holds nothing has no digests and no entries."""
 
-    def __init__(self, forest: Forest, classes: Collection[str]) -> None:
+    def __init__(self, forest: Forest, classes: Collection[str], selection: Partitions = EVERYTHING) -> None:
         self._forest = forest
         self._classes = classes
+        self._selection = selection
 
     def resolve(self, name: str) -> tuple[str, str]:
         """Class and partition of a name. Raises ProtocolViolation."""
         cls, _, partition = name.partition("/")
-        if cls not in self._classes or not partition or "/" in partition:
+        if cls not in self._classes or not partition or "/" in partition or not self._selection.takes(cls, partition):
             raise ProtocolViolation("a partition was named that does not travel in this mode of replication")
         return cls, partition
 
     def root(self) -> bytes:
         """20 bytes over every partition; with one class, the root of that class."""
-        return self._forest.root_of((cls, partition) for cls in self._classes for partition in self._forest.names(cls))
+        return self._forest.root_of(
+            (cls, partition)
+            for cls in self._classes
+            for partition in self._forest.names(cls)
+            if self._selection.takes(cls, partition)
+        )
 
     def partitions(self) -> Mapping[str, bytes]:
         """Root by name, of those that hold anything."""
@@ -38,6 +45,7 @@ class Shipped:
             f"{cls}/{partition}": root
             for cls in self._classes
             for partition, root in self._forest.partitions(cls).items()
+            if self._selection.takes(cls, partition)
         }
 
     def page_digests(self, name: str) -> Mapping[int, bytes]:

@@ -28,7 +28,7 @@ from sidecar.replication.channel import Channel, ChannelClosed
 from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello, contradicts_log
 from sidecar.replication.history import FORKED
 from sidecar.replication.modes import Mode
-from sidecar.replication.parts import concerns, parts_of
+from sidecar.replication.parts import concerns, parts_of, stripped
 from sidecar.replication.progress import Progress
 from sidecar.replication.protocol import (
     Ack,
@@ -45,10 +45,20 @@ from sidecar.replication.protocol import (
     encode,
     is_none,
 )
+from sidecar.replication.selection import EVERYTHING, Partitions
 from sidecar.replication.shipped import Shipped
 from sidecar.replication.store_view import PrimaryStore
 
 log = logging.getLogger("replication.shipper")
+
+SELECTION_CHANGED = "what travels to this secondary has changed: say hello again"
+Select = Callable[[str], Partitions]
+"""What travels to a secondary, by its id, at this moment."""
+
+
+def everything(secondary_id: str) -> Partitions:
+    """No filters."""
+    return EVERYTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +129,10 @@ class Shipper:
         clock: Clock,
         *,
         advertise: Callable[[], Advertised] = Advertised,
+        select: Select = everything,
     ) -> None:
         self._mode = mode
+        self._select = select
         self._store = store
         self._source = source
         self._options = options
@@ -156,8 +168,16 @@ class Shipper:
 
     async def ask(self, wanted: Mapping[str, bytes]) -> dict[str, bytes]:
         """Values by logical key, of those entries (key to digest) that some connected secondary has."""
-        travels = {key: digest for key, digest in wanted.items() if key.partition("/")[0] in self._mode.classes}
-        return await ask_all([stream.questions for stream in self._streams.values()], travels)
+        found: dict[str, bytes] = {}
+        for stream in list(self._streams.values()):  # none is told so much as the name of what it is not sent
+            travels = {key: digest for key, digest in wanted.items() if key not in found and stream.takes(key)}
+            found |= await ask_all([stream.questions], travels)
+        return found
+
+    def reselect(self) -> None:
+        """A filter was changed: no stream sends another frame by the old one."""
+        for stream in self._streams.values():
+            stream.wake()
 
     async def serve(self, channel: Channel, hello: Hello) -> str:
         """Answer ``hello`` and stream until the connection ends; returns why it did. A new connection of a secondary
@@ -194,6 +214,8 @@ class Shipper:
             index,
             mode=self._mode,
             hold_as=self.hold_name(name),
+            selection=reply.selection,
+            select=self._select,
         )
         self._streams[name] = stream
         try:
@@ -216,7 +238,8 @@ class Shipper:
         if contradicts_log(hello, self._source, facts):
             name = hello.secondary_id
             log.error("secondary %s has records that this primary's log denies: was a store restored?", name)
-        return answer_hello(hello, self._source, facts, self._options.limits)
+        selection = self._select(hello.secondary_id)
+        return answer_hello(hello, self._source, facts, self._options.limits, selection)
 
     async def _hash_at(self, index: int) -> bytes | None:
         """The chain hash of record ``index``, which is not after the head; None when the log no longer tells."""
@@ -243,8 +266,12 @@ class _Stream:
         *,
         mode: Mode,
         hold_as: str,
+        selection: Partitions,
+        select: Select,
     ) -> None:
         self._classes = mode.classes
+        self._selection = selection
+        self._select = select
         self._hold_as = hold_as
         self._store = store
         self._options = options
@@ -304,6 +331,21 @@ class _Stream:
         if not self._told.done():
             self._told.set_result(Bye(code, reason))
 
+    def wake(self) -> None:
+        """Have it look at its selection again."""
+        self._wake.set()
+
+    def takes(self, key: str) -> bool:
+        """Whether an entry travels on this stream."""
+        cls, partition, _ = key.split("/", 2)
+        return cls in self._classes and self._selection.takes(cls, partition)
+
+    def _check_selection(self) -> None:
+        """Before each frame: what is withheld since the hello must not leave, and what is new needs another hello."""
+        selection = self._select(self._peer.secondary_id)
+        if selection is not self._selection and selection != self._selection:
+            raise _Over(Bye("closing", SELECTION_CHANGED))
+
     async def _obey(self) -> NoReturn:
         raise _Over(await self._told)
 
@@ -311,9 +353,11 @@ class _Stream:
         """The only task that sends, but for the last word."""
         while True:
             self._wake.clear()
+            self._check_selection()
             if self._beat_due:
                 await self._send_beat()
             while (question := self.questions.next()) is not None:
+                self._check_selection()
                 await self._channel.send(encode(question))
             if not await self._send_records():
                 await self._wake.wait()
@@ -325,9 +369,8 @@ class _Stream:
         echo_ms, echo_age_ms = (self._echo[0], int((now_s - self._echo[1]) * 1000)) if self._echo else (0, 0)
         head = self._store.head
         if self._canary is None:
-            root = Shipped(
-                self._store.forest, self._classes
-            ).root()  # no await since head was read: both are of one instant
+            shipped = Shipped(self._store.forest, self._classes, self._selection)
+            root = shipped.root()  # no await since head was read: both are of one instant
             self._canary = (CompleteUpTo(head.index, head.chain_hash, root, now_ms), now_s)
         beat = Heartbeat(now_ms, echo_ms, echo_age_ms, head.index, advertised.api_addr, advertised.cluster_addrs)
         await self._channel.send(encode(beat))
@@ -347,13 +390,15 @@ class _Stream:
         limit = min(self._options.chunk_records, target - progress.sent)
         records = await self._store.records(progress.sent + 1, limit)
         by_index = {record.index: record for record in records}
-        for frame, last in frames_of(records, self._classes):
+        for frame, last in frames_of(records, self._classes, self._selection):
+            self._check_selection()
             if not progress.has_room():
                 return False  # the rest is read again: to hold it would cost memory for as long as the peer is slow
             raw = encode(frame)
             parts_bytes = 0
             if isinstance(frame, RecordFrame):
-                async for part in parts_of(self._store, by_index[last], self._classes):
+                async for part in parts_of(self._store, by_index[last], self._classes, self._selection):
+                    self._check_selection()
                     part_raw = encode(part)
                     parts_bytes += len(part_raw)
                     await self._channel.send(part_raw)
@@ -403,14 +448,17 @@ class _Stream:
             raise ChannelClosed(f"the secondary ended the stream: {frame.reason}")
 
 
-def frames_of(records: Sequence[Record], classes: Collection[str]) -> list[tuple[RecordFrame | Skip, int]]:
-    """Records as frames, each with the last index it covers: entries of ``classes`` only, and one skip for each run of
-    records that make none true. What goes before a frame is :func:`~sidecar.replication.parts.parts_of` its record."""
+def frames_of(
+    records: Sequence[Record], classes: Collection[str], selection: Partitions = EVERYTHING
+) -> list[tuple[RecordFrame | Skip, int]]:
+    """Records as frames, each with the last index it covers: entries of what travels only, and one skip for each run of
+    records that make none of them true. What goes before a frame is :func:`~sidecar.replication.parts.parts_of` its
+    record."""
     frames: list[tuple[RecordFrame | Skip, int]] = []
     first_skipped = 0
     for record in records:
-        if concerns(record, classes):
-            frames.append((RecordFrame(record.only(classes).encode()), record.index))
+        if concerns(record, classes, selection):
+            frames.append((RecordFrame(stripped(record, classes, selection).encode()), record.index))
             first_skipped = 0
         elif first_skipped:
             frames[-1] = (Skip(first_skipped, record.index, record.chain_hash), record.index)

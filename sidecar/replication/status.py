@@ -7,7 +7,7 @@ fields are numbers, "never" is ``"0"`` or Go's zero time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import Any
 
@@ -110,7 +110,6 @@ class SecondaryStatusFacts:
     lag_s: float | None = None
     last_sync: SyncFacts | None = None
     sync_progress: SyncProgress | None = None
-    not_held: Sequence[str] = field(default_factory=tuple)
     index: IndexFacts = IndexFacts()
 
 

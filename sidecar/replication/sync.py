@@ -58,6 +58,7 @@ from sidecar.replication.protocol import (
     encode,
     is_none,
 )
+from sidecar.replication.selection import EVERYTHING, Partitions
 from sidecar.replication.shipped import Shipped, load_indexes
 from sidecar.replication.states import Event
 from sidecar.replication.store_view import SecondaryStore
@@ -126,11 +127,13 @@ class Syncer:
         limits: Limits | None = None,
         identity: Identity | None = None,
         staging: Staging | None = None,
+        selection: Partitions = EVERYTHING,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._mode = mode
         self._store = store
-        self._shipped = Shipped(store.forest, mode.classes)
+        self._selection = selection
+        self._shipped = Shipped(store.forest, mode.classes, selection)
         self._request = request
         self._fetch = fetch
         self._on_event = on_event
@@ -194,6 +197,7 @@ class Syncer:
         request = await last_of(diff_request(self._shipped, self._random_bytes(SALT_BYTES)))
         if request is None:
             raise AssertionError("a diff request ends its generator")
+        request = msgspec.structs.replace(request, selection=self._selection)
         self._round_trips += 1
         reply = await self._request(request)
         self._bytes += len(encode(request)) + len(encode(reply))
@@ -205,7 +209,7 @@ class Syncer:
         for names, extents in plan.requests(self._shipped, FETCH_REQUEST_BYTES):
             if pending is not None:
                 await self._fetch_one(pending, base)
-            pending = FetchRequest(base.index, base.chain_hash, False, plan.salt, names, extents)
+            pending = FetchRequest(base.index, base.chain_hash, False, plan.salt, names, extents, self._selection)
         if pending is None:
             raise AssertionError("a plan makes at least one request")
         return await self._fetch_one(msgspec.structs.replace(pending, final=True), base)
@@ -214,7 +218,7 @@ class Syncer:
         self._round_trips += 1
         self._bytes += len(encode(request))
         done_before = self._staging.done
-        intake = Intake(self._mode, base, self._budget)
+        intake = Intake(self._mode, base, self._budget, self._selection)
         guard: Guard | None = None
         unframer = Unframer(FETCH_FRAME_BYTES_MAX)
         async with _closing(self._fetch(request)) as chunks:
@@ -238,7 +242,8 @@ class Syncer:
     async def _received(self, frame: FromFetch, intake: Intake, done_before: int, request: FetchRequest) -> None:
         if isinstance(frame, Entries):
             self._staging.done = max(self._staging.done, done_before + frame.done)
-            writes = checked_writes([Write(key, value) for key, value in frame.puts], self._mode.classes)
+            puts = [Write(key, value) for key, value in frame.puts]
+            writes = checked_writes(puts, self._mode.classes, self._selection)
             await self._staging.add([write for write in writes if not self._has_keyring(write)])
             # Of an id that was an old version's the put came before: it is staged, or committed and has another id. All
             # are judged at one instant, because staging a deletion may commit what is staged.

@@ -10,6 +10,7 @@ from consul_backend.index_check import Inspected
 from consul_backend.limits import Limits
 from consul_backend.wal import Write
 from sidecar.replication.activation import ActivationResult
+from sidecar.replication.selection import Mount
 from sidecar.replication.store_view import PrimaryStore, SecondaryStore
 from sidecar.replication.sync import Staging
 from sidecar.transport.forwarding import ForwardRequest
@@ -96,8 +97,9 @@ class Callbacks:
     this tenure is about to end. ``execute`` runs a forwarded request on this node's service; its errors are its
     answers. ``restart`` ends this tenure soon, for the next one to begin in the role that was committed. ``keep_keys``
     commits that every data key in use now stays usable here, whatever keyrings arrive. ``root_key`` is in use now.
-    ``open_entry`` decrypts a stored entry, None for what
-    nobody is shown. ``standalone``: entries that make a mirror a cluster of its own.
+    ``open_entry`` decrypts a stored entry, None for what nobody is shown. ``standalone``: entries that make a mirror a
+    cluster of its own. ``mounts`` are the replicated mounts of the moment, those hidden by a filter too.
+    ``reselected``: what is hidden or not held has changed; when it returns, nothing reads mounts that are hidden now.
     """
 
     on_applied: Callable[[Sequence[str]], Awaitable[None]]
@@ -111,6 +113,8 @@ class Callbacks:
     open_entry: Callable[[str, bytes], Awaitable[bytes | None]]
     standalone: Callable[[], Awaitable[Sequence[Write]]]
     gate: WriteGate
+    mounts: Callable[[], Sequence[Mount]]
+    reselected: Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)

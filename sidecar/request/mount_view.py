@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from plugin_api.description import PathDescription
 from plugin_api.engine import Engine, EngineContext, MountInfo
@@ -37,6 +38,13 @@ KeepLease = Callable[[Call, MountInfo, Lease], Awaitable[Granted]]
 
 Guard = Callable[[MountEntry, str], AbstractAsyncContextManager[Callable[[], None]]]
 """Holds one login of an identity: refuses it, or counts how it ends; what it gives is called for a success."""
+
+
+class RevokePrefix(Protocol):
+    """Revokes every lease below a prefix; with ``force`` forgets what cannot be revoked."""
+
+    async def __call__(self, prefix: str, *, force: bool) -> object: ...
+
 
 DRAIN_S_MAX = 10.0
 GROUPS = {SECRETS: SECRETS_PLUGINS, AUTH: AUTH_PLUGINS}
@@ -257,8 +265,19 @@ class BrokenMount:
         return ()
 
 
+class MountNotHeld(BrokenMount):
+    """Stands where a mount's data is not on this cluster, so that nobody takes *not here* for *nothing there*."""
+
+    async def handle(self, call: Call, rest: str) -> Answer | None:
+        raise Unavailable(
+            f"the data of the mount at {self.entry.full_path} is not held by this cluster: a paths filter has "
+            "withheld it, or it is still on its way; sys/replication/performance/status says which"
+        )
+
+
 class MountView:
-    """Owns the engines of a tenure. ``built_in`` are the backends at fixed paths, there whatever the tables say."""
+    """Owns the engines of a tenure. ``built_in`` are the backends at fixed paths, there whatever the tables say.
+    ``not_held`` says of a replicated mount, by uuid, that its data is not here."""
 
     def __init__(
         self,
@@ -272,9 +291,11 @@ class MountView:
         now: Callable[[], float],
         defaults: TtlDefaults,
         generate_password: Callable[[str], Awaitable[str]],
+        not_held: Callable[[str], bool] = lambda mount_uuid: False,
     ) -> None:
         self._generate_password = generate_password
         self.table = table
+        self._not_held = not_held
         self._sealed = sealed
         self._plugins = plugins
         self._built_in = dict(built_in)
@@ -316,7 +337,13 @@ class MountView:
                 if entry.type in BUILT_IN:
                     continue
                 old = self._mounted.get(entry.uuid)
-                backend = old if old is not None and old.entry == entry else self._make(entry)
+                backend: EngineBackend | BrokenMount
+                if not entry.local and self._not_held(entry.uuid):
+                    backend = MountNotHeld(entry, "its data is not held")
+                elif old is not None and old.entry == entry and not isinstance(old, MountNotHeld):
+                    backend = old
+                else:
+                    backend = self._make(entry)
                 mounted[entry.uuid] = routes[entry.full_path] = backend
         self._mounted, self._by_path = mounted, by_path
         self._router = Router({**routes, **self._built_in})
@@ -350,6 +377,17 @@ class MountView:
         """The engine of a mount, None where none is mounted or it could not be loaded."""
         backend = self._mounted.get(mount_uuid)
         return backend.engine if isinstance(backend, EngineBackend) else None
+
+    async def reselected(self, revoke_prefix: RevokePrefix) -> None:
+        """Which mounts are hidden, or whose data is held, has changed. What a mount that is hidden now has issued is
+        revoked while its engine still can; what cannot be is forgotten. Raises Unavailable: to be tried again."""
+        shown = {entry.uuid for name in (SECRETS, AUTH) for entry in self.table.entries(name)}
+        hidden = {entry.uuid for entry in self.table.replicated()} - shown
+        for backend in [one for one in self._mounted.values() if isinstance(one, EngineBackend)]:
+            if backend.entry.uuid in hidden:
+                async with backend.closed():
+                    await revoke_prefix(backend.entry.full_path, force=True)
+        self.refresh()
 
     @asynccontextmanager
     async def closed(self, entry: MountEntry) -> AsyncIterator[None]:

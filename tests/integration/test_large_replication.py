@@ -15,6 +15,8 @@ from sidecar.replication.applier import Applier, ApplierOptions
 from sidecar.replication.committer import stored_position
 from sidecar.replication.hello import Identity, Source
 from sidecar.replication.modes import PERFORMANCE
+from sidecar.replication.selection import partitions
+from sidecar.replication.shipped import Shipped
 from sidecar.replication.shipper import Shipper, ShipperOptions
 from sidecar.replication.states import Event
 from sidecar.replication.sync import Staging, Syncer
@@ -147,6 +149,42 @@ async def test_large_batches_travel_whole_between_small_ones(clusters):
         assert await pair.secondary.get(key("local", "l")) is None
         await pair.same()
         await clusters[1].check(pair.secondary)
+
+
+async def test_a_large_batch_is_stripped_of_what_a_filter_withholds(clusters):
+    sent, withheld = "00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002"
+    selection = partitions([sent])
+    secret = b"secret" * 50_000
+    async with pair_of(*clusters) as pair:
+        await pair.sync(SMALL)
+        pair.shipper = Shipper(
+            PERFORMANCE,
+            pair.primary,
+            SOURCE,
+            ShipperOptions(beat_s=0.05, silent_beats_max=400),
+            pair.clock,
+            select=lambda secondary_id: selection,
+        )
+        frames: list[bytes] = []
+
+        def tamper(frame: bytes) -> list[bytes]:
+            frames.append(frame)
+            return [frame]
+
+        async with pair.streaming(SMALL, tamper) as applier:
+            head = await pair.primary.commit(
+                [Write(f"r/{withheld}/big", secret), Write(f"r/{sent}/big", os.urandom(300_000)), Write(key("x"), b"1")]
+            )
+            assert await applier.wait_applied(head.index, 10)
+            await pair.primary.commit([Write(f"r/{withheld}/small", b"secret")])
+            after = await pair.primary.commit([Write(f"r/{sent}/small", b"2"), Write(f"r/{withheld}/small", b"secret")])
+            assert await applier.wait_applied(after.index, 10)
+        assert not any(b"secret" in frame for frame in frames)
+        for name in (f"r/{sent}/big", f"r/{sent}/small", key("x")):
+            assert await pair.secondary.get(name) == await pair.primary.get(name) is not None
+        assert pair.secondary.forest.count("r", withheld) == 0
+        shipped = [Shipped(store.forest, ("r",), selection).root() for store in (pair.primary, pair.secondary)]
+        assert shipped[0] == shipped[1]
 
 
 @pytest.mark.parametrize("cut_at", [1, 2, 4])

@@ -21,6 +21,7 @@ from sidecar.replication.activation import ActivationResult
 from sidecar.replication.manager import Replication
 from sidecar.replication.mode_manager import ModeManager
 from sidecar.replication.modes import PERFORMANCE, Mode
+from sidecar.replication.selection import Mount
 from sidecar.replication.states import Phase
 from sidecar.replication.texts import ENABLING_SECONDARY, PLAIN_HTTP
 from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
@@ -102,6 +103,7 @@ class Cluster:
         self.executed: list[ForwardRequest] = []
         self.execute: Callable[[ForwardRequest], Awaitable[Executed]] = self._execute
         self.kept_keys = 0
+        self.reselections = 0
         self.tenures = 0
         self._options = options
         self._restart = asyncio.Event()
@@ -158,6 +160,8 @@ class Cluster:
                 open_entry=self._open,
                 standalone=self._standalone,
                 gate=self.writes,
+                mounts=self._mounts,
+                reselected=self._reselected,
             ),
             clock=SystemClock(),
             options=self._options,
@@ -182,6 +186,15 @@ class Cluster:
 
     async def _flip(self, result: ActivationResult) -> None:
         self.flipped.append(result)
+
+    def _mounts(self) -> list[Mount]:
+        """Of the entries ``r/core/mounts/<uuid>``, which hold the path."""
+        prefix = "r/core/mounts/"
+        found = {key[len(prefix) :]: value for key, value in self.store.data.items() if key.startswith(prefix)}
+        return [Mount(path.decode(), mount_uuid, "kv") for mount_uuid, path in found.items()]
+
+    async def _reselected(self) -> None:
+        self.reselections += 1
 
     async def _keep_keys(self) -> None:
         self.kept_keys += 1

@@ -33,6 +33,7 @@ from sidecar.replication.history import Promotion
 from sidecar.replication.manager import Replication
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.roles import DisabledRole, Role, SecondaryRole
+from sidecar.replication.selection import Mount
 from sidecar.replication.wiring import Callbacks, NodeInfo, ReplicationOptions, SecretMaterial
 from sidecar.request.types import HttpRequest
 from sidecar.transport.certificates import make_authority
@@ -114,6 +115,7 @@ async def role_node(performance: str, disaster: str, *, also: Sequence[Write] = 
         positions={mode.name: position for mode in (PERFORMANCE, DR)},
     )
     gate = WriteGate()
+    made: list[Service] = []
     restarts: list[None] = []
 
     async def refuse(*_: Any) -> Any:
@@ -142,6 +144,10 @@ async def role_node(performance: str, disaster: str, *, also: Sequence[Write] = 
             open_entry=barrier.open_value,
             standalone=nothing,
             gate=gate,
+            mounts=lambda: (
+                [Mount(one.full_path, one.uuid, one.type) for one in made[0].mounts.table.replicated()] if made else []
+            ),
+            reselected=lambda: made[0].reselected() if made else nothing(),
         ),
         clock=SystemClock(),
         options=ReplicationOptions(probe_timeout_s=0.2),
@@ -162,6 +168,7 @@ async def role_node(performance: str, disaster: str, *, also: Sequence[Write] = 
             replication=replication,
             now=clock,
         )
+        made.append(service)
     await service.start()
     await asyncio.sleep(0)
     return RoleNode(store, genesis, service, replication, node, clock, restarts)

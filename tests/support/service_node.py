@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 
 from consul_backend.wal import Write
-from plugin_api.errors import InvalidRequest
+from plugin_api.errors import InvalidRequest, NotFound
 from plugin_api.request import Response
 from plugin_api.testing import SettableClock
 from sidecar.api.front import Front
@@ -153,12 +153,51 @@ class FakeNode:
         return await self.service.handle(request)
 
 
+class FakeFilters:
+    """Nothing is filtered; calls are noted."""
+
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
+        self._calls = calls
+
+    def hidden(self, mount_uuid: str) -> bool:
+        return False
+
+    def not_held(self, mount_uuid: str) -> bool:
+        return False
+
+    async def set(self, secondary_id: str, mode: str, paths: Sequence[str]) -> None:
+        self._calls.append(("filter", secondary_id, mode, tuple(paths)))
+
+    async def delete(self, secondary_id: str) -> None:
+        self._calls.append(("no filter", secondary_id))
+
+    def get(self, secondary_id: str) -> dict[str, Any]:
+        raise NotFound
+
+    def dynamic(self, kind: str, secondary_id: str) -> dict[str, Any]:
+        return {"dynamic_filtered_mounts": [kind], "dynamic_filtered_namespaces": []}
+
+    def lacking(self) -> dict[str, Any]:
+        return {"mounts": ["secret/"]}
+
+    async def accept_empty(self, paths: Sequence[str]) -> None:
+        self._calls.append(("accept empty", tuple(paths)))
+
+    async def mount_moved(self, source: str, target: str, move: Callable[[], Awaitable[None]]) -> None:
+        self._calls.append(("moved", source, target))
+        await move()
+
+    async def mount_removed(self, path: str) -> None:
+        self._calls.append(("removed", path))
+
+
 class FakeReplication:
     """A ReplicationAPI. With ``primary`` set this is a performance secondary that forwards to that service."""
 
     def __init__(self, primary: Service | None = None) -> None:
         self.primary = primary
         self.calls: list[tuple[Any, ...]] = []
+        self.filters = FakeFilters(self.calls)
         self.forwarded: list[tuple[HttpRequest, ForwardedAuth]] = []
 
     def is_primary_writable(self) -> bool:

@@ -137,8 +137,8 @@ def forge(store: MemoryStore, **changes) -> Record:
 def test_intake_refuses_entries_of_other_classes_and_missing_or_malformed_ones():
     store = MemoryStore()
     forged = {
-        "brings entries of class l": forge(store, groups={("l", "token"): [("a", b"1")]}),
-        "lacks entries of class r": forge(store).only(()),
+        "brings entries of l/token": forge(store, groups={("l", "token"): [("a", b"1")]}),
+        "lacks entries of r/p": forge(store).only(()),
         "bad group": forge(store, groups={("r", "a/b"): [("c", b"1")]}),
         "not what the header says": forge(store, groups={("r", "p"): [("a", b"1"), ("a", b"2")]}),
         "bad kind": forge(store, kind="part"),
