@@ -28,6 +28,7 @@ POINTS: tuple[str, ...] = (
     "sync:half-way",
     "sync:before-guard",
     "sync:after-guard",
+    "filter:dropping",
     "promote:before-commit",
     "promote:after-commit",
     "update-primary:before-commit",

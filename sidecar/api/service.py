@@ -217,6 +217,7 @@ class Service:
     async def reselected(self) -> None:
         """Which mounts a filter hides has changed, or whose data is held. Raises Unavailable: to be tried again."""
         await self._mounts.reselected(self._leasing.revocation.revoke_prefix)
+        self._wake()
 
     # -- the tenure
 

@@ -268,6 +268,9 @@ class BrokenMount:
 class MountNotHeld(BrokenMount):
     """Stands where a mount's data is not on this cluster, so that nobody takes *not here* for *nothing there*."""
 
+    def is_open(self, rest: str, operation: Operation) -> bool:
+        return self.entry.table == AUTH  # who logs in is told the same
+
     async def handle(self, call: Call, rest: str) -> Answer | None:
         raise Unavailable(
             f"the data of the mount at {self.entry.full_path} is not held by this cluster: a paths filter has "
@@ -379,14 +382,14 @@ class MountView:
         return backend.engine if isinstance(backend, EngineBackend) else None
 
     async def reselected(self, revoke_prefix: RevokePrefix) -> None:
-        """Which mounts are hidden, or whose data is held, has changed. What a mount that is hidden now has issued is
-        revoked while its engine still can; what cannot be is forgotten. Raises Unavailable: to be tried again."""
+        """Which mounts are hidden, or whose data is held, has changed. What a mount that is hidden has issued is
+        revoked, while its engine still can; what cannot be is forgotten. Raises Unavailable: to be tried again."""
         shown = {entry.uuid for name in (SECRETS, AUTH) for entry in self.table.entries(name)}
-        hidden = {entry.uuid for entry in self.table.replicated()} - shown
-        for backend in [one for one in self._mounted.values() if isinstance(one, EngineBackend)]:
-            if backend.entry.uuid in hidden:
-                async with backend.closed():
-                    await revoke_prefix(backend.entry.full_path, force=True)
+        for entry in self.table.replicated():
+            # A local mount in its place has leases of its own under the same path.
+            if entry.uuid not in shown and self.table.find(entry.table, entry.path) is None:
+                async with self.closed(entry):
+                    await revoke_prefix(entry.full_path, force=True)
         self.refresh()
 
     @asynccontextmanager

@@ -91,9 +91,10 @@ LARGE = {
     "large:before-roll": True,
     "large:after-roll": True,
 }
-# Visited by other tests: the first needs damage, in process; the others another server's key.
+# Visited by other tests: two in process, of which one needs damage; the others another server's key.
 ELSEWHERE = {
     "reindex:before-repair": "tests/unit/test_index_check.py",
+    "filter:dropping": "tests/integration/test_paths_filter.py",
     "seal:before-change": "tests/integration/test_auto_unseal.py",
     "seal:after-change": "tests/integration/test_auto_unseal.py",
 }

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
-from consul_backend.errors import Overloaded
+from consul_backend.failpoint import arm, declare, disarm
 from plugin_api.errors import InvalidRequest, NotFound
+from sidecar.failpoints import POINTS
 from sidecar.replication.channel import ChannelClosed
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.protocol import Bye, DiffRequest, Extent, FetchRequest, Unframer, decode_from_fetch
@@ -250,21 +251,19 @@ async def test_a_crash_while_withheld_data_is_dropped_goes_on_dropping(pair: Pai
     primary.store.write(*((f"r/{PRIVATE}/{n}", b"x") for n in range(150)))
     secondary = await pair.activate("eu")
     await until(lambda: same(primary, secondary))
-    commits = 0
-
-    def hold(name: str) -> None:
-        nonlocal commits
-        if name == "before" and len(data_of(secondary, PRIVATE)) <= 100:
-            commits += 1
-            raise Overloaded("not now")
-
-    secondary.store.hook = hold
-    await primary.manager.filters.set("eu", "deny", ["private/"])
-    await until(lambda: commits > 0)
-    assert data_of(secondary, PRIVATE), "half of it is still there"
+    declare(POINTS)
+    arm("filter:dropping=raise:2")
+    try:
+        await primary.manager.filters.set("eu", "deny", ["private/"])
+        await until(secondary._task.done)
+    finally:
+        disarm()
+    with pytest.raises(ExceptionGroup):
+        await secondary.stop()
+    await secondary.listener.close()
+    pair.started.remove(secondary)
+    assert 0 < len(data_of(secondary, PRIVATE)) < 100, "half of it is still there"
     assert secondary.manager.filters.hidden(PRIVATE), "and nobody sees it"
-    await secondary.stop()
-    secondary.store.hook = lambda name: None
     again = await pair.start("eu-again", secondary.store)
     await until(lambda: same(primary, again, PRIVATE))
     await compared(primary, again)

@@ -230,6 +230,11 @@ async def test_a_mount_that_is_not_held_says_so_until_it_is() -> None:
     node = await role_node("disabled", "disabled")
     private = await mounted(node, "private")
     await mounted(node, "kv")
+    assert (await node.call("POST", "sys/auth/corp", {"type": "userpass"})).status == 204
+    corp = str((await node.call("GET", "sys/auth/corp")).body["data"]["uuid"])
+    await play(node, DisabledRole((corp,)))
+    login = await node.call("POST", "auth/corp/login/ann", {"password": "x"}, token=None)
+    assert (login.status, "not held" in login.errors[0]) == (503, True)
     await play(node, DisabledRole((private,)))
     for method, body in (("GET", None), ("POST", {"x": "1"})):
         answer = await node.call(method, "private/a", body)
