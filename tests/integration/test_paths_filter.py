@@ -87,6 +87,9 @@ async def test_what_is_denied_from_the_start_never_arrives(pair: Pair) -> None:
     await compared(primary, secondary)
     assert data_of(secondary, KV) == {"first": b"kv/", "second": b"shared"}
     assert not ever_in_log(secondary, PRIVATE)
+    (stream,) = primary.manager.performance.primary.shipper._streams.values()
+    asked = {f"r/{mount_uuid}/first": stream.takes(f"r/{mount_uuid}/first") for mount_uuid in (KV, PRIVATE)}
+    assert list(asked.values()) == [True, False], "a reindex asks it for what it may have, and names nothing else"
     assert secondary.manager.filters.hidden(PRIVATE)
     assert not secondary.manager.filters.hidden(KV)
     assert primary.manager.filters.dynamic("primary", "eu")["dynamic_filtered_mounts"] == ["private/"]

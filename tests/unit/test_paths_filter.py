@@ -226,6 +226,27 @@ async def test_a_withheld_mount_is_none_and_a_local_one_in_its_place_is_served()
     assert kv in only
 
 
+async def test_what_a_withheld_mount_has_issued_ends_and_what_a_local_one_has_stays() -> None:
+    node = await role_node("disabled", "disabled")
+    tokens: dict[str, str] = {}
+    uuids: dict[str, str] = {}
+    for name in ("corp", "own", "kept"):
+        await node.call("POST", f"sys/auth/{name}", {"type": "userpass", "local": name == "own"})
+        uuids[name] = str((await node.call("GET", f"sys/auth/{name}")).body["data"]["uuid"])
+        await node.call("POST", f"auth/{name}/users/ann", {"password": "wonder"})
+        login = await node.call("POST", f"auth/{name}/login/ann", {"password": "wonder"}, token=None)
+        tokens[name] = login.body["auth"]["client_token"]
+    secondary = role_of("secondary", PERFORMANCE)
+    assert isinstance(secondary, SecondaryRole)
+    only = [mount.uuid for mount in node.replication.performance.mounts() if mount.uuid != uuids["corp"]]
+    await play(node, roles.select(secondary, partitions(only)))
+    alive = {
+        name: (await node.call("GET", "auth/token/lookup-self", token=token)).status for name, token in tokens.items()
+    }
+    assert alive == {"corp": 403, "own": 200, "kept": 200}
+    assert (await node.call("POST", "auth/corp/login/ann", {"password": "wonder"}, token=None)).status in (403, 404)
+
+
 async def test_a_mount_that_is_not_held_says_so_until_it_is() -> None:
     node = await role_node("disabled", "disabled")
     private = await mounted(node, "private")
