@@ -268,6 +268,9 @@ class Node:
             report = await reindex(store.inspected(), ReindexOptions(diff=True, skip_flush=True), Progress())
         except (FenceLost, Unavailable, OutcomeUnknown, NotApplied, Overloaded) as error:
             self._world.log(f"{self.process.name} could not reindex: {error!r}")
+        except (StoreWentBack, Corrupt) as error:
+            if not self._world.restored:
+                self._world.report(Violation("crash", f"{self.process.name} crashed reindexing: {error!r}"))
         except Exception as error:  # whatever it is, production code let it out
             self._world.report(Violation("crash", f"{self.process.name} crashed reindexing: {error!r}"))
         else:
