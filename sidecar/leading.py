@@ -99,6 +99,8 @@ class ScopeParts:
                 beat_s=config.replication.heartbeat_interval_s,
                 wal_wait_s=config.replication.best_effort_wal_wait_duration_s,
                 promotion_lag_max_s=config.replication.promotion_lag_max_s,
+                certificate_ttl_s=config.replication.secondary_certificate_ttl_s,
+                certificate_check_s=config.replication.certificate_check_interval_s,
                 staging=Staging(config.replication.sync_staging_entries, config.replication.sync_staging_bytes),
             ),
         )

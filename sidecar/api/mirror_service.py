@@ -92,6 +92,7 @@ class MirrorService:
             "promote": lambda fields: promote(self._replication, DR, fields),
             "disable": lambda fields: self._disable(),
             "update-primary": lambda fields: update_primary(self._replication, DR, fields),
+            "generate-public-key": lambda fields: self._public_key(),
             "recover": lambda fields: self._recover(),
             "reindex": lambda fields: reindex(self._replication, fields),
             "merkle-check": lambda fields: self._merkle_check(),
@@ -215,6 +216,9 @@ class MirrorService:
 
     async def _disable(self) -> Answer:
         return answer_of(await self._replication.secondary_disable(DR))
+
+    async def _public_key(self) -> Answer:
+        return answer_of(await self._replication.secondary_public_key(DR))
 
     async def _recover(self) -> Answer:
         return answer_of(await self._replication.recover())

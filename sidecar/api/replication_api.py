@@ -75,7 +75,7 @@ class ReplicationAPI(Upstream, Protocol):
         public_key: str,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The activation bundle for a new secondary: (payload to wrap, extra JWT claims such as ``ca_sha256``). The
-        payload holds a private key and is never logged."""
+        payload holds a private key and is never logged. With a public key the payload is ``token``, encrypted to it."""
 
     async def revoke_secondary(self, mode: str, id: str) -> None:  # noqa: A002 - the API's own name
         """Cut a secondary off for good (contract 1.7)."""
@@ -94,6 +94,17 @@ class ReplicationAPI(Upstream, Protocol):
         self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str
     ) -> Response:
         """Become a secondary of the token's issuer; wipes this cluster (contract 1.9)."""
+
+    async def secondary_preflight(
+        self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str
+    ) -> Response:
+        """Check whether :meth:`secondary_enable` would work; the token stays unused."""
+
+    async def secondary_public_key(self, mode: str) -> Response:
+        """A fresh key that an activation token can be encrypted to (contract 1.8)."""
+
+    async def rotate_authority(self, mode: str, overlap_s: float, *, force: bool) -> Response:
+        """Replace a primary's certificate authority, with overlap; ``force`` ends the overlap."""
 
     async def secondary_disable(self, mode: str) -> Response:
         """Stop being a secondary; the data stays (contract 1.11)."""

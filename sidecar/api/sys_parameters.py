@@ -88,10 +88,12 @@ _ACTIONS: dict[str, tuple[str, dict[str, FieldSpec]]] = {
         takes(id=STRING, ttl=DURATION, secondary_public_key=STRING),
     ),
     "primary/revoke-secondary": ("Cut a secondary off.", takes(id=STRING)),
+    "primary/rotate-ca": ("Replace the certificate authority.", takes(overlap=DURATION, force=BOOL)),
     "secondary/enable": (
         "Become a secondary.",
-        takes(token=STRING, primary_api_addr=STRING, ca_file=STRING, ca_path=STRING),
+        takes(token=STRING, primary_api_addr=STRING, ca_file=STRING, ca_path=STRING, preflight=BOOL),
     ),
+    "secondary/generate-public-key": ("A key that an activation token can be encrypted to.", _OPERATION),
     "secondary/promote": ("Become the primary.", _PROMOTION),
     "secondary/disable": ("Stop being a secondary.", _NONE),
     "secondary/update-primary": ("Follow another primary.", _UPDATE),

@@ -15,6 +15,7 @@ from sidecar.request.fields import Fields
 
 PERFORMANCE = "performance"
 TOKEN_TTL_S = 1800
+CA_OVERLAP_S = 7 * 24 * 60 * 60
 NOT_A_DR_SECONDARY = "Not a DR secondary."
 DR_ACTIONS = (
     "promote",
@@ -60,6 +61,8 @@ class SysReplication:
             ("primary/disable", self._primary_disable, False),
             ("primary/secondary-token", self._secondary_token, True),
             ("primary/revoke-secondary", self._revoke_secondary, False),
+            ("primary/rotate-ca", self._rotate_ca, True),
+            ("secondary/generate-public-key", self._public_key, False),
             ("secondary/enable", self._secondary_enable, False),
             ("secondary/promote", self._secondary_promote, False),
             ("secondary/disable", self._secondary_disable, False),
@@ -169,12 +172,23 @@ class SysReplication:
     async def _revoke_secondary(self, call: Call, params: Params) -> None:
         await self._api().revoke_secondary(mode_of(params), _secondary_id(Fields(call.data)))
 
+    async def _rotate_ca(self, call: Call, params: Params) -> Answer:
+        fields = Fields(call.data)
+        overlap_s = fields.duration_s("overlap", CA_OVERLAP_S)
+        force = fields.boolean("force")
+        return answer_of(await self._api().rotate_authority(mode_of(params), overlap_s, force=force))
+
+    async def _public_key(self, call: Call, params: Params) -> Answer:
+        return answer_of(await self._api().secondary_public_key(mode_of(params)))
+
     async def _secondary_enable(self, call: Call, params: Params) -> Answer:
         fields = Fields(call.data)
         token = fields.string("token").strip()
         if not token:
             raise InvalidRequest("token must be specified")
-        response = await self._api().secondary_enable(
+        api = self._api()
+        act = api.secondary_preflight if fields.boolean("preflight") else api.secondary_enable
+        response = await act(
             mode_of(params),
             token,
             fields.string("primary_api_addr").rstrip("/"),

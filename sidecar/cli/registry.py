@@ -86,6 +86,8 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("replication", "enable-primary"): Entry("Make this cluster a primary", "replication", "ENABLE_PRIMARY"),
     ("replication", "secondary-token"): Entry("Issue a secondary's token", "replication", "SECONDARY_TOKEN"),
     ("replication", "enable-secondary"): Entry("Make this cluster a secondary", "replication", "ENABLE_SECONDARY"),
+    ("replication", "generate-public-key"): Entry("Make a key for a token", "replication", "GENERATE_PUBLIC_KEY"),
+    ("replication", "rotate-ca"): Entry("Replace the certificate authority", "replication", "ROTATE_CA"),
     ("replication", "demote"): Entry("Make a primary a secondary", "replication", "DEMOTE"),
     ("replication", "promote"): Entry("Make a secondary the primary", "replication", "PROMOTE"),
     ("replication", "update-primary"): Entry("Follow another primary", "replication", "UPDATE_PRIMARY"),

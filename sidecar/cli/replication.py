@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sidecar.cli import output
-from sidecar.cli.command import EXIT_OK, Call, Command, doing
+from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, doing
 from sidecar.cli.flags import Flag, UsageError
 
 MODES = ("performance", "dr")
@@ -75,9 +75,10 @@ def _mode(call: Call) -> str:
     return mode
 
 
-def _secondary(call: Call, action: str, what: str, request: dict[str, Any]) -> int:
-    """An action on a secondary. A DR secondary knows no token but its own kind, which travels in the body."""
-    if _mode(call) == "dr":
+def _secondary(call: Call, action: str, what: str, request: dict[str, Any], *, dr_token: bool = True) -> int:
+    """An action on a secondary. A DR secondary knows no token but its own kind, which travels in the body; without
+    ``dr_token`` it is sent if it is set, and not asked for."""
+    if _mode(call) == "dr" and (dr_token or call.setting(DR_TOKEN_VARIABLE)):
         token = call.setting(DR_TOKEN_VARIABLE) or call.hidden("DR operation token (will be hidden): ").strip()
         request["dr_operation_token"] = token
     return _update(call, f"{_base(call)}/secondary/{action}", what, request)
@@ -114,7 +115,33 @@ def secondary_token(call: Call) -> int:
 def enable_secondary(call: Call) -> int:
     call.at_most(1)
     request = {"token": _activation_token(call), **_unwrap_options(call)}
+    if call.values.flag("preflight"):
+        return _preflight(call, request)
     return _update(call, f"{_base(call)}/secondary/enable", "enabling the secondary", request)
+
+
+def _preflight(call: Call, request: dict[str, Any]) -> int:
+    """A table of checks; exit code 2 when one of them failed."""
+    client = call.client()
+    with doing("checking the activation"):
+        reply = client.put(f"{_base(call)}/secondary/enable", {**request, "preflight": True})
+    data = (reply.body or {}).get("data") or {}
+    rows = [[str(check.get(key, "")) for key in PREFLIGHT_CHECK] for check in data.get("checks") or []]
+    call.show_value(data, output.table(PREFLIGHT_CHECK, rows))
+    return EXIT_OK if data.get("ready") else EXIT_SERVER
+
+
+def generate_public_key(call: Call) -> int:
+    call.at_most(0)
+    return _secondary(call, "generate-public-key", "making a key", {}, dr_token=False)
+
+
+def rotate_ca(call: Call) -> int:
+    call.at_most(0)
+    request: dict[str, Any] = {"force": True} if call.values.flag("force") else {}
+    if "overlap" in call.values:
+        request["overlap"] = call.values.text("overlap")
+    return _update(call, f"{_base(call)}/primary/rotate-ca", "rotating the certificate authority", request)
 
 
 def _unwrap_options(call: Call) -> dict[str, Any]:
@@ -181,6 +208,7 @@ def revoke(call: Call) -> int:
     return _update(call, f"{_base(call)}/primary/revoke-secondary", f"revoking {name}", {"id": name})
 
 
+PREFLIGHT_CHECK = ("check", "result", "seen", "action")
 LOST_RECORD = ("id", "first_wal", "last_wal", "records", "entries", "exact", "complete", "pages")
 LOST_ENTRY = ("key", "wal", "deleted", "value", "value_withheld", "value_not_kept")
 
@@ -222,7 +250,30 @@ ENABLE_SECONDARY = Command(
     "Make this cluster a secondary. EVERYTHING in it is replaced by the primary's, keys included.\n"
     "  Without TOKEN it is asked for, hidden; @file reads it from a file.",
     enable_secondary,
-    (MODE_FLAG, *UNWRAP_FLAGS),
+    (
+        MODE_FLAG,
+        Flag("preflight", "Only check whether it would work; the token stays unused and nothing changes.", "bool"),
+        *UNWRAP_FLAGS,
+    ),
+    field=True,
+)
+GENERATE_PUBLIC_KEY = Command(
+    "replication generate-public-key [flags]",
+    "Make a key on the secondary to be. A token that `secondary-token -secondary-public-key` encrypts to it needs no\n"
+    "  way from here to the primary's API, and nobody else can use it.",
+    generate_public_key,
+    (MODE_FLAG,),
+    field=True,
+)
+ROTATE_CA = Command(
+    "replication rotate-ca [flags]",
+    "Replace the certificate authority of this primary's set. Secondaries renew their certificates by themselves.",
+    rotate_ca,
+    (
+        MODE_FLAG,
+        Flag("overlap", "How long the old authority counts at most, while secondaries renew.", default="168h"),
+        Flag("force", "End a rotation that is under way now. Who has not renewed needs a new token.", "bool"),
+    ),
     field=True,
 )
 REVOKE = Command(

@@ -184,6 +184,8 @@ def read_replication(top: Reader) -> ReplicationSettings:
         sync_staging_bytes=reader.size_bytes("sync_staging_size", 64 * 2**20, minimum=2**20),
         sync_staging_entries=reader.integer("sync_staging_entries", 200_000, minimum=1),
         promotion_lag_max_s=reader.duration_s("promotion_lag_max", 0.0),
+        secondary_certificate_ttl_s=reader.duration_s("secondary_certificate_ttl", 365 * 86400.0, minimum=10.0),
+        certificate_check_interval_s=reader.duration_s("certificate_check_interval", 60.0, minimum=0.1),
     )
     reader.no_effect("logshipper_buffer_length", "logshipper_buffer_size", "resolver_discover_servers")
     if reader.boolean("allow_forwarding_via_header"):

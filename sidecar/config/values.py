@@ -201,13 +201,16 @@ class ServiceRegistrationSettings:
 class ReplicationSettings:
     """``replication {}``. ``best_effort_wal_wait_duration_s`` bounds the wait for one's own forwarded write;
     ``sync_staging_*`` what a merkle sync holds in memory to commit it as one; ``promotion_lag_max_s`` what a promotion
-    may lose without ``force``, 0 for no limit."""
+    may lose without ``force``, 0 for no limit; ``secondary_certificate_ttl_s``: life of a secondary's certificate,
+    renewed after two thirds of it."""
 
     best_effort_wal_wait_duration_s: float = 2.0
     heartbeat_interval_s: float = 5.0
     sync_staging_bytes: int = 64 * 2**20
     sync_staging_entries: int = 200_000
     promotion_lag_max_s: float = 0.0
+    secondary_certificate_ttl_s: float = 365 * 86400.0
+    certificate_check_interval_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

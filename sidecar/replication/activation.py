@@ -22,6 +22,7 @@ import json
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,6 +34,7 @@ from plugin_api.errors import InvalidRequest, PluginError, Unavailable
 from sidecar.replication.history import Epoch, Promotion, epoch_of
 from sidecar.replication.modes import MODES, PERFORMANCE, Mode
 from sidecar.replication.roles import SecondaryRole, encode_role
+from sidecar.replication.sealed_token import ActivationKey, is_sealed, open_bundle
 from sidecar.replication.selection import EVERYTHING, NOTHING
 from sidecar.transport import certificates
 from sidecar.transport.certificates import Credentials
@@ -54,6 +56,7 @@ OTHER_SET = (
     "its secondary, which replaces everything it holds; the token is used up"
 )
 TOKEN_BYTES_MAX = 16 * 1024
+_KEY_HEADERS = frozenset({"jku", "jwk", "kid", "x5u", "x5c", "x5t", "x5t#S256"})
 BUNDLE_BYTES_MAX = 256 * 1024
 BOOTSTRAP_BYTES_MAX = 4 * 1024 * 1024
 
@@ -132,13 +135,14 @@ def build_bundle(
     set_id: str,
     epoch: Epoch,
     primary_cluster_addr: str,
+    validity: timedelta = certificates.VALIDITY,
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """(payload to wrap, extra JWT claims, fingerprint of the new client certificate).
 
     Takes milliseconds of CPU: run it in a thread. The private key is in the payload and nowhere else; its numbers are
     decimal strings because they are longer than any JSON number that parsers agree on.
     """
-    client = certificates.issue_client(authority, secondary_id)
+    client = certificates.issue_client(authority, secondary_id, validity=validity)
     x, y, d = certificates.key_numbers(client.key_pem)
     authority_der = certificates.pem_to_der(authority.certificate_pem)
     payload = {
@@ -162,6 +166,8 @@ def parse_token(token: str, *, now_s: float) -> ActivationToken:
     header, claims = _json_part(parts[0], "header"), _json_part(parts[1], "payload")
     if header.get("alg") != "ES512" or header.get("typ", "JWT") != "JWT" or "crit" in header:
         raise InvalidRequest("error parsing activation token: it is not an ES512 JWT as primaries issue")
+    if not _KEY_HEADERS.isdisjoint(header):
+        raise InvalidRequest("error parsing activation token: it names the key to check it with, as primaries never do")
     if len(_base64url(parts[2], "signature")) != 132:
         raise InvalidRequest("error parsing activation token: its signature is incomplete; was it truncated?")
     ca_sha256, jti, addr = claims.get("ca_sha256"), claims.get("jti"), claims.get("addr", "")
@@ -212,14 +218,22 @@ async def activate(
     now_s: float,
     timeout_s: float = 30.0,
     set_id: str = "",
+    key: ActivationKey | None = None,
 ) -> ActivationResult:
     """From token to everything a new store generation needs.
 
     ``primary_api_addr``, ``ca_file`` and ``ca_path`` are the request's; empty means the token's address and the
-    system's authorities. With ``set_id`` only a primary of that set will do. Raises InvalidRequest (nothing consumed,
-    or the bundle is bad) and Unavailable (the bundle is consumed and the primary's cluster port could not be used: a
-    new token is needed).
+    system's authorities. With ``set_id`` only a primary of that set will do. ``key`` is this cluster's own, for a token
+    that was encrypted to it: no call goes to the primary's API, and the store is the one the key was made for. Raises
+    InvalidRequest (nothing consumed, or the bundle is bad) and Unavailable (the bundle is consumed and the primary's
+    cluster port could not be used: a new token is needed).
     """
+    if is_sealed(token):
+        opened = open_bundle(mode, token, key, now_ms=int(now_s * 1000), leeway_ms=LEEWAY_S * 1000)
+        bundle = await asyncio.to_thread(parse_bundle, opened.payload, opened.ca_sha256)
+        if set_id and bundle.set_id != set_id:
+            raise InvalidRequest(OTHER_SET)
+        return await bootstrap(mode, bundle, store_id=key.store_id if key else store_id, timeout_s=timeout_s)
     parsed = parse_token(token, now_s=now_s)
     address = api_address(primary_api_addr or parsed.api_addr)
     trust = await asyncio.to_thread(api_trust, address, ca_file, ca_path)
@@ -265,19 +279,28 @@ async def unwrap(mode: Mode, address: str, wrapping_token: str, trust: ssl.SSLCo
         headers={"X-Vault-Request": "true"},
     )
     async with session:
-        found = await _call(session, f"{address}/v1/sys/wrapping/lookup", {}, {"token": wrapping_token})
-        path = _data(found).get("creation_path")
-        if path in {other.creation_path for other in MODES.values() if other is not mode}:
-            raise InvalidRequest(
-                f"this activation token is for another mode of replication ({path}); nothing was consumed",
-            )
-        if path != mode.creation_path:
-            raise InvalidRequest(
-                "the token was not created by secondary-token: somebody may have unwrapped and re-wrapped it; "
-                "revoke this secondary id on the primary and issue a new token",
-            )
+        check_origin(mode, await look_up(session, address, wrapping_token))
         headers = {"X-Vault-Token": wrapping_token}
         return _data(await _call(session, f"{address}/v1/sys/wrapping/unwrap", headers, {}))
+
+
+async def look_up(session: aiohttp.ClientSession, address: str, wrapping_token: str) -> str:
+    """The path that made a wrapping token; nothing is consumed. Raises InvalidRequest for one that is used up."""
+    found = await _call(session, f"{address}/v1/sys/wrapping/lookup", {}, {"token": wrapping_token})
+    return str(_data(found).get("creation_path"))
+
+
+def check_origin(mode: Mode, path: str) -> None:
+    """Raises InvalidRequest unless what ``path`` made is an activation token of that mode."""
+    if path in {other.creation_path for other in MODES.values() if other is not mode}:
+        raise InvalidRequest(
+            f"this activation token is for another mode of replication ({path}); nothing was consumed",
+        )
+    if path != mode.creation_path:
+        raise InvalidRequest(
+            "the token was not created by secondary-token: somebody may have unwrapped and re-wrapped it; "
+            "revoke this secondary id on the primary and issue a new token",
+        )
 
 
 async def bootstrap(mode: Mode, bundle: Bundle, *, store_id: str, timeout_s: float) -> ActivationResult:
@@ -364,11 +387,19 @@ async def _call(
         message = f'error response unwrapping secondary token; status code is {status}, message is "{status} {reason}"'
         raise InvalidRequest(message) if 300 <= status < 500 else Unavailable(message)
     try:
+        return json_object(raw)
+    except ValueError:
+        raise PluginError("error unwrapping secondary token: the primary's API did not answer with JSON") from None
+
+
+def json_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object. Raises ValueError."""
+    try:
         decoded = json.loads(raw)
-    except (ValueError, RecursionError):
-        decoded = None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(decoded, dict):
-        raise PluginError("error unwrapping secondary token: the primary's API did not answer with JSON")
+        raise ValueError("not an object")
     return decoded
 
 

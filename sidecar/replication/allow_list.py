@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from plugin_api.errors import InvalidRequest, PermissionDenied
+from sidecar.replication import authorities
 from sidecar.replication.history import Epoch
 from sidecar.replication.modes import Mode
 from sidecar.replication.roles import (
@@ -18,6 +19,7 @@ from sidecar.replication.roles import (
     check_id,
     require_primary,
 )
+from sidecar.transport import certificates
 
 
 def add_secondary(
@@ -36,7 +38,8 @@ def add_secondary(
     primary = require_primary(mode, role)
     before = primary.secondaries.get(check_id(secondary_id))
     check_new(primary, secondary_id)
-    known = KnownSecondary(secondary_id, fingerprint, issued_ms=now_ms, expires_ms=now_ms + ttl_ms)
+    signer = certificates.fingerprint(primary.authority_pem)
+    known = KnownSecondary(secondary_id, fingerprint, now_ms, now_ms + ttl_ms, authority=signer)
     after = msgspec.structs.replace(primary, secondaries={**primary.secondaries, secondary_id: known})
     return after, before.fingerprint if before else None
 
@@ -50,14 +53,14 @@ def check_new(primary: PrimaryRole, secondary_id: str) -> None:
         )
 
 
-def revoke(mode: Mode, role: Role, secondary_id: str) -> tuple[PrimaryRole, str]:
-    """The role without that secondary, and the fingerprint to cut."""
+def revoke(mode: Mode, role: Role, secondary_id: str) -> tuple[PrimaryRole, tuple[str, ...]]:
+    """The role without that secondary, and the fingerprints to cut: a renewed certificate goes with the one before."""
     primary = require_primary(mode, role)
     known = primary.secondaries.get(check_id(secondary_id))
     if known is None:
         raise InvalidRequest(f'no secondary with the id "{secondary_id}" is known')
     rest = {id_: other for id_, other in primary.secondaries.items() if id_ != secondary_id}
-    return msgspec.structs.replace(primary, secondaries=rest), known.fingerprint
+    return msgspec.structs.replace(primary, secondaries=rest), known.fingerprints
 
 
 def claim_store(
@@ -88,16 +91,18 @@ def claim_store(
 
 
 def connect(mode: Mode, role: Role, fingerprint: str, set_id: str, store_id: str) -> PrimaryRole:
-    """At a stream's hello: pin the store. Returns ``role`` itself if it was pinned before. Raises PermissionDenied."""
+    """At a stream's hello: pin the store; a renewed certificate replaces the one before by its first use. Returns
+    ``role`` itself if nothing changes. Raises PermissionDenied."""
     primary = require_primary(mode, role)
     known = primary.by_fingerprint(fingerprint)
     if known is None or primary.set_id != set_id:
         raise PermissionDenied("this secondary is not known here, or was revoked")
     if known.store_id != store_id:
         raise PermissionDenied("this certificate belongs to another store")
-    if known.connected:
+    after = authorities.used(known, fingerprint)
+    if known.connected and after is known:
         return primary
-    return _with(primary, msgspec.structs.replace(known, connected=True))
+    return _with(primary, msgspec.structs.replace(after, connected=True))
 
 
 def _check_peer(

@@ -22,10 +22,9 @@ from consul_backend.reindex import ReindexOptions
 from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, Unavailable
 from plugin_api.request import Response
-from sidecar.replication import roles
+from sidecar.replication import enrolment, roles
 from sidecar.replication import status as statuses
-from sidecar.replication.activation import activate, build_bundle
-from sidecar.replication.allow_list import add_secondary, check_new, revoke
+from sidecar.replication.activation import activate
 from sidecar.replication.filters import Filters
 from sidecar.replication.forecast import forecast, objections, require_safe
 from sidecar.replication.history import Promotion
@@ -33,6 +32,7 @@ from sidecar.replication.lost_writes import page_number, shown_entries, summary
 from sidecar.replication.mode_manager import ModeManager
 from sidecar.replication.mode_status import gauges_of, status_of
 from sidecar.replication.modes import DR, PERFORMANCE, Mode, mode_named
+from sidecar.replication.preflight import Asked, Here, Result, preflight
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
 from sidecar.replication.texts import (
     DEMOTING,
@@ -60,7 +60,6 @@ from sidecar.replication.wiring import (
     ReplicationOptions,
     SealedEntries,
 )
-from sidecar.transport import certificates
 from sidecar.transport.forwarding import RequestLike
 from sidecar.transport.listener import ClusterListener
 
@@ -220,7 +219,7 @@ class Replication:
         roles.check_cluster_addr(primary_cluster_addr)
         roles.require(manager.mode, manager.role, "primary/enable")
         set_id = str(uuid.uuid4())
-        authority = await self._authority(manager.mode, set_id)
+        authority = await enrolment.make_authority(manager.mode, set_id)
         await manager.change(
             lambda role: roles.enable_primary(
                 manager.mode,
@@ -254,58 +253,47 @@ class Replication:
         public_key: str,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(payload to wrap, extra JWT claims) for a new secondary, which is known from now on (contract 1.6)."""
-        manager = self._steady(mode)
-        if public_key:
-            raise InvalidRequest("secondary_public_key is not supported by this version; omit it for a wrapped token")
-        if ttl_s <= 0:
-            raise InvalidRequest('"ttl" must be positive')
-        role = roles.require_primary(manager.mode, manager.role)
-        check_new(role, roles.check_id(id))
-        payload, claims, fingerprint = await asyncio.to_thread(
-            build_bundle,
-            role.authority,
-            secondary_id=id,
-            set_id=role.set_id,
-            epoch=role.epoch,
-            primary_cluster_addr=role.primary_cluster_addr or self._node.cluster_addr,
-        )
-        replaced: list[str] = []
-
-        def add(newest: Role) -> PrimaryRole:
-            if roles.require_primary(manager.mode, newest).epoch != role.epoch:
-                raise InvalidRequest("replication was set up anew meanwhile; try again")
-            after, before = add_secondary(
-                manager.mode, newest, id, fingerprint, now_ms=self._clock.time_ms(), ttl_ms=ttl_s * 1000
-            )
-            replaced.extend([before] if before else [])
-            return after
-
-        await manager.change(add)
-        if manager.primary is not None:
-            manager.primary.shipper.expect(id)
-        for old in replaced:
-            self._listener.cut(old)
-        return payload, claims
+        return await enrolment.issue(self._steady(mode), self._listener, id, ttl_s, public_key, self._node.cluster_addr)
 
     async def revoke_secondary(self, mode: str, id: str) -> None:  # noqa: A002 - the API's own name
         """Commit that it is unknown, then cut it off (contract 1.7)."""
-        manager = self._steady(mode)
-        doomed: list[str] = []
+        await enrolment.revoke_secondary(self._steady(mode), self._listener, id)
 
-        def remove(newest: Role) -> PrimaryRole:
-            after, fingerprint = revoke(manager.mode, newest, id)
-            doomed.append(fingerprint)
-            return after
-
-        await manager.change(remove)
-        for fingerprint in doomed:
-            if manager.primary is not None:
-                await manager.primary.dismiss(id, fingerprint)
-            else:
-                self._listener.cut(fingerprint)
-        logger.warning("replication: %s secondary %s was revoked", mode, id)
+    async def rotate_authority(self, mode: str, overlap_s: float, *, force: bool) -> Response:
+        """Replace the set's certificate authority, with overlap; ``force`` ends an overlap now."""
+        return await enrolment.rotate_authority(self._steady(mode), overlap_s, force=force)
 
     # ---- a secondary
+
+    async def secondary_public_key(self, mode: str) -> Response:
+        """Make a key that an activation token can be encrypted to (contract 1.8)."""
+        return await enrolment.make_public_key(self._steady(mode), self._sealed)
+
+    async def secondary_preflight(
+        self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str
+    ) -> Response:
+        """Check whether :meth:`secondary_enable` would work, as far as that can be seen without using the token."""
+        manager = self._of(mode)
+        try:
+            self._enabled_by(self._steady(mode))
+            refusal = ""
+        except (InvalidRequest, Unavailable) as error:
+            refusal = str(error)
+        asked = Asked(token, primary_api_addr, ca_file, ca_path)
+        here = Here(refusal, self._options.limits, self._clock, await enrolment.key_of(manager, self._sealed))
+        checks = await preflight(manager.mode, asked, here)
+        ready = all(check.result is not Result.FAILED for check in checks)
+        return Response(data={"ready": ready, "checks": [check.shown() for check in checks]})
+
+    def _enabled_by(self, manager: ModeManager) -> None:
+        """Raises InvalidRequest unless this cluster may become a secondary in that mode."""
+        roles.require(manager.mode, manager.role, "secondary/enable")
+        other = self.dr if manager is self.performance else self.performance
+        if not isinstance(other.role, DisabledRole):
+            raise InvalidRequest(
+                f"this cluster has {other.mode.label} enabled, which becoming a {manager.mode.label} secondary "
+                "would destroy; disable it first",
+            )
 
     async def secondary_enable(
         self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str
@@ -318,13 +306,7 @@ class Replication:
         if not token:
             raise InvalidRequest('missing "token"')
         async with self._activating:
-            roles.require(manager.mode, manager.role, "secondary/enable")
-            other = self.dr if manager is self.performance else self.performance
-            if not isinstance(other.role, DisabledRole):
-                raise InvalidRequest(
-                    f"this cluster has {other.mode.label} enabled, which becoming a {manager.mode.label} secondary "
-                    "would destroy; disable it first",
-                )
+            self._enabled_by(manager)
             self._bootstrapping = manager.mode
             flipped = False
             try:
@@ -337,6 +319,7 @@ class Replication:
                     store_id=str(uuid.uuid4()),
                     now_s=self._clock.time_ms() / 1000,
                     timeout_s=self._options.activation_timeout_s,
+                    key=await enrolment.key_of(manager, self._sealed),
                 )
                 failpoint("activation:after-bootstrap")
                 await self._callbacks.flip(result)
@@ -378,7 +361,7 @@ class Replication:
             return Response(data=said)
         if not force:
             require_safe(standing)
-        authority = await self._authority(manager.mode, role.set_id)
+        authority = await enrolment.make_authority(manager.mode, role.set_id)
 
         async def build(newest: Role, position: Position | None) -> tuple[PrimaryRole, Sequence[Write]]:
             began = self._began(roles.next_number(newest), position)
@@ -439,12 +422,14 @@ class Replication:
                 now_s=self._clock.time_ms() / 1000,
                 timeout_s=self._options.activation_timeout_s,
                 set_id=role.set_id,
+                key=await enrolment.key_of(manager, self._sealed),
             )
             if not hmac.compare_digest(result.root_key, self._callbacks.root_key()):
                 raise InvalidRequest(OTHER_ROOT_KEY)
             await self._callbacks.keep_keys()
             failpoint("update-primary:before-commit")
             await manager.change(lambda newest: roles.point_at(manager.mode, newest, result.role))
+            await enrolment.forget_key(manager, self._sealed, token)
             await manager.turn()
         return Response(warnings=[UPDATING_PRIMARY] if result.protected else [UPDATING_PRIMARY, PLAIN_HTTP])
 
@@ -494,6 +479,3 @@ class Replication:
             self._store.generation,
             self._store.head.index,
         )
-
-    async def _authority(self, mode: Mode, set_id: str) -> certificates.Credentials:
-        return await asyncio.to_thread(certificates.make_authority, f"outrider {mode.name} replication {set_id}")

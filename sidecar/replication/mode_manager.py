@@ -19,7 +19,7 @@ from consul_backend.failpoint import failpoint
 from consul_backend.position import Position
 from consul_backend.wal import Write
 from plugin_api.errors import Unavailable
-from sidecar.replication import roles
+from sidecar.replication import authorities, roles
 from sidecar.replication.committer import stored_position
 from sidecar.replication.forecast import Standing
 from sidecar.replication.former import FormerPrimary
@@ -33,6 +33,7 @@ from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, Secondary
 from sidecar.replication.secondary import SecondaryService
 from sidecar.replication.selection import EVERYTHING, Mount, Partitions, selection_for
 from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions, SealedEntries
+from sidecar.transport.certificates import Credentials
 from sidecar.transport.listener import ClusterListener
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,13 @@ class ModeManager:
     def role(self) -> Role:
         """The newest committed role; it holds secrets."""
         return self._role
+
+    @property
+    def cluster_addresses(self) -> tuple[str, ...]:
+        """Where a new secondary of this primary would dial, in order."""
+        configured = self._role.primary_cluster_addr if isinstance(self._role, PrimaryRole) else ""
+        own = (self._node.cluster_addr, *self._node.cluster_addresses())
+        return tuple(dict.fromkeys(one for one in (configured, *own) if one))
 
     async def load(self) -> None:
         """Read the role; once, before anything else. Raises BackendError."""
@@ -370,6 +378,7 @@ class ModeManager:
                     learned=self._learned,
                     adopt=self._adopt,
                     synced=self._synced,
+                    renewed=self._renewed,
                 )
                 await self.secondary.run()
         finally:
@@ -390,6 +399,15 @@ class ModeManager:
             return roles.learn_addresses(newest, addresses) if isinstance(newest, SecondaryRole) else newest
 
         after = await self.change(learn)
+        return after if isinstance(after, SecondaryRole) else None
+
+    async def _renewed(self, replaces: bytes, credentials: Credentials, trusted_pem: bytes) -> SecondaryRole | None:
+        def renew(newest: Role) -> Role:
+            if not isinstance(newest, SecondaryRole):
+                return newest
+            return authorities.renew(newest, replaces, credentials, trusted_pem)
+
+        after = await self.change(renew)
         return after if isinstance(after, SecondaryRole) else None
 
     async def _synced(self, selection: Partitions) -> SecondaryRole | None:

@@ -8,27 +8,41 @@ from typing import Any
 from consul_backend.clock import Clock
 from consul_backend.errors import NotLoaded
 from sidecar.replication import status as statuses
+from sidecar.replication.authorities import waiting
 from sidecar.replication.committer import stored_position
 from sidecar.replication.forecast import forecast
 from sidecar.replication.history import Promotion
 from sidecar.replication.lost_writes import summary
 from sidecar.replication.mode_manager import ModeManager
 from sidecar.replication.modes import PERFORMANCE
+from sidecar.replication.protocol import PROTOCOL_VERSIONS
+from sidecar.replication.renewal import renewal_due_s
 from sidecar.replication.roles import PrimaryRole, SecondaryRole
 from sidecar.replication.roles import hidden as hides
 from sidecar.replication.selection import EVERYTHING
 from sidecar.replication.shipped import Shipped
 from sidecar.replication.shipper import Peer
 from sidecar.replication.states import Phase
+from sidecar.transport import certificates
 
 
 async def status_of(manager: ModeManager, index: statuses.IndexFacts) -> dict[str, Any]:
     """The fields of contract 1.2 for whatever role the cluster has in this mode."""
     role = manager.role
     if isinstance(role, PrimaryRole):
-        return _primary(manager, role, index) | _common(manager, role.history) | _filtered(manager, role)
+        return (
+            _primary(manager, role, index)
+            | _common(manager, role.history)
+            | _filtered(manager, role)
+            | _offered(manager, role)
+        )
     if isinstance(role, SecondaryRole):
-        found = _secondary(manager, role, index) | _common(manager, role.history) | _filtered(manager, role)
+        found = (
+            _secondary(manager, role, index)
+            | _common(manager, role.history)
+            | _filtered(manager, role)
+            | _certificate(role)
+        )
         return found | {"promotion_forecast": forecast(await manager.standing(probe=False), named=False)}
     return dict(statuses.DISABLED) | _lost(manager) | _lacking(manager)
 
@@ -62,6 +76,7 @@ def gauges_of(manager: ModeManager) -> dict[str, float]:
             "secondaries_connected": float(sum([peer.connected for peer in peers])),
             "secondaries_lag_s": max(lags, default=0.0),
             "forks": float(len(_forks(manager))),
+            "rotation_waiting": float(len(waiting(role, now_ms=manager.clock.time_ms())) if role.rotating else 0),
         }
     elif isinstance(role, SecondaryRole) and service is not None:
         upstream, position = service.applier.upstream, service.applier.position
@@ -74,6 +89,10 @@ def gauges_of(manager: ModeManager) -> dict[str, float]:
         }
         if (lag_s := service.applier.lag_s()) is not None:
             found["lag_s"] = lag_s
+        if role.attached:
+            found["certificate_left_s"] = (
+                certificates.period_s(role.certificate_pem)[1] - manager.clock.time_ms() / 1000
+            )
     return {f"replication.{manager.mode.name}.{name}": value for name, value in found.items()}
 
 
@@ -83,6 +102,43 @@ def _common(manager: ModeManager, history: tuple[Promotion, ...]) -> dict[str, A
         for one in history
     ]
     return {"epochs": shown} | _lost(manager)
+
+
+def _offered(manager: ModeManager, role: PrimaryRole) -> dict[str, Any]:
+    """What a cluster that is to become a secondary can compare before it does; all of it is public."""
+    limits = manager.options.limits
+    authority: dict[str, Any] = {"certificate": role.authority_pem.decode(), **_authority(role.authority_pem)}
+    if role.rotating:
+        authority["successor"] = _authority(role.next_authority_pem)
+        authority["overlap_ends_ms"] = str(role.rotation_deadline_ms)
+        authority["waiting_for"] = waiting(role, now_ms=manager.clock.time_ms())
+    return {
+        "certificate_authority": authority,
+        "cluster_addrs": list(manager.cluster_addresses),
+        "protocol_versions": list(PROTOCOL_VERSIONS),
+        "store_limits": {
+            "operations": limits.ops_max,
+            "body_bytes": limits.body_bytes_max,
+            "prefix_bytes": limits.prefix_bytes,
+        },
+    }
+
+
+def _authority(pem: bytes) -> dict[str, Any]:
+    return {"sha256": certificates.fingerprint(pem), "expires": statuses.rfc3339(certificates.period_s(pem)[1] * 1000)}
+
+
+def _certificate(role: SecondaryRole) -> dict[str, Any]:
+    if not role.attached:
+        return {}
+    pem = role.certificate_pem
+    return {
+        "certificate": {
+            **_authority(pem),
+            "renewal_due": statuses.rfc3339(int(renewal_due_s(pem)) * 1000),
+            "trusted_authorities": [certificates.fingerprint(one) for one in certificates.each(role.authority_pem)],
+        }
+    }
 
 
 def _lost(manager: ModeManager) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
@@ -30,15 +30,21 @@ from sidecar.replication import protocol
 from sidecar.replication.activation import BOOTSTRAP_PATH, VERSIONS, BootstrapReply, BootstrapRequest
 from sidecar.replication.allow_list import claim_store, connect
 from sidecar.replication.answers import SelectionChanged, answer_diff, answer_fetch
+from sidecar.replication.certifying import (
+    CERTIFICATE_BYTES_MAX,
+    CERTIFICATE_PATH,
+    CertificateRequest,
+    Certifier,
+    ChangeRole,
+)
 from sidecar.replication.channel import ChannelClosed, WebSocketChannel
 from sidecar.replication.hello import Source
 from sidecar.replication.modes import PERFORMANCE, Mode
 from sidecar.replication.protocol import HelloReply, ProtocolViolation
-from sidecar.replication.roles import KnownSecondary, PrimaryRole, Role
+from sidecar.replication.roles import KnownSecondary, PrimaryRole
 from sidecar.replication.shipped import Shipped
 from sidecar.replication.shipper import Advertised, Select, Shipper, ShipperOptions
 from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions
-from sidecar.transport import certificates
 from sidecar.transport.forwarding import (
     FORWARD_PATH,
     REQUEST_BYTES_MAX,
@@ -62,14 +68,11 @@ HELLO_TIMEOUT_S = 10.0
 FAREWELL_S = 0.5
 DRAIN_POLL_S = 0.02
 
-ChangeRole = Callable[[Callable[[Role], PrimaryRole]], Awaitable[PrimaryRole]]
-"""Commit a change of the primary's role: applied to the newest one, one change at a time."""
-
 
 class PrimaryService:
     """Serves the secondaries of one set during one tenure. ``newest`` returns the newest committed role of that set,
-    None when there is none any more; ``select`` what may travel to a secondary now; ``serving`` is set while the
-    cluster port offers this."""
+    None when there is none any more; ``change`` commits a change of the role: applied to the newest one, one change at
+    a time; ``select`` what may travel to a secondary now; ``serving`` is set while the cluster port offers this."""
 
     def __init__(
         self,
@@ -121,6 +124,15 @@ class PrimaryService:
             advertise=self._advertised,
             select=select,
         )
+        self.certifier = Certifier(
+            mode,
+            listener,
+            clock,
+            newest=newest,
+            change=change,
+            certificate_ttl_s=options.certificate_ttl_s,
+            check_s=options.certificate_check_s,
+        )
         self._silence_s = options.beat_s * options.silent_beats_max
         self._seen_at_s: dict[str, float] = {}
         self._streams: dict[str, asyncio.Event] = {}
@@ -130,6 +142,7 @@ class PrimaryService:
             ("POST", ALIVE_PATH): self._alive,
             ("POST", DIFF_PATH): self._diff,
             ("POST", FETCH_PATH): self._fetch,
+            ("POST", CERTIFICATE_PATH): self._certificate,
         }
         if mode is PERFORMANCE:  # a DR secondary forwards nothing
             self._handlers["POST", FORWARD_PATH] = self._forward
@@ -141,20 +154,20 @@ class PrimaryService:
         for secondary_id in role.secondaries:
             self.shipper.expect(secondary_id)
         name = self._mode.server_name(role.set_id)
-        credentials = await asyncio.to_thread(certificates.issue_server, role.authority, name)
+        credentials = await self.certifier.credentials(role)
         self._listener.add(
             Purpose(
                 sni=name,
                 alpn=self._mode.alpn,
                 credentials=credentials,
-                trust_root_pem=role.authority_pem,
+                trust_root_pem=role.trusted_pem,
                 handler=self._dispatch,
                 allow=self._allow,
             )
         )
         self.serving.set()
         try:
-            await asyncio.get_running_loop().create_future()
+            await self.certifier.run()
         finally:
             self.serving.clear()
             await self._listener.remove(name)
@@ -177,19 +190,19 @@ class PrimaryService:
             and (peer.connected or self._seen_at_s.get(name, since_s) > since_s)
         ]
 
-    async def dismiss(self, secondary_id: str, fingerprint: str) -> None:
-        """After the role without it was committed: tell it, briefly, and cut what is open."""
+    async def dismiss(self, secondary_id: str, fingerprints: Sequence[str]) -> None:
+        """After the role without it was committed: tell it, briefly, and cut what is open with its certificates."""
         self.shipper.forget(secondary_id)
         self._seen_at_s.pop(secondary_id, None)
-        ended = self._streams.get(fingerprint)
         try:
             async with asyncio.timeout(FAREWELL_S):
-                if ended is not None:
+                for ended in [self._streams[one] for one in fingerprints if one in self._streams]:
                     await ended.wait()
         except TimeoutError:
             logger.info("replication: secondary %s did not take its farewell", secondary_id)
         finally:
-            self._listener.cut(fingerprint)
+            for one in fingerprints:
+                self._listener.cut(one)
 
     def _allow(self, fingerprint: str) -> bool:
         return self._known(fingerprint) is not None
@@ -210,6 +223,15 @@ class PrimaryService:
         except (ProtocolViolation, MalformedMessage) as error:
             return web.Response(status=400, text=str(error))
         except (PermissionDenied, InvalidRequest) as error:
+            if request.path == BOOTSTRAP_PATH:  # a copied or replayed activation: somebody should look
+                peer = peer_of(request)
+                logger.warning(
+                    "security: an activation was refused: %s (id %s, certificate %s, from %s)",
+                    error,
+                    peer.common_name,
+                    peer.fingerprint,
+                    peer.address,
+                )
             return web.Response(status=403, text=str(error))
 
     def _pinned(self, request: web.BaseRequest) -> KnownSecondary:
@@ -277,6 +299,9 @@ class PrimaryService:
             if self._newest() is not None and (known is None or known.id != hello.secondary_id):
                 raise PermissionDenied("the hello names another secondary than the certificate does, or it was revoked")
             await self._change(lambda newest: connect(self._mode, newest, fingerprint, hello.set_id, hello.store_id))
+            if known is not None and fingerprint != known.fingerprint:
+                self.certifier.replaced([known.fingerprint])
+                self.certifier.wake()
             self._seen_at_s[hello.secondary_id] = self._clock.monotonic()
             return await self.shipper.serve(channel, hello)
         except PermissionDenied as refusal:
@@ -311,6 +336,14 @@ class PrimaryService:
     async def _alive(self, request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         return web.Response(status=204)
+
+    async def _certificate(self, request: web.BaseRequest) -> web.StreamResponse:
+        known = self._pinned(request)
+        asked = decode(await request.read(), CertificateRequest, bytes_max=CERTIFICATE_BYTES_MAX)
+        try:
+            return _binary(encode(await self.certifier.answer(peer_of(request).fingerprint, known, asked)))
+        except (BackendError, Unavailable) as error:
+            return web.Response(status=503, text=str(error))
 
     async def _diff(self, request: web.BaseRequest) -> web.StreamResponse:
         known = self._pinned(request)

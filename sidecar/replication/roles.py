@@ -31,7 +31,8 @@ BOOTSTRAP_GRACE_MS = 10 * 60 * 1000
 
 class KnownSecondary(msgspec.Struct, frozen=True):
     """One activation id. ``store_id`` is claimed at bootstrap; ``connected`` says that it proved itself by a stream,
-    from then on the id is taken. Times are unix milliseconds."""
+    from then on the id is taken. ``authority`` signed its certificate, empty for the set's first. One issued to replace
+    it is ``next_*`` until it is used: until then both count. Times are unix milliseconds."""
 
     id: str
     fingerprint: str
@@ -39,6 +40,14 @@ class KnownSecondary(msgspec.Struct, frozen=True):
     expires_ms: int
     store_id: str = ""
     connected: bool = False
+    authority: str = ""
+    next_fingerprint: str = ""
+    next_authority: str = ""
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Of the certificates that it may show now."""
+        return (self.fingerprint, self.next_fingerprint) if self.next_fingerprint else (self.fingerprint,)
 
 
 class DisabledRole(msgspec.Struct, frozen=True, tag="disabled"):
@@ -58,6 +67,7 @@ class PrimaryRole(msgspec.Struct, frozen=True, tag="primary"):
 
     ``filters`` are by secondary id, known yet or not: revoking an id leaves its filter. ``not_held`` are the uuids of
     mounts whose data this cluster does not have, because it was a filtered secondary when it was promoted.
+    While the authority is rotated there is a second, ``next_authority_*``, until ``rotation_deadline_ms`` at most.
     """
 
     set_id: str
@@ -69,6 +79,9 @@ class PrimaryRole(msgspec.Struct, frozen=True, tag="primary"):
     former: SecondaryRole | None = None
     filters: dict[str, PathsFilter] = {}
     not_held: MountIds = ()
+    next_authority_pem: bytes = b""
+    next_authority_key_pem: bytes = b""
+    rotation_deadline_ms: int = 0
 
     def __repr__(self) -> str:
         return f"PrimaryRole(set {self.set_id}, epoch {self.epoch.number}, {len(self.secondaries)} secondaries)"
@@ -88,14 +101,30 @@ class PrimaryRole(msgspec.Struct, frozen=True, tag="primary"):
         """The set's certificate authority."""
         return Credentials(self.authority_pem, self.authority_key_pem)
 
+    @property
+    def rotating(self) -> bool:
+        """Whether a second authority is being introduced."""
+        return bool(self.next_authority_pem)
+
+    @property
+    def renewing(self) -> Credentials:
+        """The authority that signs renewed certificates."""
+        return Credentials(self.next_authority_pem, self.next_authority_key_pem) if self.rotating else self.authority
+
+    @property
+    def trusted_pem(self) -> bytes:
+        """Every authority that counts now, on both ends."""
+        return self.authority_pem + self.next_authority_pem
+
     def by_fingerprint(self, fingerprint: str) -> KnownSecondary | None:
         """The secondary that holds this client certificate."""
-        return next((known for known in self.secondaries.values() if known.fingerprint == fingerprint), None)
+        return next((known for known in self.secondaries.values() if fingerprint in known.fingerprints), None)
 
 
 class SecondaryRole(msgspec.Struct, frozen=True, tag="secondary"):
     """Secondary ``secondary_id`` of the set ``set_id``, with data of the epochs in ``history``. ``addresses`` are the
     primary's cluster addresses, newest known; ``primary_cluster_addr`` is the one the activation token named.
+    ``authority_pem`` holds every authority that the primary may show, two while it rotates them.
 
     Without a certificate there is no primary: it was demoted, or told to forget its primary. ``accepts`` is the epoch
     of the primary that an operator pointed it at, until it has met that primary: a fork is accepted by that, and by
@@ -200,10 +229,16 @@ TABLE: Mapping[str, Mapping[str, To | Refused]] = {
     "primary/disable": {"disabled": _NOT_PRIMARY, "primary": To("disabled"), "secondary": _NOT_PRIMARY},
     "primary/secondary-token": {"disabled": _NOT_PRIMARY, "primary": To("primary"), "secondary": _NOT_PRIMARY},
     "primary/revoke-secondary": {"disabled": _NOT_PRIMARY, "primary": To("primary"), "secondary": _NOT_PRIMARY},
+    "primary/rotate-ca": {"disabled": _NOT_PRIMARY, "primary": To("primary"), "secondary": _NOT_PRIMARY},
     "secondary/enable": {
         "disabled": To("secondary"),
         "primary": Refused("this cluster is a {label} primary" + _FIRST),
         "secondary": Refused("this cluster is already a {label} secondary" + _FIRST),
+    },
+    "secondary/generate-public-key": {
+        "disabled": To("disabled"),
+        "primary": Refused("this cluster is a {label} primary" + _FIRST),
+        "secondary": To("secondary"),
     },
     "secondary/promote": {"disabled": _NOT_SECONDARY, "primary": _NOT_SECONDARY, "secondary": To("primary")},
     "secondary/disable": {"disabled": _NOT_SECONDARY, "primary": _NOT_SECONDARY, "secondary": To("disabled")},

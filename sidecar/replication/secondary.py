@@ -13,7 +13,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from consul_backend.clock import Clock
 from consul_backend.errors import NotApplied, Overloaded
@@ -22,6 +22,8 @@ from plugin_api.errors import PluginError, Unavailable
 from sidecar.replication import protocol
 from sidecar.replication.activation import secondary_identity
 from sidecar.replication.applier import Applier, ApplierOptions
+from sidecar.replication.catch_up import CatchUp, Counted
+from sidecar.replication.certifying import CERTIFICATE_BYTES_MAX, CERTIFICATE_PATH
 from sidecar.replication.channel import Channel, ChannelClosed, WebSocketChannel
 from sidecar.replication.committer import stored_position
 from sidecar.replication.hello import Identity, Source
@@ -29,6 +31,7 @@ from sidecar.replication.intake import Budget
 from sidecar.replication.modes import PERFORMANCE, Mode
 from sidecar.replication.primary import ALIVE_PATH, DIFF_PATH, FETCH_PATH, STREAM_PATH
 from sidecar.replication.protocol import DiffReply, DiffRequest, FetchRequest, is_none
+from sidecar.replication.renewal import Keep, Renewal, reason_lost
 from sidecar.replication.roles import SecondaryRole
 from sidecar.replication.selection import Partitions
 from sidecar.replication.shipper import Advertised
@@ -55,6 +58,7 @@ from sidecar.transport.forwarding import (
     send_forward,
 )
 from sidecar.transport.peer import (
+    PeerAnswer,
     PeerClient,
     PeerIdentity,
     PeerOutcomeUnknown,
@@ -78,7 +82,7 @@ class SecondaryService:
     """One tenure as secondary. ``learned`` stores the primary's addresses and returns the role with them, None
     when this cluster is no secondary any more. ``adopt`` is asked before anything of a primary is applied: it keeps
     what would be lost, stores the primary's history and what travels, and returns the role with it. ``synced`` stores
-    that a selection is here completely."""
+    that a selection is here completely, ``renewed`` a certificate."""
 
     def __init__(
         self,
@@ -93,6 +97,7 @@ class SecondaryService:
         learned: Callable[[tuple[str, ...]], Awaitable[SecondaryRole | None]],
         adopt: Callable[[Source, Partitions], Awaitable[SecondaryRole | None]],
         synced: Callable[[Partitions], Awaitable[SecondaryRole | None]],
+        renewed: Keep,
     ) -> None:
         self._mode = mode
         self._adopt = adopt
@@ -105,10 +110,12 @@ class SecondaryService:
         self._role = role
         self._learned = learned
         self._identity = secondary_identity(mode, role) if role.attached else None
+        self._renewal = Renewal(clock, role=lambda: self._role, post=self._ask_certificate, keep=renewed)
+        self._channel: Channel | None = None
         self._clients: dict[str, PeerClient] = {}
         self._failures = 0
         self._preferred = ""
-        self._catch_up: _CatchUp | None = None
+        self._catch_up: CatchUp | None = None
         self._in_step = asyncio.Event()
         self.machine = Machine()
         self.connected_to = ""
@@ -127,6 +134,7 @@ class SecondaryService:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._keep_addresses(), name="keep addresses")
+                tasks.create_task(self._keep_certificate(), name="keep certificate")
                 action = self._step(Event.START)
                 while True:
                     action = await self._do(action)
@@ -227,19 +235,19 @@ class SecondaryService:
                 problems.append(str(error))
                 continue
             return await self._follow(WebSocketChannel(socket), address)
-        return self._step(Event.LOST, "; ".join(problems) or "no address of the primary is known")
+        return self._step(Event.LOST, reason_lost(problems, self._role.certificate_pem, self._clock.time_ms()))
 
     async def _follow(self, channel: WebSocketChannel, address: str) -> Action:
         self.connected_to = self._preferred = address
-        counted = _Counted(channel)
+        counted = self._channel = Counted(channel)
         if self.machine.phase is Phase.CONNECTING:
             position = self.applier.position
-            self._catch_up = _CatchUp(counted, self._clock.monotonic(), position.index if position else 0)
+            self._catch_up = CatchUp(counted, self._clock.monotonic(), position.index if position else 0)
         try:
             outcome = await self.applier.run(counted)
         finally:
             self.connected_to = ""
-            self._catch_up = None
+            self._catch_up = self._channel = None
             await channel.close("the secondary ended the stream")
         action = self._step(outcome.end.value, outcome.reason)
         if outcome.alarm:
@@ -345,7 +353,7 @@ class SecondaryService:
             self._caught_up(self._catch_up)
             self._catch_up = None
 
-    def _caught_up(self, caught: _CatchUp) -> None:
+    def _caught_up(self, caught: CatchUp) -> None:
         position = self.applier.position
         if position is None or position.index == caught.index:
             return
@@ -386,6 +394,32 @@ class SecondaryService:
             if len(self._clients) > CLIENTS_MAX:
                 for address in set(self._clients) - set(self._addresses()):
                     await self._clients.pop(address).close()
+
+    async def _keep_certificate(self) -> None:
+        """Renew in time. What is under way on old connections may end; the stream begins anew, with the new one."""
+        while True:
+            await asyncio.sleep(self._options.certificate_check_s)
+            role = await self._renewal.once() if self.connected_to else None
+            if role is None:
+                continue
+            same, self._role = role.certificate_pem == self._role.certificate_pem, role
+            self._identity = secondary_identity(self._mode, role)
+            before, self._clients = self._clients, {}
+            if self._channel is not None and not same:
+                await self._channel.close("the certificate was renewed")
+            try:
+                await asyncio.sleep(self._options.forward_timeout_s)
+            finally:
+                for client in before.values():
+                    await client.close()
+
+    async def _ask_certificate(self, body: bytes) -> PeerAnswer:
+        return await self._client(self._address()).post(
+            CERTIFICATE_PATH,
+            body,
+            timeout_s=self._options.forward_timeout_s,
+            answer_bytes_max=CERTIFICATE_BYTES_MAX,
+        )
 
     def _address(self) -> str:
         return self.connected_to or next(iter(self._addresses()), "")
@@ -451,35 +485,6 @@ def _identity(role: SecondaryRole) -> Identity:
     """How it introduces itself: an epoch that an operator accepted counts before that of its data."""
     epoch = role.accepts or role.epoch
     return Identity(role.secondary_id, role.store_id, role.set_id, epoch.number, epoch.id, role.held)
-
-
-class _Counted:
-    """A channel that counts what it receives."""
-
-    def __init__(self, inner: Channel) -> None:
-        self._inner = inner
-        self.received_bytes = 0
-
-    async def send(self, frame: bytes) -> None:
-        await self._inner.send(frame)
-
-    async def recv(self) -> bytes:
-        frame = await self._inner.recv()
-        self.received_bytes += len(frame)
-        return frame
-
-    async def close(self, reason: str) -> None:
-        await self._inner.close(reason)
-
-
-@dataclass(slots=True)
-class _CatchUp:
-    """A stream until the first time it is in step, unless it follows a sync, which told its own figures."""
-
-    channel: _Counted
-    started_s: float
-    index: int
-    keys: int = 0
 
 
 def _usable(address: str) -> bool:

@@ -38,3 +38,10 @@ OTHER_ROOT_KEY = (
     "that primary uses another root key than this cluster: disable replication here and enable this cluster as its "
     "secondary, which replaces everything it holds; the token is used up"
 )
+ROTATING_AUTHORITY = (
+    "Both certificate authorities count until every secondary has renewed its certificate, or until the deadline; see "
+    "certificate_authority in the status. A secondary that misses it needs a new token."
+)
+AUTHORITY_ENDED = (
+    "The old certificate authority ended. Secondaries that had not renewed their certificate need a new token."
+)

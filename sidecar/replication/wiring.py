@@ -122,7 +122,8 @@ class ReplicationOptions:
     """Times in seconds. ``wal_wait_s`` is Vault's ``best_effort_wal_wait_duration``. ``probe_timeout_s``: how long a
     promotion looks for a primary that still lives. ``demote_drain_s``: how long a demotion waits for connected
     secondaries to have everything. ``promotion_lag_max_s``: a promotion that may lose more than this needs ``force``;
-    0 for no such limit."""
+    0 for no such limit. ``certificate_ttl_s``: life of a secondary's certificate, renewed at two thirds of it;
+    ``certificate_check_s``: how often both ends look whether something is due."""
 
     beat_s: float = 5.0
     silent_beats_max: int = 3
@@ -135,6 +136,8 @@ class ReplicationOptions:
     probe_timeout_s: float = 2.0
     demote_drain_s: float = 5.0
     promotion_lag_max_s: float = 0.0
+    certificate_ttl_s: float = 365 * 24 * 60 * 60.0
+    certificate_check_s: float = 60.0
     fetch_idle_timeout_s: float = 30.0
     window_records: int = 1024
     window_bytes: int = 4 * 1024 * 1024

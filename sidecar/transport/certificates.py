@@ -20,7 +20,10 @@ BACKDATED = timedelta(hours=24)
 """Certificates are valid from a day before, so that skewed clocks of peers do not refuse them."""
 
 VALIDITY = timedelta(days=3650)
-"""Trust ends by revocation, not by date: an expired certificate would cut replication years later, unannounced."""
+"""Of authorities, and of whatever is not renewed by itself: its trust ends by revocation or rotation, not by date:
+an expired certificate would cut replication years later, unannounced."""
+
+REQUEST_BYTES_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,42 @@ def issue_server(authority: Credentials, sni: str) -> Credentials:
     return _issue(authority, sni, x509.SubjectAlternativeName([x509.DNSName(sni)]), ExtendedKeyUsageOID.SERVER_AUTH)
 
 
-def issue_client(authority: Credentials, identity: str) -> Credentials:
+def issue_client(authority: Credentials, identity: str, *, validity: timedelta = VALIDITY) -> Credentials:
     """A client certificate whose common name is ``identity`` (at most 64 characters shown, the rest cut)."""
-    return _issue(authority, identity, None, ExtendedKeyUsageOID.CLIENT_AUTH)
+    return _issue(authority, identity, None, ExtendedKeyUsageOID.CLIENT_AUTH, validity)
+
+
+def make_request(identity: str) -> tuple[bytes, bytes]:
+    """(PKCS #10 request as DER, its new P-521 private key as PEM). The request proves who holds the key."""
+    key = ec.generate_private_key(ec.SECP521R1())
+    request = x509.CertificateSigningRequestBuilder().subject_name(_name(identity)).sign(key, hashes.SHA512())
+    return request.public_bytes(serialization.Encoding.DER), _key_pem(key)
+
+
+def sign_request(authority: Credentials, request_der: bytes, identity: str, *, validity: timedelta) -> bytes:
+    """The client certificate (PEM) for the key of a request. Nothing but that key is taken from it: name and usage are
+    the authority's to say. Raises ValueError for what is no request of the holder of a P-521 key."""
+    if len(request_der) > REQUEST_BYTES_MAX:
+        raise ValueError("the certificate request is too long")
+    request = x509.load_der_x509_csr(request_der)
+    key = request.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP521R1):
+        raise ValueError("the certificate request is not for a P-521 key")
+    if not request.is_signature_valid:
+        raise ValueError("the certificate request is not signed by its own key")
+    return _sign(authority, identity, key, None, ExtendedKeyUsageOID.CLIENT_AUTH, validity)
+
+
+def each(pem: bytes) -> list[bytes]:
+    """The certificates in ``pem``, one PEM each. Raises ValueError when there is none, or one that is none."""
+    return [_pem(one) for one in x509.load_pem_x509_certificates(pem)]
+
+
+def period_s(certificate_pem: bytes) -> tuple[int, int]:
+    """When it was issued and when it expires, Unix seconds; the day of leeway before its issue is not counted."""
+    certificate = x509.load_pem_x509_certificate(certificate_pem)
+    begins = certificate.not_valid_before_utc + BACKDATED
+    return int(begins.timestamp()), int(certificate.not_valid_after_utc.timestamp())
 
 
 def fingerprint(certificate: bytes) -> str:
@@ -87,15 +123,23 @@ def key_from_numbers(x: int, y: int, d: int) -> bytes:
 
 
 def belongs(certificate_pem: bytes, key_pem: bytes, authority_pem: bytes) -> bool:
-    """Whether the certificate carries this key and was signed by this authority."""
-    certificate = x509.load_pem_x509_certificate(certificate_pem)
-    authority = x509.load_pem_x509_certificate(authority_pem)
+    """Whether the certificate carries this key and was signed by this authority, or by one of these."""
     key = serialization.load_pem_private_key(key_pem, password=None)
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
+    if x509.load_pem_x509_certificate(certificate_pem).public_key() != key.public_key():
         return False
-    return certificate.public_key() == key.public_key()
+    return issued_by(certificate_pem, authority_pem)
+
+
+def issued_by(certificate_pem: bytes, authority_pem: bytes) -> bool:
+    """Whether one of the authorities in ``authority_pem`` signed this certificate."""
+    certificate = x509.load_pem_x509_certificate(certificate_pem)
+    for authority in x509.load_pem_x509_certificates(authority_pem):
+        try:
+            certificate.verify_directly_issued_by(authority)
+        except (ValueError, TypeError, InvalidSignature):
+            continue
+        return True
+    return False
 
 
 def _issue(
@@ -103,14 +147,26 @@ def _issue(
     common_name: str,
     san: x509.SubjectAlternativeName | None,
     usage: x509.ObjectIdentifier,
+    validity: timedelta = VALIDITY,
 ) -> Credentials:
+    key = ec.generate_private_key(ec.SECP521R1())
+    return Credentials(_sign(authority, common_name, key.public_key(), san, usage, validity), _key_pem(key))
+
+
+def _sign(
+    authority: Credentials,
+    common_name: str,
+    public_key: ec.EllipticCurvePublicKey,
+    san: x509.SubjectAlternativeName | None,
+    usage: x509.ObjectIdentifier,
+    validity: timedelta,
+) -> bytes:
     signer = serialization.load_pem_private_key(authority.key_pem, password=None)
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
         raise ValueError("the authority's key is not an elliptic-curve key")
     issuer = x509.load_pem_x509_certificate(authority.certificate_pem)
-    key = ec.generate_private_key(ec.SECP521R1())
     builder = (
-        _builder(common_name, key.public_key(), issuer=issuer.subject)
+        _builder(common_name, public_key, issuer=issuer.subject, validity=validity)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(sign_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -118,10 +174,12 @@ def _issue(
     )
     if san is not None:
         builder = builder.add_extension(san, critical=False)
-    return Credentials(_pem(builder.sign(signer, hashes.SHA512())), _key_pem(key))
+    return _pem(builder.sign(signer, hashes.SHA512()))
 
 
-def _builder(common_name: str, public_key: ec.EllipticCurvePublicKey, *, issuer: x509.Name) -> x509.CertificateBuilder:
+def _builder(
+    common_name: str, public_key: ec.EllipticCurvePublicKey, *, issuer: x509.Name, validity: timedelta = VALIDITY
+) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -130,7 +188,7 @@ def _builder(common_name: str, public_key: ec.EllipticCurvePublicKey, *, issuer:
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - BACKDATED)
-        .not_valid_after(now + VALIDITY)
+        .not_valid_after(now + validity)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
     )
 

@@ -139,6 +139,13 @@ class ClusterListener:
         self._entries[purpose.sni] = _Entry(purpose, server)
         self._contexts[purpose.sni] = context
 
+    def renew(self, sni: str, credentials: Credentials, trust_root_pem: bytes) -> None:
+        """Show another certificate for ``sni`` and trust these authorities, for connections made from now on; those
+        that are open stay. Unknown names are no failure. Raises ssl.SSLError for bad credentials."""
+        entry = self._entries.get(sni)
+        if entry is not None:
+            self._contexts[sni] = server_context(credentials, trust_root_pem, entry.purpose.alpn)
+
     async def remove(self, sni: str) -> None:
         """Stop serving ``sni``: abort its connections, cancel their handlers. Unknown names are no failure."""
         entry = self._entries.pop(sni, None)

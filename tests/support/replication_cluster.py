@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -223,13 +224,18 @@ class PrimaryApi:
         self.paths: dict[str, str] = {}
         self.calls: list[str] = []
         self.address = ""
+        self.status_of: Cluster | None = None
+        self.status: dict[str, Any] = {}
+        self.leader: dict[str, Any] = {}
+        self.health: dict[str, Any] = {"version": "0.1.0"}
+        self.skew_s = 0
 
-    async def start(self) -> None:
+    async def start(self, tls: ssl.SSLContext | None = None) -> None:
         self._runner = web.ServerRunner(web.Server(self._handle))
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
-        self.address = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        self.address = f"http{'s' if tls else ''}://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         await self._runner.cleanup()
@@ -256,6 +262,8 @@ class PrimaryApi:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.calls.append(request.path)
+        if request.method == "GET":
+            return await self._look(request.path)
         body = json.loads(await request.read())
         token = body.get("token") or request.headers.get("X-Vault-Token", "")
         if token not in self.wrapped:
@@ -263,6 +271,17 @@ class PrimaryApi:
         if request.path.endswith("/lookup"):
             return web.json_response({"data": {"creation_path": self.creation_path or self.paths[token]}})
         return web.json_response({"data": self.wrapped.pop(token)})
+
+    async def _look(self, path: str) -> web.StreamResponse:
+        """What anybody may see; ``status`` is laid over that of the cluster ``status_of``, None removes a field."""
+        if path == "/v1/sys/health":
+            now_s = SystemClock().time_ms() // 1000 + self.skew_s
+            return web.json_response({"server_time_utc": now_s, **self.health})
+        if path == "/v1/sys/leader":
+            return web.json_response(self.leader)
+        cluster, mode = self.status_of, path.split("/")[4]
+        shown = (await cluster.manager.status(mode) if cluster else {}) | self.status
+        return web.json_response({"data": {key: value for key, value in shown.items() if value is not None}})
 
 
 @dataclass

@@ -254,6 +254,20 @@ class FakeReplication:
         self.calls.append(("secondary_enable", mode, token, primary_api_addr))
         return Response(warnings=["found secondary information"])
 
+    async def secondary_preflight(
+        self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str
+    ) -> Response:
+        self.calls.append(("secondary_preflight", mode, token, primary_api_addr))
+        return Response(data={"ready": True, "checks": []})
+
+    async def secondary_public_key(self, mode: str) -> Response:
+        self.calls.append(("secondary_public_key", mode))
+        return Response(data={"secondary_public_key": "ork1.AA"})
+
+    async def rotate_authority(self, mode: str, overlap_s: float, *, force: bool) -> Response:
+        self.calls.append(("rotate_authority", mode, overlap_s, force))
+        return Response(warnings=["rotating"])
+
     async def secondary_disable(self, mode: str) -> Response:
         self.calls.append(("secondary_disable", mode))
         return Response(warnings=["disabled"])

@@ -64,6 +64,16 @@ BAD_TOKENS: dict[str, Callable[[], str]] = {
     "HS256": lambda: token(algorithm="HS256"),
     "crit": lambda: token(headers={"crit": ["b64"]}),
     "another typ": lambda: token(headers={"typ": "at+jwt"}),
+    **{
+        f"a header {name}": lambda name=name: token(headers={name: "https://evil/keys"})
+        for name in ("jku", "jwk", "kid", "x5u", "x5c")
+    },
+    "type is a list": lambda: _raw(type=["wrapping"]),
+    "type is more": lambda: token({"type": "wrapping2"}),
+    "type is less": lambda: token({"type": "wrap"}),
+    "no type": lambda: _raw(type=None),
+    "two hours late": lambda: token({"exp": int(NOW_S) - 7200}),
+    "two hours early": lambda: token({"nbf": int(NOW_S) + 7200}),
     "not a wrapping token": lambda: token({"type": "login"}),
     "no ca_sha256": lambda: token({"ca_sha256": None}),
     "short ca_sha256": lambda: token({"ca_sha256": "ab"}),

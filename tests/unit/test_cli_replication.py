@@ -60,6 +60,34 @@ def test_update_primary_by_token_by_address_and_blank(server, run):
     assert server.last["body"] == {"token": ""}
 
 
+def test_preflight_is_a_table_and_its_exit_code_says_whether_something_failed(server, run):
+    path = "sys/replication/performance/secondary/enable"
+    failed = {"check": "alpn-path", "result": "failed", "seen": "a TLS-terminating proxy", "action": "layer 4 only"}
+    server.answer("PUT", path, (200, envelope({"ready": False, "checks": [failed]})))
+    code, out, _ = run("replication", "enable-secondary", "-preflight", "eyJ")
+    assert server.last["body"] == {"token": "eyJ", "preflight": True}
+    assert (code, "a TLS-terminating proxy" in out, "layer 4 only" in out) == (2, True, True)
+    server.answer("PUT", path, (200, envelope({"ready": True, "checks": []})))
+    assert run("replication", "enable-secondary", "-preflight", "eyJ")[0] == 0
+
+
+def test_keys_and_authorities(server, run, monkeypatch):
+    server.answer(
+        "PUT", "sys/replication/dr/secondary/generate-public-key", (200, envelope({"secondary_public_key": "k"}))
+    )
+    monkeypatch.delenv("OUTRIDER_DR_OPERATION_TOKEN", raising=False)
+    code, out, _ = run("replication", "generate-public-key", "-mode=dr", "-field=secondary_public_key")
+    assert (code, out, server.last["body"]) == (0, "k", {})
+    monkeypatch.setenv("OUTRIDER_DR_OPERATION_TOKEN", "hvs.op")
+    run("replication", "generate-public-key", "-mode=dr")
+    assert server.last["body"] == {"dr_operation_token": "hvs.op"}
+    server.answer("PUT", "sys/replication/performance/primary/rotate-ca", (200, envelope(warnings=["both count"])))
+    code, _, err = run("replication", "rotate-ca", "-overlap=24h")
+    assert (code, server.last["body"], "both count" in err) == (0, {"overlap": "24h"}, True)
+    run("replication", "rotate-ca", "-force")
+    assert server.last["body"] == {"force": True}
+
+
 def test_lost_writes_are_listed_and_shown(server, run):
     record = {"id": "1-2-ab", "first_wal": 5, "last_wal": 9, "records": 2, "entries": 4, "exact": True, "pages": 1}
     server.answer("GET", "sys/replication/performance/lost-writes", (200, envelope({"lost_writes": [record]})))

@@ -133,6 +133,10 @@ def test_the_json_form_is_the_same():
 
 
 def test_the_staging_of_a_sync_is_configured_and_the_store_takes_twice_as_much():
+    loaded = load_text(MINIMAL + 'replication { secondary_certificate_ttl = "720h" certificate_check_interval = "5s" }')
+    assert loaded.replication == ReplicationSettings(
+        secondary_certificate_ttl_s=720 * 3600.0, certificate_check_interval_s=5.0
+    )
     loaded = load_text(MINIMAL + 'replication { sync_staging_size = "512MiB" sync_staging_entries = 900000 }')
     assert loaded.replication == ReplicationSettings(sync_staging_bytes=512 * 2**20, sync_staging_entries=900_000)
     options = store_options(loaded)

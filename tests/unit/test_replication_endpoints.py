@@ -21,11 +21,19 @@ REQUESTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "primary/disable": ({}, 200, "This cluster is having replication disabled"),
     "primary/secondary-token": ({"id": "eu"}, 200, ""),
     "primary/revoke-secondary": ({"id": "eu"}, 400, 'no secondary with the id "eu"'),
+    "primary/rotate-ca": ({"overlap": "1h"}, 200, "Both certificate authorities count"),
     "secondary/enable": ({"token": "x.y.z"}, 400, "error parsing activation token"),
+    "secondary/generate-public-key": ({}, 200, ""),
     "secondary/promote": ({"force": True}, 200, "This cluster is being promoted"),
     "secondary/disable": ({}, 200, "This cluster is having replication disabled"),
     "secondary/update-primary": ({"token": ""}, 200, "This secondary follows nobody"),
 }
+BY_OPERATION_TOKEN = (
+    "secondary/promote",
+    "secondary/disable",
+    "secondary/update-primary",
+    "secondary/generate-public-key",
+)
 # The set-up that the other mode forbids although the role allows it.
 FORBIDDEN_BY_THE_OTHER = "secondary/enable"
 
@@ -41,7 +49,7 @@ async def test_an_operation_in_a_role(kind: str, other: str, mode: Mode, operati
     reply = await node.call("POST", f"sys/replication/{mode.name}/{operation}", body)
     said = " ".join([*reply.errors, *((reply.body or {}).get("warnings") or [])])
     if disaster == "secondary":
-        if mode is DR and operation in ("secondary/promote", "secondary/disable", "secondary/update-primary"):
+        if mode is DR and operation in BY_OPERATION_TOKEN:
             assert (reply.status, reply.errors) == (403, ["1 error occurred:\n\t* permission denied\n\n"]), (
                 "root is nobody"
             )
@@ -77,7 +85,7 @@ async def test_on_a_dr_secondary_the_operation_token_counts(operation: str) -> N
         "POST", f"sys/replication/dr/{operation}", {**body, "dr_operation_token": token}, token=None
     )
     said = " ".join([*reply.errors, *((reply.body or {}).get("warnings") or [])])
-    if operation in ("secondary/promote", "secondary/disable", "secondary/update-primary"):
+    if operation in BY_OPERATION_TOKEN:
         assert reply.status == status, said
         assert text in said
     else:

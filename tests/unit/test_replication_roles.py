@@ -10,7 +10,7 @@ import pytest
 from consul_backend.errors import Corrupt
 from consul_backend.position import Position
 from plugin_api.errors import InvalidRequest, PermissionDenied
-from sidecar.replication import allow_list, roles
+from sidecar.replication import allow_list, authorities, roles
 from sidecar.replication.history import Epoch, Promotion
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
@@ -60,7 +60,11 @@ CHANGES: dict[str, Callable[[Mode, Role], object]] = {
         0
     ],
     "primary/revoke-secondary": lambda mode, role: allow_list.revoke(mode, role, "eu")[0],
+    "primary/rotate-ca": lambda mode, role: authorities.begin(mode, role, AUTHORITY, deadline_ms=1),
     "secondary/enable": lambda mode, role: roles.require(mode, role, "secondary/enable") or secondary(),
+    "secondary/generate-public-key": lambda mode, role: (
+        roles.require(mode, role, "secondary/generate-public-key") or role
+    ),
     "secondary/promote": lambda mode, role: roles.promote(mode, role, began=NEXT, cluster_addr="", authority=AUTHORITY),
     "secondary/disable": lambda mode, role: roles.disable(mode, role, "secondary/disable"),
     "secondary/update-primary": roles.forget_primary,
@@ -183,8 +187,8 @@ def test_a_connected_id_is_unique() -> None:
     role = allow_list.connect(PERFORMANCE, claimed(with_secondary(primary())), "f1", "set", "store")
     with pytest.raises(InvalidRequest, match="exists already"):
         allow_list.add_secondary(PERFORMANCE, role, "eu", "f2", now_ms=0, ttl_ms=1)
-    revoked, fingerprint = allow_list.revoke(PERFORMANCE, role, "eu")
-    assert fingerprint == "f1"
+    revoked, fingerprints = allow_list.revoke(PERFORMANCE, role, "eu")
+    assert fingerprints == ("f1",)
     assert revoked.secondaries == {}
     allow_list.add_secondary(PERFORMANCE, revoked, "eu", "f2", now_ms=0, ttl_ms=1)
 

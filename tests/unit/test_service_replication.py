@@ -89,6 +89,33 @@ async def test_role_changes_and_lost_writes_ask_replication() -> None:
             assert (await node.call("GET", f"sys/replication/dr/lost-writes{path}", token=plain)).status == 403
 
 
+async def test_keys_rotation_and_preflight_ask_replication() -> None:
+    replication = FakeReplication()
+    async with running(replication=replication) as node:
+        base = "sys/replication/dr"
+        made = await node.call("POST", f"{base}/secondary/generate-public-key", {})
+        assert made.data == {"secondary_public_key": "ork1.AA"}
+        looked = await node.call("POST", "sys/replication/secondary/enable", {"token": "t", "preflight": True})
+        assert looked.data == {"ready": True, "checks": []}
+        await node.call("POST", f"{base}/primary/rotate-ca", {"overlap": "1h"})
+        await node.call("POST", f"{base}/primary/rotate-ca", {"force": "true"})
+        token = await node.call(
+            "POST", f"{base}/primary/secondary-token", {"id": "eu", "secondary_public_key": "ork1.AA"}
+        )
+        assert token.data == {"id": "eu", "client_key": "secret"}, "what replication encrypted is not wrapped again"
+        assert token.body["wrap_info"] is None
+        assert replication.calls == [
+            ("secondary_public_key", "dr"),
+            ("secondary_preflight", "performance", "t", ""),
+            ("rotate_authority", "dr", 3600, False),
+            ("rotate_authority", "dr", 7 * 86400, True),
+            ("secondary_token", "dr", "eu", 1800),
+        ]
+        weak = await node.token('path "sys/replication/*" { capabilities = ["update"] }')
+        assert (await node.call("POST", f"{base}/primary/rotate-ca", {}, token=weak)).status == 403
+        assert (await node.call("POST", f"{base}/secondary/generate-public-key", {}, token=None)).status == 403
+
+
 async def test_an_activation_token_is_always_a_wrapped_jwt() -> None:
     async with running(replication=FakeReplication()) as node:
         path = "sys/replication/performance/primary/secondary-token"

@@ -1,0 +1,36 @@
+"""What one stream of a secondary brought until it was in step: bytes and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sidecar.replication.channel import Channel
+
+
+class Counted:
+    """A channel that counts what it receives."""
+
+    def __init__(self, inner: Channel) -> None:
+        self._inner = inner
+        self.received_bytes = 0
+
+    async def send(self, frame: bytes) -> None:
+        await self._inner.send(frame)
+
+    async def recv(self) -> bytes:
+        frame = await self._inner.recv()
+        self.received_bytes += len(frame)
+        return frame
+
+    async def close(self, reason: str) -> None:
+        await self._inner.close(reason)
+
+
+@dataclass(slots=True)
+class CatchUp:
+    """A stream until the first time it is in step, unless it follows a sync, which told its own figures."""
+
+    channel: Counted
+    started_s: float
+    index: int
+    keys: int = 0
