@@ -18,6 +18,7 @@ _OPERATION = takes(dr_operation_token=STRING)
 _PROMOTION = takes(primary_cluster_addr=STRING, force=BOOL, preview=BOOL)
 _UPDATE = takes(token=STRING, primary_api_addr=STRING, ca_file=STRING, ca_path=STRING, update_primary_addrs=LIST)
 _SHARE = takes(key=STRING, nonce=STRING)
+_FILTER = takes(mode=STRING, paths=LIST)
 _REKEY = takes(
     secret_shares=INT,
     secret_threshold=INT,
@@ -68,6 +69,17 @@ _TABLE: dict[str, tuple[str, dict[str, FieldSpec]]] = {
     "replication/{mode}/lost-writes": ("Records of writes that a promotion lost.", _NONE),
     "replication/{mode}/lost-writes/{id}": ("One record of lost writes.", takes(page=STRING)),
     "replication/{mode}/lost-writes/{id}/export": ("What the lost writes held.", takes(page=STRING)),
+    "replication/performance/primary/paths-filter/{id}": ("What one secondary is not sent.", _FILTER),
+    "replication/performance/primary/mount-filter/{id}": (
+        "What one secondary is not sent, by its older name.",
+        _FILTER,
+    ),
+    "replication/performance/{kind}/dynamic-filter/{id}": ("What a filter comes to at this moment.", _NONE),
+    "replication/performance/not-held": ("Mounts whose data is not here.", _NONE),
+    "replication/performance/not-held/accept-empty": (
+        "Take mounts whose data is not here as empty.",
+        takes(paths=LIST),
+    ),
     "replication/dr/secondary/operation-token/delete": ("Take a DR operation token back.", _OPERATION),
 }
 for _folder in ("", "leases/"):

@@ -86,10 +86,10 @@ class SysReplication:
             Operation.DELETE: self._delete_filter,
         }
         return [
-            Route(f"{base}/primary/paths-filter/{{id}}", handlers, help="What one secondary is not sent."),
+            Route(f"{base}/primary/paths-filter/{{id}}", handlers),
             Route(f"{base}/primary/mount-filter/{{id}}", handlers),
             Route(f"{base}/{{kind}}/dynamic-filter/{{id}}", {Operation.READ: self._dynamic_filter}),
-            Route(f"{base}/not-held", {Operation.READ: self._not_held}, help="Mounts whose data is not here."),
+            Route(f"{base}/not-held", {Operation.READ: self._not_held}),
             Route(f"{base}/not-held/accept-empty", {Operation.UPDATE: self._accept_empty}, sudo=True),
         ]
 

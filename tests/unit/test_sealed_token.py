@@ -92,7 +92,17 @@ def test_junk_is_refused_and_nothing_else(junk: bytes) -> None:
         sealed_token.public_key(text)
 
 
-@pytest.mark.parametrize("bad", ["", "AAAA", "ork1.", "ork1.!!", KEY.public_text[:-4], KEY.public_text + "AAAA"])
+BAD_KEYS = {
+    "nothing": "",
+    "no prefix": "AAAA",
+    "prefix alone": "ork1.",
+    "no base64": "ork1.!!",
+    "short": KEY.public_text[:-4],
+    "long": KEY.public_text + "AAAA",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_KEYS.values(), ids=BAD_KEYS)
 def test_public_keys_that_are_refused(bad: str) -> None:
     with pytest.raises(InvalidRequest, match="generate-public-key"):
         sealed_token.public_key(bad)
