@@ -19,7 +19,8 @@ STATIC = (
     ("lint", ["ruff", "check", "."]),
     ("types", ["mypy"]),
 )
-WORKERS = "2"
+# One more than the cores of the smallest machine: much of the time is waiting for Consul.
+WORKERS = "3"
 ENDPOINTS = ROOT / ".cache" / "endpoints"
 FOLDER_VARIABLE = "OUTRIDER_ENDPOINTS"
 """Where the tests note which endpoints they reach (tests/support/endpoints.py)."""

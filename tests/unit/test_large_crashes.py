@@ -142,7 +142,7 @@ async def test_recovery_from_a_checkpoint_finds_batches_in_progress(cluster, poi
 
     async def work():
         await store.commit([Write(key(name), value) for name, value in OLD.items()][:5])
-        arm(f"{point}=raise:3")
+        arm(f"{point}=raise:6")  # late enough for a flush between two parts
         large = asyncio.create_task(store.commit([Write(key(name), value) for name, value in NEW.items()]))
         while not large.done():
             await store.commit([Write(key("small", "l"), b"x")])
