@@ -44,7 +44,7 @@ async def fenced_txn(
             raise FenceLost("the store refused a fenced transaction: this node's tenure has ended") from None
         if failed < len(before):
             raise StoreWentBack(
-                "the newest record is no longer in the log as it was written: the store was restored or changed underneath"
+                "the newest record is not in the log as it was written: the store was restored or changed underneath"
             ) from None
         failures = tuple(OpFailure(failure.op_index - len(before), failure.what) for failure in refusal.failures)
         raise Conflict(str(refusal), failures) from None
