@@ -88,7 +88,7 @@ class Connection(asyncio.Protocol):
     # -- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not asyncio's by type
+        self._transport = cast(asyncio.Transport, transport)
         self._idle_since_s = time.monotonic()
 
     def data_received(self, data: bytes) -> None:
