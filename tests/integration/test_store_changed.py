@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from consul_backend.checkpoint import decode_checkpoint
 from consul_backend.config import ConsulConfig
 from consul_backend.store import ConsulStore
 from tests.support.cluster import Cluster, Node, Reply, consul_storage
@@ -111,9 +112,11 @@ def echoed_since(active: Node, cluster: Cluster, since: datetime) -> bool:
 
 def flushed(server: ConsulServer, cluster: Cluster) -> bool:
     """Whether the index is stored up to the newest record, so that an idle node writes nothing more."""
-    checkpoint, record = names(server, cluster, "/checkpoint"), names(server, cluster, "/wal/")[-1]
-    indexes = [server.call("GET", f"kv/{name}").json[0]["ModifyIndex"] for name in (*checkpoint, record)]
-    return len(indexes) == 2 and indexes[0] > indexes[1]
+    found, record = names(server, cluster, "/checkpoint"), names(server, cluster, "/wal/")[-1]
+    if not found:
+        return False
+    generation = found[0].rsplit("/", 2)[1]
+    return decode_checkpoint(generation, value_at(server, found[0])).head_index >= int(record.rsplit("/", 1)[1])
 
 
 # -- the log
