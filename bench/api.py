@@ -40,13 +40,13 @@ path "auth/token/create" { capabilities = ["create", "update"] }
 FRAMING = """
 import asyncio, sys
 from aiohttp import web
-from sidecar.api.connection import Server
+from sidecar.api.connection import Server, Times
 
 async def answer(request):
     return web.Response(body=b'{"data":"' + b"v" * 500 + b'"}', content_type="application/json")
 
 async def main():
-    runner = web.ServerRunner(Server(answer, connections_max=4096, access_log=None))
+    runner = web.ServerRunner(Server(answer, connections_max=4096, times=Times(), access_log=None))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", int(sys.argv[1])).start()
     await asyncio.Event().wait()
