@@ -47,7 +47,7 @@ async def test_from_token_to_streaming(pair: Pair) -> None:
 
     primary.store.write(("r/m/later", b"x"), ("r/m/key-0", None))
     await until(lambda: in_step(primary, secondary))
-    assert {"r/m/later", "r/m/key-0"} <= set(secondary.applied)
+    await until(lambda: {"r/m/later", "r/m/key-0"} <= set(secondary.applied))
     await until(
         lambda: (
             secondary.manager.performance.secondary is not None

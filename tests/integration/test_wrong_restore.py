@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
+from tests.integration.test_store_changed import echoed_since
 from tests.support.cluster import Cluster, Node, consul_storage
 from tests.support.consul_server import ConsulServer
 from tests.support.faults import mount_load
@@ -20,7 +22,10 @@ def test_a_restore_underneath_stops_every_node_and_status_and_health_say_so(tmp_
             snapshot = server.snapshot()
             for number in range(20):
                 assert cluster.call("PUT", f"load/{number}", {"v": "after the snapshot"}).status == 204
-            standby = cluster.standby()
+            standby, written = cluster.standby(), datetime.now(UTC)
+            active = cluster.wait_active()
+            # A standby that never heard of what is gone could not miss it.
+            active.wait_until("hear from its standby", lambda: echoed_since(active, cluster, written))
             wal = cluster.call("GET", "sys/health").body["last_wal"]
             server.restore(snapshot)
             for node in nodes:
