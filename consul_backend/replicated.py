@@ -123,20 +123,7 @@ class ReplicatedStore:
             random_bytes=random_bytes,
         )
         self._crossings = {**recovered.crossings, **crossing(recovered.replay.spans, options.segment_records)}
-        self._flusher = Flusher(
-            physical,
-            generation,
-            tenure,
-            self.forest,
-            self._table,
-            heads=recovered.heads,
-            view=self._flush_view,
-            newest=newest,
-            checkpoint=recovered.checkpoint,
-            checkpoint_index=recovered.checkpoint_index,
-            interval_s=options.flush_interval_s,
-            extents_per_s=options.flush_extents_per_s,
-        )
+        self._flusher = self._make_flusher(recovered)
         self._collector = Collector(
             physical,
             generation,
@@ -145,6 +132,22 @@ class ReplicatedStore:
             gone=self._segment_gone,
             newest=newest,
             interval_s=options.collect_interval_s,
+        )
+
+    def _make_flusher(self, recovered: Recovered) -> Flusher:
+        return Flusher(
+            self._physical,
+            self.generation,
+            self.tenure,
+            self.forest,
+            self._table,
+            heads=recovered.heads,
+            view=self._flush_view,
+            newest=self._group_commit.newest,
+            checkpoint=recovered.checkpoint,
+            checkpoint_index=recovered.checkpoint_index,
+            interval_s=self._options.flush_interval_s,
+            extents_per_s=self._options.flush_extents_per_s,
         )
 
     @classmethod

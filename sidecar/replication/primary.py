@@ -109,21 +109,7 @@ class PrimaryService:
             role.epoch.id,
             role.history,
         )
-        self.shipper = Shipper(
-            mode,
-            store,
-            self.source,
-            ShipperOptions(
-                beat_s=options.beat_s,
-                silent_beats_max=options.silent_beats_max,
-                limits=options.limits,
-                window_records=options.window_records,
-                window_bytes=options.window_bytes,
-            ),
-            clock,
-            advertise=self._advertised,
-            select=select,
-        )
+        self.shipper = self._make_shipper(options)
         self.certifier = Certifier(
             mode,
             listener,
@@ -146,6 +132,23 @@ class PrimaryService:
         }
         if mode is PERFORMANCE:  # a DR secondary forwards nothing
             self._handlers["POST", FORWARD_PATH] = self._forward
+
+    def _make_shipper(self, options: ReplicationOptions) -> Shipper:
+        return Shipper(
+            self._mode,
+            self._store,
+            self.source,
+            ShipperOptions(
+                beat_s=options.beat_s,
+                silent_beats_max=options.silent_beats_max,
+                limits=options.limits,
+                window_records=options.window_records,
+                window_bytes=options.window_bytes,
+            ),
+            self._clock,
+            advertise=self._advertised,
+            select=self._select,
+        )
 
     async def run(self) -> None:
         """Serve until cancelled; then the purpose is withdrawn and every stream cut."""
