@@ -113,7 +113,11 @@ async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tup
         )
         ha_enabled = isinstance(config.storage, ConsulStorage)
         node = Node(identity, sealing, storage_type=physical.kind, ha_enabled=ha_enabled)
-        front = Front(node, prometheus=config.prometheus_retention_s > 0)
+        front = Front(
+            node,
+            prometheus=config.prometheus_retention_s > 0,
+            header_forwarding=config.replication.allow_forwarding_via_header,
+        )
         stack.enter_context(METRICS.source(node.gauges, node.totals))
         cluster_listener = ClusterListener(*split_address(config.listeners[0].cluster_address))
         await cluster_listener.start()

@@ -219,6 +219,7 @@ class ActiveScope:
                 restart=self._begin_anew,
                 keep_keys=self._keep_keys,
                 root_key=barrier.root_key,
+                derived_key=barrier.derived_key,
                 open_entry=self._open_entry,
                 standalone=self._standalone,
                 gate=self._writes,

@@ -13,10 +13,11 @@ from typing import Any
 
 from multidict import CIMultiDict
 
-from plugin_api.errors import InvalidRequest, PluginError
+from plugin_api.errors import InvalidRequest
 from plugin_api.formats import format_time
 from sidecar.api import cors, envelopes, json_codec
 from sidecar.api.decoding import MethodNotAllowed, client_token
+from sidecar.api.directives import check_directives
 from sidecar.api.health import health_code
 from sidecar.api.init_request import init_request
 from sidecar.api.metrics_answer import metrics_answer
@@ -37,10 +38,18 @@ RawHandler = Callable[[HttpRequest], Awaitable[HttpResponse]]
 
 
 class Front:
-    """One per node, for its whole life."""
+    """One per node, for its whole life. ``header_forwarding``: clients may ask for it by header."""
 
-    def __init__(self, node: NodeView, *, now: Callable[[], float] = time.time, prometheus: bool = True) -> None:
+    def __init__(
+        self,
+        node: NodeView,
+        *,
+        now: Callable[[], float] = time.time,
+        prometheus: bool = True,
+        header_forwarding: bool = False,
+    ) -> None:
         self._node = node
+        self._forwarding = header_forwarding
         self._prometheus = prometheus
         self._now = now
         self._raw: dict[str, RawHandler] = {
@@ -61,7 +70,7 @@ class Front:
                 return await self._answered_here(raw, request)
             if request.metrics_open and request.path == "sys/metrics":
                 return self._metrics(request)
-            _check_directives(request)
+            check_directives(request.headers, forwarding=self._forwarding)
             health = await self._node.health()
             if not health.initialized or health.sealed:
                 return _errors(503, "Vault is sealed")
@@ -231,27 +240,6 @@ class Front:
     async def _feature_flags(self, request: HttpRequest) -> HttpResponse:
         _require(request, "GET")
         return _json(200, {"feature_flags": None})
-
-
-def _check_directives(request: HttpRequest) -> None:
-    """Headers that ask for a routing this server does not offer are refused, not ignored: ignoring one would answer
-    from another state, or another namespace, than the client asked for."""
-    headers = request.headers
-    if headers.get("X-Vault-Forward"):
-        raise InvalidRequest("forwarding via header X-Vault-Forward disabled in configuration")
-    if headers.get("X-Vault-Inconsistent") == "forward-active-node":
-        raise InvalidRequest("forwarding via header X-Vault-Inconsistent=forward-active-node disabled in configuration")
-    if headers.get("X-Vault-Namespace", "").strip("/") not in ("", "root"):
-        raise NamespacesNotEnabled
-
-
-class NamespacesNotEnabled(PluginError):
-    """403."""
-
-    status = 403
-
-    def __init__(self) -> None:
-        super().__init__("namespaces feature not enabled")
 
 
 def _require(request: HttpRequest, *methods: str) -> None:

@@ -48,12 +48,41 @@ class FiltersAPI(Protocol):
         """A mount was removed."""
 
 
+class FoundState(Protocol):
+    """Whether all that a session has seen is here. ``missing``: not yet; ``upstream``: what is missing is on the
+    replication primary."""
+
+    @property
+    def missing(self) -> bool: ...
+
+    @property
+    def upstream(self) -> bool: ...
+
+    @property
+    def warnings(self) -> Sequence[str]: ...
+
+
+class SessionsAPI(Protocol):
+    """``X-Vault-Index`` (contract 5.2)."""
+
+    async def require(self, headers: Sequence[str]) -> FoundState:
+        """Wait, bounded, until everything that ``headers`` name is here. Raises InvalidRequest."""
+
+    def after(self, *, written: int, answered: str, asked: bool) -> str:
+        """The header of an answer; empty where it has none. ``written``: the newest record committed here, 0 for none;
+        ``answered``: the header of the primary's answer; ``asked``: also without a write."""
+
+
 class ReplicationAPI(Upstream, Protocol):
     """Roles and status of this cluster; the calls run on the active node."""
 
     @property
     def filters(self) -> FiltersAPI:
         """Paths filters."""
+
+    @property
+    def sessions(self) -> SessionsAPI:
+        """What clients' sessions have seen."""
 
     async def status(self, mode: str | None) -> dict[str, Any]:
         """The ``data`` of one mode, or ``{"dr": …, "performance": …}`` for None (contract 1.2)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from multidict import CIMultiDict
@@ -112,3 +113,24 @@ def _wrap_info(info: WrapInfo) -> dict[str, Any]:
 
 def _json(status: int, body: dict[str, Any]) -> HttpResponse:
     return HttpResponse(status, body=json_codec.encode(body))
+
+
+def with_warnings(response: HttpResponse, warnings: Sequence[str]) -> HttpResponse:
+    """``response`` with more entries in ``warnings``. An empty one (204) becomes an envelope, which a warning needs;
+    errors and bodies that are no envelope pass unchanged."""
+    if not warnings or response.status >= 300 or response.stream is not None:
+        return response
+    if response.body:
+        try:
+            envelope = json_codec.decode_object(response.body)
+        except json_codec.JSONRefused:
+            return response
+        if "warnings" not in envelope:
+            return response
+    else:
+        envelope = envelopes.success(str(uuid.uuid4()), None)
+    envelope["warnings"] = [*(envelope["warnings"] or ()), *warnings]
+    made = _json(200 if response.status == 204 else response.status, envelope)
+    made.headers.extend(response.headers)
+    made.position = response.position
+    return made

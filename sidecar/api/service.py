@@ -22,9 +22,10 @@ from plugin_api.errors import PermissionDenied, PluginError, ReadOnlyStorage, Un
 from sidecar.api import cors, envelopes, json_codec
 from sidecar.api.auditing import Auditor, Exchange
 from sidecar.api.decoding import decode
+from sidecar.api.directives import FORWARD_ACTIVE, INCONSISTENT_HEADER, INDEX_HEADER
 from sidecar.api.node_view import NodeView
 from sidecar.api.replication_api import ReplicationAPI
-from sidecar.api.responding import Responder
+from sidecar.api.responding import Responder, with_warnings
 from sidecar.api.statuses import refusal
 from sidecar.api.sys_core import ServiceOptions, SysCore
 from sidecar.api.sys_table import sys_backend
@@ -47,6 +48,7 @@ from sidecar.core.version_history import VersionHistory
 from sidecar.core.wrapping import Wrapping
 from sidecar.request.call import Backend, Call
 from sidecar.request.cubbyhole import Cubbyhole
+from sidecar.request.errors import StateMissing
 from sidecar.request.in_flight import RequestUnderWay
 from sidecar.request.leasing import guarded, keep_lease
 from sidecar.request.login import log_in
@@ -363,6 +365,7 @@ class Service:
             in_flight.end(exchange.id)
         METRICS.increment("core.response_status_code", code=str(response.status), type=f"{response.status // 100}xx")
         response.position = max(response.position, writes.index)
+        self._told(exchange, response)
         return response
 
     async def _audited(self, exchange: Exchange, response: HttpResponse) -> HttpResponse:
@@ -381,13 +384,38 @@ class Service:
                 raise Unavailable(reason)
             if call.forwarded_auth is not None and _is_own_clusters(call.path):
                 raise PermissionDenied("this path belongs to one cluster: it is not run for another")
+            warnings = await self._seen(request, call)
             try:
                 answer = await self._pipeline.run(call)
             except ReadOnlyStorage:
-                return await self._forwarded(request, call)
-            return await self._responder.respond(call, answer)
+                return with_warnings(await self._forwarded(request, call), warnings)
+            return with_warnings(await self._responder.respond(call, answer), warnings)
         except Exception as error:  # the edge: every error becomes an answer, and a defect is logged with its trace
             return _refused(error, exchange.id)
+
+    async def _seen(self, request: HttpRequest, call: Call) -> Sequence[str]:
+        """Wait until what the session has seen is here, or mark the call for the primary; returns what the client must
+        be warned of. Raises StateMissing, InvalidRequest."""
+        headers = request.headers.getall(INDEX_HEADER, ())
+        if self._replication is None or not any(headers) or call.path.startswith(_UNGATED):
+            return ()
+        found = await self._replication.sessions.require(headers)
+        if found.missing:
+            asks = request.headers.get(INCONSISTENT_HEADER, "") == FORWARD_ACTIVE
+            if not (asks and found.upstream) or _is_own_clusters(call.path):
+                raise StateMissing
+            call.stale = True
+        return () if call.forwarded_auth is not None else found.warnings  # else the secondary says it
+
+    def _told(self, exchange: Exchange, response: HttpResponse) -> None:
+        """Put into the answer what the session has seen with it."""
+        answered = response.headers.popall(INDEX_HEADER, [""])[0]
+        if self._replication is None or response.status == StateMissing.status:
+            return
+        asked = INDEX_HEADER in exchange.request.headers
+        header = self._replication.sessions.after(written=response.position, answered=answered, asked=asked)
+        if header:
+            response.headers[INDEX_HEADER] = header
 
     async def _forwarded(self, request: HttpRequest, call: Call) -> HttpResponse:
         """Run the whole request on the primary, as the caller that was found out here."""

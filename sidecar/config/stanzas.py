@@ -180,6 +180,7 @@ def read_replication(top: Reader) -> ReplicationSettings:
     reader = top.inner(stanza)
     settings = ReplicationSettings(
         best_effort_wal_wait_duration_s=reader.duration_s("best_effort_wal_wait_duration", 2.0),
+        allow_forwarding_via_header=reader.boolean("allow_forwarding_via_header"),
         heartbeat_interval_s=reader.duration_s("heartbeat_interval", 5.0, minimum=0.1),
         sync_staging_bytes=reader.size_bytes("sync_staging_size", 64 * 2**20, minimum=2**20),
         sync_staging_entries=reader.integer("sync_staging_entries", 200_000, minimum=1),
@@ -188,8 +189,6 @@ def read_replication(top: Reader) -> ReplicationSettings:
         certificate_check_interval_s=reader.duration_s("certificate_check_interval", 60.0, minimum=0.1),
     )
     reader.no_effect("logshipper_buffer_length", "logshipper_buffer_size", "resolver_discover_servers")
-    if reader.boolean("allow_forwarding_via_header"):
-        raise reader.error("allow_forwarding_via_header", "is not available: such a request would not be forwarded")
     if reader.text("allow_forwarding_via_token"):
         raise reader.error("allow_forwarding_via_token", "is not available: such a request would not be forwarded")
     reader.finish()

@@ -199,7 +199,8 @@ class ServiceRegistrationSettings:
 
 @dataclass(frozen=True, slots=True)
 class ReplicationSettings:
-    """``replication {}``. ``best_effort_wal_wait_duration_s`` bounds the wait for one's own forwarded write;
+    """``replication {}``. ``best_effort_wal_wait_duration_s`` bounds the wait for one's own forwarded write,
+    and for what a session has seen; ``allow_forwarding_via_header``: clients may have such requests forwarded instead;
     ``sync_staging_*`` what a merkle sync holds in memory to commit it as one; ``promotion_lag_max_s`` what a promotion
     may lose without ``force``, 0 for no limit; ``secondary_certificate_ttl_s``: life of a secondary's certificate,
     renewed after two thirds of it."""
@@ -211,6 +212,7 @@ class ReplicationSettings:
     promotion_lag_max_s: float = 0.0
     secondary_certificate_ttl_s: float = 365 * 86400.0
     certificate_check_interval_s: float = 60.0
+    allow_forwarding_via_header: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,6 +156,12 @@ class Applier:
                 return True
         return False
 
+    async def wait_moved(self, timeout_s: float) -> None:
+        """Return when something more is applied, or after the time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._advanced.wait()
+
     async def run(self, channel: Channel) -> Outcome:
         """Say hello and apply until the stream ends; closes the channel. ``on_event`` hears ACCEPTED and IN_STEP
         meanwhile. Raises BackendError when this cluster's own store fails in a way that ends the tenure."""

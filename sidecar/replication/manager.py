@@ -34,6 +34,7 @@ from sidecar.replication.mode_status import gauges_of, status_of
 from sidecar.replication.modes import DR, PERFORMANCE, Mode, mode_named
 from sidecar.replication.preflight import Asked, Here, Result, preflight
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
+from sidecar.replication.sessions import Sessions
 from sidecar.replication.texts import (
     DEMOTING,
     DISABLING,
@@ -95,6 +96,14 @@ class Replication:
         self.filters = Filters(self.performance, lambda: self._steady(PERFORMANCE.name))
         # Reads are gated for performance alone: a DR secondary serves none.
         self.dr = self._manager(DR, replace(callbacks, on_applied=self._mirrored, set_gate=lambda reason: None))
+        self.sessions = Sessions(
+            self.performance,
+            self.dr,
+            cluster_id=node.local_cluster_id,
+            clock=clock,
+            wait_s=self._options.wal_wait_s,
+            derived_key=callbacks.derived_key,
+        )
 
     def _manager(self, mode: Mode, callbacks: Callbacks) -> ModeManager:
         return ModeManager(

@@ -97,6 +97,7 @@ class Callbacks:
     this tenure is about to end. ``execute`` runs a forwarded request on this node's service; its errors are its
     answers. ``restart`` ends this tenure soon, for the next one to begin in the role that was committed. ``keep_keys``
     commits that every data key in use now stays usable here, whatever keyrings arrive. ``root_key`` is in use now.
+    ``derived_key``: 32 bytes for the use that a label names, the same on every cluster under this root key.
     ``open_entry`` decrypts a stored entry, None for what nobody is shown. ``standalone``: entries that make a mirror a
     cluster of its own. ``mounts`` are the replicated mounts of the moment, those hidden by a filter too.
     ``reselected``: what is hidden or not held has changed; when it returns, nothing reads mounts that are hidden now.
@@ -110,6 +111,7 @@ class Callbacks:
     restart: Callable[[], None]
     keep_keys: Callable[[], Awaitable[None]]
     root_key: Callable[[], bytes]
+    derived_key: Callable[[bytes], bytes]
     open_entry: Callable[[str, bytes], Awaitable[bytes | None]]
     standalone: Callable[[], Awaitable[Sequence[Write]]]
     gate: WriteGate

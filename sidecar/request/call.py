@@ -42,7 +42,8 @@ class Call:
     """A decoded request. ``path`` is the full path below ``/v1/``, with a trailing slash for a list. ``identity`` is
     set once the token was checked, also when the request is refused later. ``headers`` are compared without case.
     ``wrap_ttl_s`` is what the client asked
-    for, 0 for no wrapping. ``audited``: whether the request was entered in the audit log; None while nobody tried."""
+    for, 0 for no wrapping. ``audited``: whether the request was entered in the audit log; None while nobody tried.
+    ``stale``: replicated data here is older than what the session has seen, so only the primary may answer."""
 
     operation: Operation
     path: str
@@ -58,6 +59,7 @@ class Call:
     body_bytes: int = 0
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     audited: bool | None = None
+    stale: bool = False
 
     @property
     def known(self) -> Identity:
@@ -118,6 +120,10 @@ class Backend(Protocol):
     @property
     def type_name(self) -> str:
         """The mount's type."""
+
+    @property
+    def replicated(self) -> bool:
+        """Whether the primary has the same mount, and could answer in this cluster's place."""
 
     def is_open(self, rest: str, operation: Operation) -> bool:
         """Whether the path needs no token."""

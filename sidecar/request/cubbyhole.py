@@ -19,6 +19,7 @@ class Cubbyhole:
     """The backend of the ``cubbyhole/`` mount."""
 
     type_name = "cubbyhole"
+    replicated = False
 
     def __init__(self, sealed: SealedStore) -> None:
         self._sealed = sealed

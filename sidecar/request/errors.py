@@ -30,3 +30,12 @@ class LoginNeedsPrimary(PluginError):
 
     def __init__(self) -> None:
         super().__init__("cannot write to readonly storage")
+
+
+class StateMissing(PluginError):
+    """412: what the session has seen (``X-Vault-Index``) is not here yet; the same request may succeed later."""
+
+    status = 412
+
+    def __init__(self) -> None:
+        super().__init__("required index state not present")

@@ -99,6 +99,10 @@ class EngineBackend:
     def type_name(self) -> str:
         return self.entry.type
 
+    @property
+    def replicated(self) -> bool:
+        return not self.entry.local
+
     def is_open(self, rest: str, operation: Operation) -> bool:
         return matches_any(self.engine.unauthenticated, rest)
 
@@ -245,6 +249,10 @@ class BrokenMount:
     @property
     def type_name(self) -> str:
         return self.entry.type
+
+    @property
+    def replicated(self) -> bool:
+        return not self.entry.local
 
     def is_open(self, rest: str, operation: Operation) -> bool:
         return False

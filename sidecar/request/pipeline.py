@@ -19,7 +19,7 @@ from sidecar.core.token_entry import TokenEntry
 from sidecar.core.tokens import TokenStore
 from sidecar.request import openapi
 from sidecar.request.call import Answer, Backend, Call, Identity
-from sidecar.request.errors import LoginNeedsPrimary, TokenRefused, UnknownMount
+from sidecar.request.errors import LoginNeedsPrimary, StateMissing, TokenRefused, UnknownMount
 from sidecar.request.router import Match, Router
 from sidecar.request.types import ForwardedAuth
 from sidecar.version import __version__
@@ -41,7 +41,8 @@ class Audit(Protocol):
 
 
 class Pipeline:
-    """Runs calls on the active node. ``routes`` gives the routing table of the moment."""
+    """Runs calls on the active node. ``routes`` gives the routing table of the moment. A *stale* call is not run here:
+    ReadOnlyStorage says that the primary can, StateMissing that nobody can."""
 
     def __init__(self, routes: Routes, tokens: TokenStore, policies: PolicyStore, audit: Audit) -> None:
         self._routes = routes
@@ -69,6 +70,8 @@ class Pipeline:
             raise UnknownMount(call.path)
         if self._audit.enabled:
             await self._audit.request(call)
+        if call.stale:
+            raise ReadOnlyStorage if match.target.replicated else StateMissing
         if call.wants_help:
             return _help(match)
         return _or_missing(call, await match.target.handle(call, match.rest))
@@ -76,6 +79,8 @@ class Pipeline:
     async def _open(self, call: Call, match: Match[Backend]) -> Answer:
         if self._audit.enabled:
             await self._audit.request(call)
+        if call.stale:
+            raise StateMissing
         try:
             return _or_missing(call, await match.target.handle(call, match.rest))
         except ReadOnlyStorage:

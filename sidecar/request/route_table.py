@@ -95,6 +95,10 @@ class RouteBackend:
     def type_name(self) -> str:
         return self._type_name
 
+    @property
+    def replicated(self) -> bool:
+        return True
+
     def is_open(self, rest: str, operation: Operation) -> bool:
         found = self._find(rest)
         return found is not None and found[0].open

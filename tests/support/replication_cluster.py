@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import ssl
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -158,6 +159,7 @@ class Cluster:
                 restart=self._restart.set,
                 keep_keys=self._keep_keys,
                 root_key=lambda: MATERIAL.root_key,
+                derived_key=lambda label: hashlib.sha256(MATERIAL.root_key + label).digest(),
                 open_entry=self._open,
                 standalone=self._standalone,
                 gate=self.writes,

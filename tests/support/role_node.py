@@ -141,6 +141,7 @@ async def role_node(performance: str, disaster: str, *, also: Sequence[Write] = 
             restart=lambda: restarts.append(None),
             keep_keys=lambda: keep_keys(sealed, clock.now_s),
             root_key=barrier.root_key,
+            derived_key=barrier.derived_key,
             open_entry=barrier.open_value,
             standalone=nothing,
             gate=gate,

@@ -191,6 +191,31 @@ class FakeFilters:
         self._calls.append(("removed", path))
 
 
+@dataclass
+class FakeFound:
+    """What a session has seen, by the test's word."""
+
+    missing: bool = False
+    upstream: bool = False
+    warnings: Sequence[str] = ()
+
+
+class FakeSessions:
+    """Answers ``found`` and notes what was asked; a header is ``<written>|<answered>|<asked>`` where ``telling``."""
+
+    def __init__(self) -> None:
+        self.found = FakeFound()
+        self.required: list[list[str]] = []
+        self.telling = False
+
+    async def require(self, headers: Sequence[str]) -> FakeFound:
+        self.required.append(list(headers))
+        return self.found
+
+    def after(self, *, written: int, answered: str, asked: bool) -> str:
+        return f"{written}|{answered}|{asked}" if self.telling and (written or answered or asked) else ""
+
+
 class FakeReplication:
     """A ReplicationAPI. With ``primary`` set this is a performance secondary that forwards to that service."""
 
@@ -198,6 +223,7 @@ class FakeReplication:
         self.primary = primary
         self.calls: list[tuple[Any, ...]] = []
         self.filters = FakeFilters(self.calls)
+        self.sessions = FakeSessions()
         self.forwarded: list[tuple[HttpRequest, ForwardedAuth]] = []
 
     def is_primary_writable(self) -> bool:
@@ -370,6 +396,7 @@ async def running(
     prometheus: bool = True,
     plugins: PluginRegistry | None = None,
     lockout: LockoutSettings | None = None,
+    header_forwarding: bool = False,
 ) -> AsyncIterator[Harness]:
     """A started service behind an HTTP server on a free port."""
     clock = SettableClock()
@@ -400,7 +427,9 @@ async def running(
     )
     node.service = service
     await service.start()
-    server = ApiServer(Front(node, now=clock, prometheus=prometheus).handle, limits=limits)
+    server = ApiServer(
+        Front(node, now=clock, prometheus=prometheus, header_forwarding=header_forwarding).handle, limits=limits
+    )
     host, port = await server.listen("127.0.0.1", 0)
     try:
         async with aiohttp.ClientSession() as session:
@@ -444,13 +473,15 @@ async def log_in(harness: Harness, **headers: str) -> Reply:
 
 
 @asynccontextmanager
-async def primary_and_secondary() -> AsyncIterator[tuple[Harness, Harness]]:
+async def primary_and_secondary(*, header_forwarding: bool = False) -> AsyncIterator[tuple[Harness, Harness]]:
     """Two clusters of one set; the secondary forwards to the primary, and :func:`replicate` brings it up to date."""
     async with running() as primary:
         store = MemoryStore()
         store.entries = dict(primary.store.entries)
         upstream = FakeReplication(primary.service)
-        async with running(replication=upstream, store=store, genesis=primary.node.genesis) as secondary:
+        async with running(
+            replication=upstream, store=store, genesis=primary.node.genesis, header_forwarding=header_forwarding
+        ) as secondary:
             yield primary, secondary
 
 

@@ -75,6 +75,7 @@ seal "shamir" {}
 replication {
   best_effort_wal_wait_duration = "500ms"
   promotion_lag_max = "5m"
+  allow_forwarding_via_header = true
   logshipper_buffer_length = 100
   resolver_discover_servers = true
 }
@@ -102,7 +103,9 @@ def test_a_vault_file_loads_with_warnings_only():
     registration = loaded.service_registration
     assert (registration.disable, registration.service, registration.tags) == (False, "vault", ("a", "b"))
     assert (registration.check_timeout_s, registration.connection) == (7.0, None)
-    assert loaded.replication == ReplicationSettings(0.5, 5.0, promotion_lag_max_s=300.0)
+    assert loaded.replication == ReplicationSettings(
+        0.5, 5.0, promotion_lag_max_s=300.0, allow_forwarding_via_header=True
+    )
     assert (loaded.lock_memory, load_text(MINIMAL).lock_memory) == (False, True)
     assert listener.forwarded_for == ForwardedForSettings(("10.0.0.0/8",))
     assert (listener.unauthenticated_metrics_access, loaded.prometheus_retention_s) == (True, 86400.0)
@@ -229,7 +232,7 @@ def test_assigned_objects_are_blocks_as_in_hcl_1():
         (MINIMAL + 'log_level = "loud"', 'f:3: "log_level" must be one of trace'),
         (MINIMAL + "log_level {}", 'f:3: "log_level" is a setting, not a block'),
         (MINIMAL + "sidecar { wal_keep_records = 1.5 }", "must be a whole number"),
-        (MINIMAL + "replication { allow_forwarding_via_header = true }", "is not available"),
+        (MINIMAL + 'replication { allow_forwarding_via_token = "new_token" }', "is not available"),
         (MINIMAL + 'sidecar { beat_ttl = "1s" }', 'f:3: "beat_ttl" in sidecar leaves no room for one lost beat'),
         (MINIMAL + "disable_clustering = true", "is not available"),
         (MINIMAL + 'api_addr = "10.0.0.7:8200"', "api_addr must be http://host:port"),
