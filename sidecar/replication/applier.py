@@ -147,6 +147,13 @@ class Applier:
         """Age of the newest instant whose every write is applied here; None before the first."""
         return self._lag.lag_s(self._clock.monotonic())
 
+    def resume(self, head_index: int, heard_age_s: float, complete_age_s: float | None) -> None:
+        """Before the first :meth:`run`: what was known of the primary before this node restarted, and how old it is."""
+        now_s = self._clock.monotonic()
+        self.upstream.head_index, self.upstream.heard_at_s = head_index, now_s - heard_age_s
+        if complete_age_s is not None:
+            self._lag.resume(complete_age_s, now_s)
+
     async def wait_applied(self, index: int, timeout_s: float) -> bool:
         """Whether the primary's record ``index`` is applied within the time: the stall of a forwarded write."""
         with contextlib.suppress(TimeoutError):

@@ -20,7 +20,7 @@ NAMED_MAX = 20
 @dataclass(frozen=True, slots=True)
 class Standing:
     """A secondary at one moment. ``applied`` is the newest record applied, 0 for none; ``seen`` the primary's newest
-    one heard of since this tenure began, 0 before any word. Ages in seconds, None where nothing was heard yet.
+    one heard of, kept over restarts, 0 before any word. Ages in seconds, None where nothing was ever heard of it.
     ``alive_at``: an address at which the primary answers, empty when none does. ``attached``: has a primary at all.
     ``not_held`` are the mounts whose data is not here."""
 
@@ -109,7 +109,9 @@ def _sentence(standing: Standing) -> str:
     if not standing.complete:
         return "Everything that this secondary has not received yet."
     if standing.heard_age_s is None:
-        return "What the primary wrote and this node has not heard of since it started; how much is not known."
+        return (
+            "What the primary wrote after this cluster last heard of it; when that was, and so how much, is not known."
+        )
     known = f"{missing(standing)} known records" if missing(standing) else "No known record"
     age_s = standing.complete_age_s
     since = "" if age_s is None else f", and what the primary wrote in its last {age_s:.1f} s that never arrived"

@@ -23,6 +23,7 @@ from sidecar.replication import authorities, roles
 from sidecar.replication.committer import stored_position
 from sidecar.replication.forecast import Standing
 from sidecar.replication.former import FormerPrimary
+from sidecar.replication.heard import HeardKeeper, load_heard, resume
 from sidecar.replication.hello import Source
 from sidecar.replication.history import Epoch, parting
 from sidecar.replication.lost_writes import LostHead, LostWrites
@@ -367,6 +368,7 @@ class ModeManager:
                         tasks.create_task(self.former.watch(), name="former primary")
                     tasks.create_task(self.primary.run(), name=f"{self.mode.name} primary")
             elif isinstance(role, SecondaryRole):
+                heard = await load_heard(self.mode, self._sealed)
                 self.secondary = SecondaryService(
                     self.mode,
                     self.store,
@@ -380,9 +382,17 @@ class ModeManager:
                     synced=self._synced,
                     renewed=self._renewed,
                 )
-                await self.secondary.run()
+                resume(self.secondary.applier, heard, self.clock)
+                await self._follow(self.secondary)
         finally:
             self.primary = self.secondary = self.former = None
+
+    async def _follow(self, service: SecondaryService) -> None:
+        """Follow the primary, and keep what is heard of it."""
+        keeper = HeardKeeper(self.mode, self._sealed, lambda: service.applier, self.clock, self.options.beat_s)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(keeper.run(), name="keep what was heard")
+            tasks.create_task(service.run(), name=f"{self.mode.name} secondary")
 
     def _primary_of(self, epoch: Epoch) -> Callable[[], PrimaryRole | None]:
         def newest() -> PrimaryRole | None:

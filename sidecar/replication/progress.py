@@ -102,6 +102,10 @@ class Lag:
         self._behind_s = max(0.0, (now_ms + offset_ms - source_time_ms) / 1000)
         self._as_of_s = now_s
 
+    def resume(self, behind_s: float, now_s: float) -> None:
+        """It was ``behind_s`` old when this node began."""
+        self._behind_s, self._as_of_s = behind_s, now_s
+
     def lag_s(self, now_s: float) -> float | None:
         """None until a first canary was handled."""
         return None if self._as_of_s is None else self._behind_s + max(0.0, now_s - self._as_of_s)

@@ -114,7 +114,7 @@ def test_what_forbids_a_promotion(changes: dict[str, object], error: type[Except
 def test_a_forecast_does_not_claim_to_know_what_it_cannot() -> None:
     from dataclasses import replace
 
-    assert "how much is not known" in forecast(replace(SAFE, heard_age_s=None))["may_be_lost"]
+    assert "and so how much, is not known" in forecast(replace(SAFE, heard_age_s=None))["may_be_lost"]
     assert "its last 0.5 s that never arrived" in forecast(SAFE)["may_be_lost"]
 
 
