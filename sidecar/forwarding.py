@@ -31,12 +31,15 @@ from sidecar.transport.certificates import Credentials, issue_client, issue_serv
 from sidecar.transport.forwarding import (
     ECHO_PATH,
     FORWARD_PATH,
+    KEYS_PATH,
     Echo,
     EchoReply,
     ForwardNotSent,
     ForwardOutcomeUnknown,
     ForwardRequest,
     ForwardResponse,
+    KeysReply,
+    KeysRequest,
     MalformedMessage,
     decode,
     encode,
@@ -44,6 +47,7 @@ from sidecar.transport.forwarding import (
     header_pairs,
     send_echo,
     send_forward,
+    send_keys,
 )
 from sidecar.transport.listener import Purpose
 from sidecar.transport.peer import PeerClient, PeerIdentity
@@ -123,7 +127,8 @@ def from_message(message: ForwardRequest) -> HttpRequest:
 
 
 class ForwardingServer:
-    """The active node's end: runs forwarded requests, and keeps the list of this cluster's nodes."""
+    """The active node's end: runs forwarded requests, and keeps the list of this cluster's nodes. ``root_key_of``: of
+    the generation by which this tenure replaced the cluster's store; None for any other."""
 
     def __init__(
         self,
@@ -134,7 +139,9 @@ class ForwardingServer:
         handle: Callable[[HttpRequest], Awaitable[HttpResponse]],
         modes: Callable[[], tuple[str, str]],
         head_index: Callable[[], int],
+        root_key_of: Callable[[str], bytes | None] = lambda generation: None,
     ) -> None:
+        self._root_key_of = root_key_of
         self._credentials = credentials
         self._cluster_id = cluster_id
         self._own_cluster_addr = own_cluster_addr
@@ -177,6 +184,8 @@ class ForwardingServer:
                 return web.Response(body=encode(reply))
             if request.path == ECHO_PATH:
                 return web.Response(body=encode(self._echo(decode(await request.read(), Echo))))
+            if request.path == KEYS_PATH:
+                return self._keys(decode(await request.read(), KeysRequest))
         except MalformedMessage as error:
             return web.Response(status=400, text=str(error))
         except LoopRefused as error:
@@ -186,6 +195,14 @@ class ForwardingServer:
         except TimeoutError:
             return web.Response(status=504, text="the request took too long here and was given up")
         return web.Response(status=404)
+
+    def _keys(self, asked: KeysRequest) -> web.Response:
+        """Whoever is connected held the root key of the store before: it is an unsealed node of this cluster."""
+        root_key = self._root_key_of(asked.generation)
+        if root_key is None:
+            return web.Response(status=409, text="this node did not make that store, or is sealed")
+        log.info("a standby was given the root key of store generation %s", asked.generation)
+        return web.Response(body=encode(KeysReply(root_key)))
 
     def _echo(self, echo: Echo) -> EchoReply:
         self._standbys[echo.node_id] = Heard(echo, time.monotonic(), time.time())
@@ -197,16 +214,10 @@ class StandbyForwarder:
     """A standby's end, for one leader. Made when its record can be read; closed when the leader changes."""
 
     def __init__(self, leader: LeaderInfo, record: LeaderRecord, *, timeout_s: float) -> None:
-        identity = PeerIdentity(
-            sni=record.sni,
-            alpn=ALPN,
-            credentials=Credentials(record.certificate_pem, record.key_pem),
-            authority_pem=record.authority_pem,
-        )
         self.leader = leader
         self.cluster = ClusterInfo(record.cluster_id, record.cluster_name)
         self._timeout_s = timeout_s
-        self._client = PeerClient(identity, leader.cluster_addr)
+        self._client = PeerClient(_identity(record), leader.cluster_addr)
         self._in_flight = 0
         self._retiring = False
         self._idle = asyncio.Event()
@@ -259,6 +270,40 @@ class StandbyForwarder:
     async def close(self) -> None:
         """Close its connections."""
         await self._client.close()
+
+
+class KeySource:
+    """Where a standby gets the root key from when the active node it followed has replaced their cluster's store. That
+    node answers by the credentials of the tenure in which it did, also after that has ended."""
+
+    def __init__(self, leader: LeaderInfo, record: LeaderRecord) -> None:
+        self._leader = leader
+        self._record = record
+
+    async def root_key_of(self, generation: str, *, timeout_s: float, retry_s: float = 0.2) -> bytes | None:
+        """Ask until it answers, bounded; None when it did not."""
+        client = PeerClient(_identity(self._record), self._leader.cluster_addr)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        return await send_keys(client, generation)
+                    except ForwardNotSent as error:  # it may not have noticed yet that its change was carried out
+                        log.debug("no root key from %s: %s", self._leader.node_id, error)
+                    await asyncio.sleep(retry_s)
+        except TimeoutError:
+            return None
+        finally:
+            await client.close()
+
+
+def _identity(record: LeaderRecord) -> PeerIdentity:
+    return PeerIdentity(
+        sni=record.sni,
+        alpn=ALPN,
+        credentials=Credentials(record.certificate_pem, record.key_pem),
+        authority_pem=record.authority_pem,
+    )
 
 
 async def read_leader_record(physical: PhysicalStore, opened: Opened, sni: str) -> LeaderRecord | None:

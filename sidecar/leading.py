@@ -173,6 +173,7 @@ class ActiveScope:
         self._gate: str | None = None
         self._writes = WriteGate()
         self._recovered: ReplicatedStore | None = None
+        self._replaced_by: Opened | None = None
         self._mounts_made: Sequence[Mount] = ()
         self._mounts_made_of: Sequence[MountEntry] = ()
         self.restart_asked = asyncio.Event()
@@ -241,6 +242,7 @@ class ActiveScope:
             handle=role.run,
             modes=self.modes,
             head_index=self.head_index,
+            root_key_of=self._root_key_of,
         )
         self._listener.add(forwarding.purpose())
         self._spawn(tasks, self._service.run(), "service")
@@ -275,8 +277,17 @@ class ActiveScope:
 
     async def close(self, *, linger_s: float = 0.0) -> None:
         """No other node reaches this tenure any more; with ``linger_s`` only after the standbys have hung up, but not
-        later than that. Until then they are told that their requests were not run."""
-        await self._listener.retire(self._credentials.sni, linger_s)
+        later than that. Until then they are told that their requests were not run; and, where this tenure replaced the
+        store, which root key it has now: each has to learn of it first, so that lasts until the end."""
+        at_least_s = linger_s if self._replaced_by is not None else 0.0
+        await self._listener.retire(self._credentials.sni, linger_s, at_least_s=at_least_s)
+
+    def _root_key_of(self, generation: str) -> bytes | None:
+        opened = self._replaced_by
+        # Sealed since, or moved on: then this node has nothing to give away.
+        if opened is None or opened.generation.id != generation or self._node.sealing.opened is not opened:
+            return None
+        return opened.root_key
 
     @property
     def seen_index(self) -> int:
@@ -408,7 +419,8 @@ class ActiveScope:
         log.warning("this cluster is now a %s secondary; its previous store is being deleted", result.mode.name)
         # What is still admitted would be written to the store that was just given up.
         self._gate = "this cluster is becoming a replication secondary; try again shortly"
-        self._node.sealing.install(Opened(target, result.root_key))
+        self._replaced_by = Opened(target, result.root_key)
+        self._node.sealing.install(self._replaced_by)
 
     def _genesis_of(self, result: ActivationResult, seal_raw: bytes) -> list[Write]:
         now_s, cluster_name = self._clock.time_ms() / 1000, self._parts.cluster_name or None

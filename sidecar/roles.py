@@ -32,7 +32,7 @@ from consul_backend.replicated import StoreOptions
 from sidecar.core.barrier import BarrierMissing, DecryptionFailed
 from sidecar.core.keyring import BadKeyring
 from sidecar.core.seal_record import WrongKey
-from sidecar.forwarding import StandbyForwarder, TenureCredentials, read_leader_record
+from sidecar.forwarding import KeySource, StandbyForwarder, TenureCredentials, read_leader_record
 from sidecar.leading import ActiveScope, ScopeParts
 from sidecar.mesh.registration import Registrar
 from sidecar.node import ActiveRole, Node, StandbyRole
@@ -59,13 +59,15 @@ ENDING = (FenceLost, OutcomeUnknown, Unavailable, NotApplied, Conflict)
 
 @dataclass(frozen=True, slots=True)
 class RoleOptions:
-    """Times in seconds."""
+    """Times in seconds. ``keys_wait_s``: how long a standby asks for the root key of a store that replaced its own;
+    less than ``linger_s``, for which it is told."""
 
     drain_s: float = 5.0
     retry_s: float = 0.2
     echo_s: float = 1.0
     linger_s: float = 10.0
     farewell_s: float = 1.0
+    keys_wait_s: float = 5.0
     forward_timeout_s: float = 90.0
 
 
@@ -103,6 +105,8 @@ class Roles:
         self._options = options
         self._credentials = TenureCredentials.make()
         self._seen: tuple[str, int] = ("", 0)
+        self._key_source: KeySource | None = None
+        self._stale = False
         self._retiring: set[asyncio.Task[object]] = set()
         self._election = Election(
             physical, node_id=node.identity.node_id, advertise=self._advertise, clock=clock, options=election_options
@@ -161,6 +165,7 @@ class Roles:
         """Forward to whoever leads, until this node is elected (the lock) or no longer unsealed as it was (None)."""
         role = StandbyRole()
         self._node.take_role(role)
+        self._key_source, self._stale = None, False
         self._credentials = await asyncio.to_thread(TenureCredentials.make)
         campaign = asyncio.create_task(self._election.campaign(), name="campaign")
         left = asyncio.create_task(self._node.sealing.wait_left(opened), name="wait for seal")
@@ -189,12 +194,13 @@ class Roles:
             self._later(role.forwarder.retire(self._options.linger_s))
 
     async def _watch_generation(self, opened: Opened) -> None:
-        """Seal this node when the store under it becomes another one: its keys open it no longer."""
+        """Notice when the store under this node becomes another one: its keys may open it no longer."""
         index = 0
         while True:
             try:
                 if reason := await self._node.sealing.stale_reason(opened):
-                    self._node.sealing.seal(reason, reopen=True)
+                    self._stale = True
+                    await self._refit(opened, reason)
                     return
                 _, index = await self._physical.watch(GENERATION_KEY, index, 10.0)
             except Unavailable as error:
@@ -202,11 +208,24 @@ class Roles:
                 index = 0
                 await asyncio.sleep(1.0)
 
+    async def _refit(self, opened: Opened, reason: str) -> None:
+        """The store was replaced: go on with its keys if whoever did that tells them, else be sealed for ``reason``."""
+        source = self._key_source
+
+        async def ask(generation: str) -> bytes | None:
+            return await source.root_key_of(generation, timeout_s=self._options.keys_wait_s) if source else None
+
+        if await self._node.sealing.reopen(opened, ask):
+            log.warning("the cluster's store was replaced: this node goes on with the keys that the active node has")
+        elif self._node.sealing.opened is opened:
+            self._node.sealing.seal(reason, reopen=True)
+
     async def _follow_leader(self, opened: Opened, role: StandbyRole) -> None:
         """Keep ``role`` pointing at the active node, and tell that node of this one."""
         while True:
             try:
-                await self._follow_once(opened, role)
+                if not self._stale:  # what would be read is being deleted
+                    await self._follow_once(opened, role)
             except (Unavailable, ForwardNotSent) as error:
                 log.debug("the active node is not reached: %s", error)
             await asyncio.sleep(self._options.retry_s if role.forwarder is None else self._options.echo_s)
@@ -227,6 +246,7 @@ class Roles:
             if record is None:
                 return
             role.forwarder = StandbyForwarder(leader, record, timeout_s=self._options.forward_timeout_s)
+            self._key_source = KeySource(leader, record)
             role.cluster = role.forwarder.cluster
         identity = self._node.identity
         sent_s = time.monotonic()
@@ -290,7 +310,11 @@ class Roles:
                 await scope.close()
                 await self._election.lost(held)
         if left.stale:
-            self._node.sealing.seal(left.stale, reopen=True)
+            try:
+                await self._refit(opened, left.stale)
+            except Unavailable as unavailable:
+                log.warning("the generation pointer cannot be read: %s", unavailable)
+                self._node.sealing.seal(left.stale, reopen=True)
         error = _first(lost)
         if isinstance(error, HALTING):
             raise error

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 
 from consul_backend.clock import Clock
@@ -396,6 +396,27 @@ class Sealing:
         """Return once this node no longer holds exactly ``opened``: sealed, or moved to another generation."""
         while self._opened is opened:
             await self.changed.wait()
+
+    async def reopen(self, opened: Opened, ask: Callable[[str], Awaitable[bytes | None]]) -> bool:
+        """The store was replaced under ``opened``: be unsealed with what is there now, if this node's own root key
+        opens it, or the one that ``ask`` returns for its generation. Returns whether it is; it stays as it was if not,
+        or if somebody sealed it meanwhile. Raises BackendError."""
+        found = await read_generation(self._physical)
+        if found is None:
+            return False
+        current, root_key = found[0], opened.root_key
+        if current.root_fingerprint != opened.generation.root_fingerprint:
+            asked = await ask(current.id)
+            if asked is None:
+                return False
+            root_key = asked
+            if root_fingerprint(root_key) != current.root_fingerprint:
+                log.error("security: the active node sent another root key than the store names; it is not used")
+                return False
+        if self._opened is not opened:
+            return False
+        self.install(Opened(current, root_key))
+        return True
 
     async def stale_reason(self, opened: Opened) -> str:
         """Why ``opened`` no longer fits the store, or "" while it does. Raises BackendError."""

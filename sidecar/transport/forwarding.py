@@ -3,7 +3,8 @@
 ``POST /forward`` carries a :class:`ForwardRequest` and is answered with 200 and a :class:`ForwardResponse`, whatever
 the inner status. An outer status of :data:`NOT_HANDLED` means that the request was refused before it ran; any other is
 an unknown outcome. ``POST /echo`` carries :class:`Echo` and is answered with :class:`EchoReply`. A client asks once:
-after a lost answer the outcome is unknown and stays so.
+after a lost answer the outcome is unknown and stays so. ``POST /keys`` carries :class:`KeysRequest` and is answered
+with :class:`KeysReply` by a node that has replaced its cluster's store, for a while after it did.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sidecar.transport.trail import Hop, Trail
 
 FORWARD_PATH = "/forward"
 ECHO_PATH = "/echo"
+KEYS_PATH = "/keys"
 
 REQUEST_BYTES_MAX = 33 * 1024 * 1024
 """A request body of 32 MiB and a mebibyte of everything else."""
@@ -150,6 +152,21 @@ class EchoReply(msgspec.Struct, frozen=True):
     head_index: int = 0
 
 
+class KeysRequest(msgspec.Struct, frozen=True):
+    """A standby found that its cluster's store was replaced by the one of that generation, and cannot open it."""
+
+    generation: str
+
+
+class KeysReply(msgspec.Struct, frozen=True):
+    """What opens it."""
+
+    root_key: bytes
+
+    def __repr__(self) -> str:
+        return "KeysReply()"
+
+
 class MalformedMessage(ValueError):
     """Bytes that are no such message, or exceed its bounds."""
 
@@ -244,5 +261,18 @@ async def send_echo(client: PeerClient, echo: Echo, *, timeout_s: float = 2.0) -
         if answer.status != 200:
             raise ForwardNotSent(f"{client.address} answered {answer.status}", answer.status)
         return decode(answer.body, EchoReply)
+    except (PeerUnreachable, PeerOutcomeUnknown, MalformedMessage) as error:
+        raise ForwardNotSent(str(error)) from error
+
+
+async def send_keys(client: PeerClient, generation: str, *, timeout_s: float = 2.0) -> bytes:
+    """The root key of a store generation. Raises ForwardNotSent when it got no proper answer; may be repeated."""
+    try:
+        answer = await client.post(
+            KEYS_PATH, encode(KeysRequest(generation)), timeout_s=timeout_s, answer_bytes_max=64 * 1024
+        )
+        if answer.status != 200:
+            raise ForwardNotSent(f"{client.address} answered {answer.status}", answer.status)
+        return decode(answer.body, KeysReply).root_key
     except (PeerUnreachable, PeerOutcomeUnknown, MalformedMessage) as error:
         raise ForwardNotSent(str(error)) from error

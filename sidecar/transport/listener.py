@@ -156,9 +156,11 @@ class ClusterListener:
             connection.abort()
         await entry.server.shutdown(timeout=1.0)
 
-    async def retire(self, sni: str, linger_s: float) -> None:
-        """:meth:`remove` once nobody is connected for ``sni`` any more, at the latest after ``linger_s``. New
-        connections are taken until then: who knocks is to hear a refusal, which is better than nothing."""
+    async def retire(self, sni: str, linger_s: float, *, at_least_s: float = 0.0) -> None:
+        """:meth:`remove` once nobody is connected for ``sni`` any more, at the latest after ``linger_s``, and not
+        before ``at_least_s``. New connections are taken until then: who knocks is to hear a refusal, which is better
+        than nothing."""
+        await asyncio.sleep(at_least_s)
         entry = self._entries.get(sni)
         if entry is not None and linger_s > 0:
             with suppress(TimeoutError):

@@ -77,10 +77,7 @@ def pair(consul_server: ConsulServer, tmp_path_factory: pytest.TempPathFactory) 
         with_secrets(primary)
         replicate(primary, secondary)
         for node in secondary.nodes:
-            node.wait_until("be ready for the primary's keys", lambda node=node: unsealed_or_waiting(node))
-            if node.call("GET", "sys/seal-status").body["sealed"]:
-                assert "primary's unseal keys" in " ".join(node.call("GET", "sys/seal-status").body["warnings"])
-                node.unseal(primary.keys)
+            node.wait_until("have the primary's keys", lambda node=node: has_role(node, "secondary"))
         secondary.wait_active()
         yield primary, secondary
     finally:
@@ -88,10 +85,10 @@ def pair(consul_server: ConsulServer, tmp_path_factory: pytest.TempPathFactory) 
         secondary.kill()
 
 
-def unsealed_or_waiting(node: Node) -> bool:
-    """Active, or sealed with the reason: the flip has been noticed."""
-    status = node.call("GET", "sys/seal-status").body
-    return bool(status.get("warnings")) if status["sealed"] else (node.health() or node).status == 200
+def has_role(node: Node, mode: str) -> bool:
+    """Unsealed, and in that mode of performance replication, as active node or as its standby."""
+    health = node.health()
+    return bool(health and health.status in (200, 429) and health.body["replication_performance_mode"] == mode)
 
 
 def test_a_secret_written_on_the_active_is_read_through_the_standby(pair: tuple[Cluster, Cluster]) -> None:
