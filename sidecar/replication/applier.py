@@ -88,7 +88,8 @@ class ApplierOptions:
 @dataclass(slots=True)
 class Upstream:
     """The primary as this secondary knows it, for the status. ``head_index``: its newest record heard of, 0 before any.
-    ``complete_at``: (record, source time in unix ms) of the newest moment everything of which is applied here."""
+    ``complete_at``: (record, source time in unix ms) of the newest moment everything of which is applied here.
+    ``skew_ms``: its clock minus this one; ``round_trip_ms``: of the newest heartbeat that echoed ours."""
 
     connected: bool = False
     source: Source | None = None
@@ -96,6 +97,8 @@ class Upstream:
     head_index: int = 0
     heard_at_s: float | None = None
     complete_at: tuple[int, int] | None = None
+    skew_ms: int = 0
+    round_trip_ms: int = 0
 
 
 class _NeedDiff(Exception):
@@ -307,13 +310,18 @@ class _Reception:
             self._inbox.fail(error)
 
     def _heard(self, beat: Heartbeat) -> None:
-        now_ms = self._clock.time_ms()
+        now_s, upstream = self._clock.monotonic(), self._applier.upstream
         self._offset.observe(
-            their_clock_ms=beat.clock_ms, echo_ms=beat.echo_ms, echo_age_ms=beat.echo_age_ms, now_ms=now_ms
+            their_clock_ms=beat.clock_ms,
+            echo_ms=beat.echo_ms,
+            echo_age_ms=beat.echo_age_ms,
+            now_ms=self._clock.time_ms(),
+            now_s=now_s,
         )
-        self._echo = (beat.clock_ms, self._clock.monotonic())
-        self._applier.upstream.head_index = beat.head_index
-        self._applier.upstream.advertised = Advertised(beat.api_addr, beat.cluster_addrs)
+        self._echo = (beat.clock_ms, now_s)
+        upstream.head_index = beat.head_index
+        upstream.advertised = Advertised(beat.api_addr, beat.cluster_addrs)
+        upstream.skew_ms, upstream.round_trip_ms = int(self._offset.offset_ms), int(self._offset.round_trip_ms)
 
     async def _answer(self) -> None:
         """What the primary lost and asks for."""
@@ -334,10 +342,12 @@ class _Reception:
                 now_s = self._clock.monotonic()
                 echo_ms, echo_age_ms = (self._echo[0], int((now_s - self._echo[1]) * 1000)) if self._echo else (0, 0)
                 position = self._applier.position
+                now_ms = self._clock.time_ms()
+                self._offset.sent(now_ms, now_s)
                 await self._channel.send(
                     encode(
                         Heartbeat(
-                            clock_ms=self._clock.time_ms(),
+                            clock_ms=now_ms,
                             echo_ms=echo_ms,
                             echo_age_ms=echo_age_ms,
                             head_index=position.index if position else 0,

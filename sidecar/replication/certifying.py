@@ -16,6 +16,7 @@ import msgspec
 from consul_backend.clock import Clock
 from consul_backend.errors import NotApplied, Overloaded
 from consul_backend.errors import Unavailable as StoreUnavailable
+from consul_backend.failpoint import failpoint
 from plugin_api.errors import InvalidRequest, PermissionDenied, Unavailable
 from sidecar.replication import authorities
 from sidecar.replication.modes import Mode
@@ -96,7 +97,9 @@ class Certifier:
         except ValueError as error:
             raise InvalidRequest(f"the certificate request is not acceptable: {error}") from None
         offered = certificates.fingerprint(certificate)
+        failpoint("certificate:before-offer")
         after = await self._change(lambda newest: authorities.offer(self._mode, newest, shown, offered, successor))
+        failpoint("certificate:after-offer")
         logger.info("replication: secondary %s received a renewed certificate", known.id)
         return CertificateReply(after.trusted_pem, False, certificate)
 
@@ -145,7 +148,9 @@ class Certifier:
             late.extend(known.id for known in after.secondaries.values() if known.fingerprint in fingerprints)
             return after
 
+        failpoint("rotation:before-finish")
         after = await self._change(end)
+        failpoint("rotation:after-finish")
         name = self._mode.server_name(after.set_id)
         self._listener.renew(name, await self.credentials(after), after.trusted_pem)
         for one in dead:

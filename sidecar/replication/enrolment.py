@@ -8,6 +8,7 @@ import uuid
 from datetime import timedelta
 from typing import Any
 
+from consul_backend.failpoint import failpoint
 from plugin_api.errors import InvalidRequest
 from plugin_api.request import Response
 from sidecar.replication import authorities, roles, sealed_token
@@ -116,6 +117,7 @@ async def rotate_authority(manager: ModeManager, overlap_s: float, *, force: boo
     after = await manager.change(
         lambda newest: authorities.begin(manager.mode, newest, successor, deadline_ms=deadline_ms)
     )
+    failpoint("rotation:after-begin")
     if service is not None:
         service.certifier.wake()
     logger.warning("replication: the authority of the %s set is being rotated", manager.mode.name)

@@ -438,6 +438,7 @@ class Replication:
             await self._callbacks.keep_keys()
             failpoint("update-primary:before-commit")
             await manager.change(lambda newest: roles.point_at(manager.mode, newest, result.role))
+            failpoint("update-primary:after-commit")
             await enrolment.forget_key(manager, self._sealed, token)
             await manager.turn()
         return Response(warnings=[UPDATING_PRIMARY] if result.protected else [UPDATING_PRIMARY, PLAIN_HTTP])

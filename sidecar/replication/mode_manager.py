@@ -202,7 +202,9 @@ class ModeManager:
                     after.set_id, self.store.generation, after.epoch.number, head.index, head.chain_hash
                 )
                 await self._callbacks.keep_keys()
+                failpoint("demote:before-commit")
                 await self._commit(after, positions={self.mode.name: position})
+                failpoint("demote:after-commit")
                 if self.mode is DR:
                     self.end_tenure()
                 return after

@@ -187,6 +187,8 @@ def _peer(clock: Clock, id_: str, peer: Peer) -> statuses.SecondaryFacts:
             api_addr=peer.advertised.api_addr,
             cluster_addr=next(iter(peer.advertised.cluster_addrs), ""),
             last_ms=_heard_ms(clock, peer.heard_at_s),
+            duration_ms=peer.round_trip_ms,
+            clock_skew_ms=peer.skew_ms,
             canary_age_ms=None if lag_s is None else int(lag_s * 1000),
         ),
     )
@@ -219,6 +221,8 @@ def _secondary(manager: ModeManager, role: SecondaryRole, index: statuses.IndexF
         api_addr=upstream.advertised.api_addr or role.primary_api_addr,
         cluster_addr=service.connected_to or role.primary_cluster_addr,
         last_ms=_heard_ms(clock, upstream.heard_at_s),
+        duration_ms=upstream.round_trip_ms,
+        clock_skew_ms=upstream.skew_ms,
         canary_age_ms=None if lag_s is None else int(lag_s * 1000),
     )
     return statuses.secondary_status(

@@ -303,6 +303,7 @@ class PrimaryService:
                 raise PermissionDenied("the hello names another secondary than the certificate does, or it was revoked")
             await self._change(lambda newest: connect(self._mode, newest, fingerprint, hello.set_id, hello.store_id))
             if known is not None and fingerprint != known.fingerprint:
+                failpoint("certificate:after-use")
                 self.certifier.replaced([known.fingerprint])
                 self.certifier.wake()
             self._seen_at_s[hello.secondary_id] = self._clock.monotonic()

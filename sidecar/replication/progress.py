@@ -15,7 +15,10 @@ from collections import deque
 from sidecar.replication.protocol import ProtocolViolation
 
 CANARIES_MAX = 256
-SAMPLES_MAX = 8
+ECHOES_MAX = 64
+DRIFT_MS_PER_S = 0.2
+"""By how much two clocks that nobody sets move apart: twice what an uncorrected quartz does."""
+_ROUNDING_MS = 2.0
 
 
 class Progress:
@@ -68,26 +71,42 @@ class Progress:
 
 
 class ClockOffset:
-    """The other cluster's clock minus ours, from heartbeats that echo ours. Of the last few samples the one with the
-    shortest round trip is believed: its error is at most half of that trip."""
+    """The other cluster's clock minus ours, from heartbeats that echo ours.
+
+    A sample is wrong by at most half its round trip, which the monotonic clock measures. The best one is believed as
+    long as it can be true, given that clocks drift: a link that is full for an hour, with everything delayed one way,
+    makes no other. A sample that contradicts it says that one of the clocks was set, and takes its place.
+    """
 
     def __init__(self) -> None:
-        self._samples: deque[tuple[int, float]] = deque(maxlen=SAMPLES_MAX)  # round trip ms, offset ms
+        self._sent: deque[tuple[int, float]] = deque(maxlen=ECHOES_MAX)  # our clock ms, when that was
+        self._best: tuple[float, float, float] | None = None  # offset ms, error ms, when that was
+        self.round_trip_ms = 0.0
 
-    def observe(self, *, their_clock_ms: int, echo_ms: int, echo_age_ms: int, now_ms: int) -> None:
+    def sent(self, clock_ms: int, now_s: float) -> None:
+        """A heartbeat with our clock's ``clock_ms`` leaves."""
+        self._sent.append((clock_ms, now_s))
+
+    def observe(self, *, their_clock_ms: int, echo_ms: int, echo_age_ms: int, now_ms: int, now_s: float) -> None:
         """One heartbeat: sent at ``their_clock_ms``, echoing ours of ``echo_ms`` which they held ``echo_age_ms``."""
-        if echo_ms == 0:
+        sent_at_s = next((at_s for clock_ms, at_s in reversed(self._sent) if clock_ms == echo_ms), None)
+        if sent_at_s is None:
             return
-        round_trip_ms = now_ms - echo_ms - echo_age_ms
-        if round_trip_ms < 0:  # one of the clocks was set meanwhile
-            self._samples.clear()
-            return
-        self._samples.append((round_trip_ms, their_clock_ms + round_trip_ms / 2 - now_ms))
+        self.round_trip_ms = max(0.0, (now_s - sent_at_s) * 1000 - echo_age_ms)
+        # Both clocks and the echo's age are whole milliseconds.
+        offset_ms, error_ms = their_clock_ms + self.round_trip_ms / 2 - now_ms, self.round_trip_ms / 2 + _ROUNDING_MS
+        if self._best is not None:
+            best_ms, best_error_ms, at_s = self._best
+            best_error_ms += (now_s - at_s) * DRIFT_MS_PER_S
+            possible = abs(offset_ms - best_ms) <= error_ms + best_error_ms
+            if possible and best_error_ms < error_ms:
+                return
+        self._best = (offset_ms, error_ms, now_s)
 
     @property
     def offset_ms(self) -> float:
         """0 until the first echo."""
-        return min(self._samples, default=(0, 0.0))[1]
+        return self._best[0] if self._best else 0.0
 
 
 class Lag:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from consul_backend.clock import Clock
 from consul_backend.errors import NotApplied, Overloaded
 from consul_backend.errors import Unavailable as StoreUnavailable
+from consul_backend.failpoint import failpoint
 from plugin_api.errors import Unavailable
 from sidecar.replication.certifying import CERTIFICATE_BYTES_MAX, CertificateReply, CertificateRequest
 from sidecar.replication.roles import SecondaryRole
@@ -67,7 +68,10 @@ class Renewal:
         told = await self._ask(request)
         if not told.certificate or not certificates.belongs(told.certificate, key_pem, told.authorities):
             raise _Refused("the primary's certificate is not for the key that was sent, or of none of its authorities")
-        return await self._keep(role.certificate_pem, Credentials(told.certificate, key_pem), told.authorities)
+        failpoint("certificate:before-keep")
+        kept = await self._keep(role.certificate_pem, Credentials(told.certificate, key_pem), told.authorities)
+        failpoint("certificate:after-keep")
+        return kept
 
     async def _ask(self, request: bytes) -> CertificateReply:
         answer = await self._post(encode(CertificateRequest(request)))

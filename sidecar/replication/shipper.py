@@ -29,7 +29,7 @@ from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer
 from sidecar.replication.history import FORKED
 from sidecar.replication.modes import Mode
 from sidecar.replication.parts import concerns, parts_of, stripped
-from sidecar.replication.progress import Progress
+from sidecar.replication.progress import ClockOffset, Progress
 from sidecar.replication.protocol import (
     Ack,
     Bye,
@@ -83,7 +83,8 @@ class ShipperOptions:
 
 
 class Peer:
-    """One secondary, as this primary knows it. Indexes are 0 and times None until it was first heard."""
+    """One secondary, as this primary knows it. Indexes are 0 and times None until it was first heard. ``skew_ms``: its
+    clock minus this one; ``round_trip_ms``: of the newest heartbeat that echoed ours."""
 
     def __init__(self, secondary_id: str) -> None:
         self.secondary_id = secondary_id
@@ -92,6 +93,8 @@ class Peer:
         self.reason = "not connected yet"
         self.heard_at_s: float | None = None
         self.progress: Progress | None = None
+        self.skew_ms = 0
+        self.round_trip_ms = 0
 
     @property
     def applied(self) -> int:
@@ -285,6 +288,7 @@ class _Stream:
         self._canary: tuple[CompleteUpTo, float] | None = None
         self.questions = Questions(self._wake.set)
         self._echo: tuple[int, float] | None = None  # the peer's clock in ms, when it arrived on ours
+        self._offset = ClockOffset()
         self._told: asyncio.Future[Bye] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> str:
@@ -372,6 +376,7 @@ class _Stream:
             shipped = Shipped(self._store.forest, self._classes, self._selection)
             root = shipped.root()  # no await since head was read: both are of one instant
             self._canary = (CompleteUpTo(head.index, head.chain_hash, root, now_ms), now_s)
+        self._offset.sent(now_ms, now_s)
         beat = Heartbeat(now_ms, echo_ms, echo_age_ms, head.index, advertised.api_addr, advertised.cluster_addrs)
         await self._channel.send(encode(beat))
 
@@ -441,7 +446,16 @@ class _Stream:
             self._wake.set()
         elif isinstance(frame, Heartbeat):
             self._echo = (frame.clock_ms, now_s)
-            self._peer.advertised = Advertised(frame.api_addr, frame.cluster_addrs)
+            self._offset.observe(
+                their_clock_ms=frame.clock_ms,
+                echo_ms=frame.echo_ms,
+                echo_age_ms=frame.echo_age_ms,
+                now_ms=self._clock.time_ms(),
+                now_s=now_s,
+            )
+            peer = self._peer
+            peer.skew_ms, peer.round_trip_ms = int(self._offset.offset_ms), int(self._offset.round_trip_ms)
+            peer.advertised = Advertised(frame.api_addr, frame.cluster_addrs)
         elif isinstance(frame, Told):
             self.questions.told(frame)
         else:

@@ -76,28 +76,80 @@ def test_lag_as_the_primary_sees_it():
     back_ms=st.integers(0, 300),
 )
 def test_the_offset_is_wrong_by_at_most_half_a_round_trip(skew_ms, out_ms, held_ms, back_ms):
-    ours = 1_700_000_000_000
-    offset = ClockOffset()
-    offset.observe(
-        their_clock_ms=ours + out_ms + held_ms + skew_ms,
-        echo_ms=ours,
-        echo_age_ms=held_ms,
-        now_ms=ours + out_ms + held_ms + back_ms,
-    )
-    assert abs(offset.offset_ms - skew_ms) <= (out_ms + back_ms) / 2
+    trip = Trip(skew_ms)
+    trip.make(out_ms, held_ms, back_ms)
+    assert abs(trip.offset.offset_ms - skew_ms) <= (out_ms + back_ms) / 2 + 0.001
+    assert trip.offset.round_trip_ms == pytest.approx(out_ms + back_ms, abs=0.001)
 
 
-def test_the_shortest_round_trip_is_believed_and_a_set_clock_forgets():
+class Trip:
+    """Heartbeats there and back. ``skew_ms`` is their clock minus ours, ``set_ms`` by how much ours was set."""
+
+    def __init__(self, skew_ms=0):
+        self.offset = ClockOffset()
+        self.skew_ms = skew_ms
+        self.set_ms = 0
+        self._passed_ms = 0
+
+    def _ours(self):
+        return 1_700_000_000_000 + self._passed_ms + self.set_ms
+
+    def make(self, out_ms, held_ms, back_ms, *, set_meanwhile_ms=0):
+        echo_ms = self._ours()
+        self.offset.sent(echo_ms, self._passed_ms / 1000)
+        self.set_ms += set_meanwhile_ms
+        self._passed_ms += out_ms + held_ms
+        theirs_ms = 1_700_000_000_000 + self._passed_ms + self.skew_ms
+        self._passed_ms += back_ms
+        self.offset.observe(
+            their_clock_ms=theirs_ms,
+            echo_ms=echo_ms,
+            echo_age_ms=held_ms,
+            now_ms=self._ours(),
+            now_s=self._passed_ms / 1000,
+        )
+
+
+def test_nothing_is_known_before_the_first_echo():
     offset = ClockOffset()
-    assert offset.offset_ms == 0
-    offset.observe(their_clock_ms=5, echo_ms=0, echo_age_ms=0, now_ms=100)
-    assert offset.offset_ms == 0
-    offset.observe(their_clock_ms=2000, echo_ms=1000, echo_age_ms=0, now_ms=1400)
-    offset.observe(their_clock_ms=3000, echo_ms=1999, echo_age_ms=0, now_ms=2001)
-    offset.observe(their_clock_ms=5000, echo_ms=3000, echo_age_ms=0, now_ms=3900)
-    assert offset.offset_ms == 1000
-    offset.observe(their_clock_ms=5000, echo_ms=4000, echo_age_ms=0, now_ms=3000)
-    assert offset.offset_ms == 0
+    offset.observe(their_clock_ms=5, echo_ms=0, echo_age_ms=0, now_ms=100, now_s=1.0)
+    assert (offset.offset_ms, offset.round_trip_ms) == (0, 0)
+
+
+def test_a_link_that_is_full_one_way_for_an_hour_does_not_move_the_offset():
+    """Believed, each of these samples would halve the lag that is shown."""
+    trip = Trip(skew_ms=240_000)
+    trip.make(1, 5000, 1)
+    for _ in range(100):
+        trip.make(1, 5000, 30_000)
+        assert abs(trip.offset.offset_ms - 240_000) < 1
+    alone = Trip(skew_ms=240_000)
+    alone.make(1, 5000, 30_000)
+    assert abs(alone.offset.offset_ms - 240_000) > 10_000, "the control: what one of them says"
+    assert trip.offset.round_trip_ms == pytest.approx(30_001)
+
+
+@pytest.mark.parametrize("set_ms", [300_000, -300_000, 3_600_000, -50])
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_a_clock_that_is_set_is_noticed_at_the_next_heartbeat(set_ms, whose):
+    trip = Trip(skew_ms=1000)
+    for _ in range(5):
+        trip.make(1, 5000, 2)
+    if whose == "ours":
+        trip.make(1, 5000, 2, set_meanwhile_ms=set_ms)
+        assert abs(trip.offset.offset_ms - (1000 - set_ms)) < 5
+    else:
+        trip.skew_ms += set_ms
+        trip.make(1, 5000, 2)
+        assert abs(trip.offset.offset_ms - (1000 + set_ms)) < 5
+
+
+def test_an_old_sample_gives_way_to_a_slightly_worse_one():
+    trip = Trip(skew_ms=0)
+    trip.make(1, 0, 1)
+    trip.skew_ms = 10  # drifted
+    trip.make(1, 100_000, 9)
+    assert trip.offset.offset_ms >= 6
 
 
 def test_lag_goes_on_counting_when_the_stream_is_cut():
