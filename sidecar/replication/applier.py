@@ -23,7 +23,7 @@ from consul_backend.failpoint import failpoint
 from consul_backend.limits import Limits
 from consul_backend.position import Position
 from sidecar.replication.asking import answer_to
-from sidecar.replication.channel import Channel, ChannelClosed
+from sidecar.replication.channel import Channel, ChannelClosed, hear
 from sidecar.replication.committer import commit, positions_at, stored_position
 from sidecar.replication.hello import Identity, Source, fork_problem, hello_of, source_of
 from sidecar.replication.inbox import Inbox
@@ -208,7 +208,7 @@ class Applier:
         source = source_of(reply)
         if problem := self._problem(reply, source):
             return problem
-        self.upstream.head_index = reply.head_index
+        self.upstream.head_index, self.upstream.heard_at_s = reply.head_index, self._clock.monotonic()
         if self._on_source is not None:
             try:
                 self.identity = await self._on_source(source, reply.selection)
@@ -291,23 +291,23 @@ class _Reception:
 
     async def _read(self) -> None:
         """Fill the inbox until the connection ends; what ended it reaches the other task behind the last frame."""
-        silence_s = self._options.beat_s * self._options.silent_beats_max
+        options = self._options
         try:
             while True:
-                async with asyncio.timeout(silence_s):
-                    raw = await self._channel.recv()
+                raw = await hear(self._channel, options.beat_s, options.silent_beats_max, self._sign)
                 frame = decode_from_primary(raw)
-                self._applier.upstream.heard_at_s = self._clock.monotonic()
+                self._sign()
                 if isinstance(frame, Heartbeat):
                     self._heard(frame)
                 elif isinstance(frame, Ask):
                     await self._questions.put(frame)
                 else:
                     await self._inbox.put(frame, len(raw))
-        except TimeoutError:
-            self._inbox.fail(ChannelClosed(f"no heartbeat for {silence_s:g} s"))
         except (ChannelClosed, ProtocolViolation) as error:
             self._inbox.fail(error)
+
+    def _sign(self) -> None:
+        self._applier.upstream.heard_at_s = self._clock.monotonic()
 
     def _heard(self, beat: Heartbeat) -> None:
         now_s, upstream = self._clock.monotonic(), self._applier.upstream

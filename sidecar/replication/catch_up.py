@@ -22,6 +22,9 @@ class Counted:
         self.received_bytes += len(frame)
         return frame
 
+    def silent_s(self) -> float:
+        return self._inner.silent_s()
+
     async def close(self, reason: str) -> None:
         await self._inner.close(reason)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
+from collections.abc import Callable
 from typing import Protocol
 
 from aiohttp import ClientConnectionError, ClientWebSocketResponse, WSMsgType, web
@@ -10,6 +13,9 @@ from aiohttp import ClientConnectionError, ClientWebSocketResponse, WSMsgType, w
 from sidecar.replication.protocol import FRAME_BYTES_MAX
 
 CLOSE_TIMEOUT_S = 2.0
+FRAME_PATIENCE_S = 300.0
+"""How long one frame may take to arrive: the largest one, at 64 kbit/s."""
+_LAST_DATA_RECV = 52  # offset of tcpi_last_data_recv, milliseconds, in linux/tcp.h
 
 
 class ChannelClosed(Exception):
@@ -25,8 +31,38 @@ class Channel(Protocol):
     async def recv(self) -> bytes:
         """The next frame. Raises ChannelClosed."""
 
+    def silent_s(self) -> float:
+        """Seconds since the newest byte of the peer came in, be its frame whole or not; infinite where nobody can
+        tell."""
+
     async def close(self, reason: str) -> None:
         """End the channel within a short bounded time; ``reason`` reaches the peer if it still listens."""
+
+
+async def hear(
+    channel: Channel, beat_s: float, silent_beats_max: int, on_sign: Callable[[], None] = lambda: None
+) -> bytes:
+    """The next frame of a peer that sends one each ``beat_s``. Raises ChannelClosed, also when nothing at all came for
+    ``silent_beats_max`` beats.
+
+    On a narrow link one frame may take longer than that, and every heartbeat waits behind it. To give the peer up then
+    would be to begin the same frame again, for ever; so a frame that is arriving is a sign of life, which ``on_sign``
+    hears, for a bounded time.
+    """
+    silent = 0
+    for _ in range(max(silent_beats_max, int(FRAME_PATIENCE_S / beat_s))):
+        try:
+            async with asyncio.timeout(beat_s):
+                return await channel.recv()
+        except TimeoutError:
+            if channel.silent_s() < beat_s:
+                on_sign()
+                silent = 0
+                continue
+            silent += 1
+            if silent >= silent_beats_max:
+                break
+    raise ChannelClosed(f"no heartbeat for {beat_s * silent_beats_max:g} s")
 
 
 class WebSocketChannel:
@@ -81,6 +117,15 @@ class WebSocketChannel:
         if message.type is WSMsgType.TEXT:
             await self.close("only binary messages are spoken here")
         raise ChannelClosed(f"the stream ended ({message.type.name.lower()})")
+
+    def silent_s(self) -> float:
+        carrier = self._socket if isinstance(self._socket, ClientWebSocketResponse) else self._transport
+        found = carrier.get_extra_info("socket") if carrier is not None else None
+        try:
+            facts = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104) if found is not None else b""
+            return float(struct.unpack_from("=I", facts, _LAST_DATA_RECV)[0]) / 1000
+        except (OSError, AttributeError, struct.error):  # closed meanwhile, or no Linux
+            return float("inf")
 
     async def close(self, reason: str) -> None:
         message = reason.encode()[:120]  # a close frame holds at most 123 bytes of reason

@@ -25,6 +25,10 @@ from sidecar.replication.shipper import Peer
 from sidecar.replication.states import Phase
 from sidecar.transport import certificates
 
+SILENT_BEATS = 2
+"""A peer that was silent for so many beats is shown as disconnected, before its stream is given up."""
+SILENCE_MIN_S = 1.0
+
 
 async def status_of(manager: ModeManager, index: statuses.IndexFacts) -> dict[str, Any]:
     """The fields of contract 1.2 for whatever role the cluster has in this mode."""
@@ -73,7 +77,9 @@ def gauges_of(manager: ModeManager) -> dict[str, float]:
         found |= {
             "epoch": float(role.epoch.number),
             "secondaries": float(len(role.secondaries)),
-            "secondaries_connected": float(sum([peer.connected for peer in peers])),
+            "secondaries_connected": float(
+                sum([peer.connected and _heard_lately(manager, peer.heard_at_s) for peer in peers])
+            ),
             "secondaries_lag_s": max(lags, default=0.0),
             "forks": float(len(_forks(manager))),
             "rotation_waiting": float(len(waiting(role, now_ms=manager.clock.time_ms())) if role.rotating else 0),
@@ -83,7 +89,7 @@ def gauges_of(manager: ModeManager) -> dict[str, float]:
         found |= {f"state.{phase.value}": float(service.state == phase.value) for phase in Phase}
         found |= {
             "epoch": float(role.epoch.number),
-            "connected": float(upstream.connected),
+            "connected": float(upstream.connected and _heard_lately(manager, upstream.heard_at_s)),
             "alarm": float(service.machine.alarm),
             "missing_records": float(max(upstream.head_index - (position.index if position else 0), 0)),
         }
@@ -157,7 +163,7 @@ def _primary(manager: ModeManager, role: PrimaryRole, index: statuses.IndexFacts
             primary_cluster_addr=role.primary_cluster_addr,
             known_secondaries=sorted(role.secondaries),
             secondaries=[
-                _peer(manager.clock, id_, peers[id_])
+                _peer(manager, id_, peers[id_])
                 for id_ in sorted(role.secondaries)
                 if id_ in peers and peers[id_].heard_at_s is not None
             ],
@@ -177,13 +183,20 @@ def _forks(manager: ModeManager) -> list[tuple[str, str]]:
     return [*found, ("", former.sighted)] if former is not None and former.sighted else found
 
 
-def _peer(clock: Clock, id_: str, peer: Peer) -> statuses.SecondaryFacts:
+def _heard_lately(manager: ModeManager, heard_at_s: float | None) -> bool:
+    """Whether that is recent enough to call the peer connected."""
+    silence_s = max(SILENT_BEATS * manager.options.beat_s, SILENCE_MIN_S)
+    return heard_at_s is not None and manager.clock.monotonic() - heard_at_s <= silence_s
+
+
+def _peer(manager: ModeManager, id_: str, peer: Peer) -> statuses.SecondaryFacts:
+    clock = manager.clock
     lag_s = peer.lag_s(clock.monotonic())
     return statuses.SecondaryFacts(
         id_,
         acked_index=peer.applied,
         heartbeats=statuses.Heartbeats(
-            connected=peer.connected,
+            connected=peer.connected and _heard_lately(manager, peer.heard_at_s),
             api_addr=peer.advertised.api_addr,
             cluster_addr=next(iter(peer.advertised.cluster_addrs), ""),
             last_ms=_heard_ms(clock, peer.heard_at_s),
@@ -216,8 +229,9 @@ def _secondary(manager: ModeManager, role: SecondaryRole, index: statuses.IndexF
         return statuses.secondary_status(facts)
     applied, upstream = service.applier.position, service.applier.upstream
     lag_s = service.applier.lag_s()
+    silent = upstream.connected and not _heard_lately(manager, upstream.heard_at_s)
     beats = statuses.Heartbeats(
-        connected=upstream.connected,
+        connected=upstream.connected and not silent,
         api_addr=upstream.advertised.api_addr or role.primary_api_addr,
         cluster_addr=service.connected_to or role.primary_cluster_addr,
         last_ms=_heard_ms(clock, upstream.heard_at_s),
@@ -229,7 +243,7 @@ def _secondary(manager: ModeManager, role: SecondaryRole, index: statuses.IndexF
         replace(
             facts,
             state=service.state,
-            connection_state=service.connection_state,
+            connection_state="transient_failure" if silent else service.connection_state,
             started_ms=service.started_ms,
             last_remote_wal=applied.index if applied else 0,
             reason=service.machine.reason,

@@ -24,7 +24,7 @@ from consul_backend.limits import Limits
 from consul_backend.wal import Record
 from consul_backend.wal_reader import RecordGone
 from sidecar.replication.asking import Questions, ask_all
-from sidecar.replication.channel import Channel, ChannelClosed
+from sidecar.replication.channel import Channel, ChannelClosed, hear
 from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello, contradicts_log
 from sidecar.replication.history import FORKED
 from sidecar.replication.modes import Mode
@@ -427,14 +427,14 @@ class _Stream:
 
     async def _listen(self) -> NoReturn:
         """Acknowledgements and heartbeats."""
-        silence_s = self._options.beat_s * self._options.silent_beats_max
+        options = self._options
         while True:
-            try:
-                async with asyncio.timeout(silence_s):
-                    raw = await self._channel.recv()
-            except TimeoutError:
-                raise ChannelClosed(f"no heartbeat for {silence_s:g} s") from None
-            self._heard(decode_from_secondary(raw))
+            self._heard(
+                decode_from_secondary(await hear(self._channel, options.beat_s, options.silent_beats_max, self._sign))
+            )
+
+    def _sign(self) -> None:
+        self._peer.heard_at_s = self._clock.monotonic()
 
     def _heard(self, frame: Ack | Heartbeat | Told | Bye) -> None:
         now_s = self._clock.monotonic()

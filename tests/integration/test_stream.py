@@ -503,6 +503,9 @@ class BadWire:
     async def recv(self) -> bytes:
         return await self._inner.recv()
 
+    def silent_s(self) -> float:
+        return self._inner.silent_s()
+
     async def close(self, reason: str) -> None:
         await self._inner.close(reason)
 

@@ -162,6 +162,7 @@ class MemoryChannel:
         self.tamper: Callable[[bytes], list[bytes]] = lambda frame: [frame]
         self._frames: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.closed = ""
+        self.silence_s = float("inf")
         self.blocked: asyncio.Event | None = None
 
     async def send(self, frame: bytes) -> None:
@@ -180,6 +181,9 @@ class MemoryChannel:
         if frame is None:
             raise ChannelClosed(self.closed)
         return frame
+
+    def silent_s(self) -> float:
+        return self.silence_s
 
     async def close(self, reason: str) -> None:
         for end in (self, self.peer):

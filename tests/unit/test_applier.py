@@ -12,6 +12,7 @@ from consul_backend.errors import FenceLost, Overloaded
 from consul_backend.limits import Limits
 from consul_backend.position import Position
 from consul_backend.wal import Record, Write
+from sidecar.replication import channel
 from sidecar.replication import protocol as wire
 from sidecar.replication.applier import Applier, ApplierOptions, End
 from sidecar.replication.channel import ChannelClosed
@@ -422,6 +423,30 @@ async def test_a_silent_primary_is_left():
     assert outcome.end is End.LOST
     assert "no heartbeat" in outcome.reason
     assert not applier.upstream.connected
+
+
+async def test_a_frame_that_is_still_arriving_is_no_silence():
+    """A narrow link: whoever gave up now would begin with the same frame again, for ever."""
+    primary, secondary = in_step_pair()
+    script = Script(primary)
+    script.secondary_end.silence_s = 0.0
+    applier = make_applier(secondary, ApplierOptions(beat_s=0.01, silent_beats_max=2))
+    running = asyncio.create_task(applier.run(script.secondary_end))
+    await script.greet()
+    applier.upstream.heard_at_s = 0.0
+    done, _ = await asyncio.wait({running}, timeout=0.2)
+    assert not done
+    assert applier.upstream.heard_at_s > 0, "the status shows a sign of life"
+    script.secondary_end.silence_s = 60.0
+    assert "no heartbeat" in (await running).reason
+
+
+async def test_a_frame_does_not_arrive_for_ever(monkeypatch):
+    monkeypatch.setattr(channel, "FRAME_PATIENCE_S", 0.1)
+    end, _ = channel_pair()
+    end.silence_s = 0.0
+    with pytest.raises(ChannelClosed, match="no heartbeat"):
+        await channel.hear(end, 0.01, 2)
 
 
 async def test_a_cancelled_run_waits_for_its_commit_and_the_next_goes_on_after_it():
