@@ -16,7 +16,6 @@ from consul_backend.failpoint import POINTS as STORE_POINTS
 from sidecar.core.keys import REPLICATED_KEYRING
 from sidecar.failpoints import POINTS as DAEMON_POINTS
 from sidecar.replication.protocol import is_none
-from tests.support import disaster
 from tests.support.cluster import (
     Cluster,
     Node,
@@ -97,10 +96,12 @@ ELSEWHERE = {
     "filter:dropping": "tests/integration/test_paths_filter.py",
     "seal:before-change": "tests/integration/test_auto_unseal.py",
     "seal:after-change": "tests/integration/test_auto_unseal.py",
+    **{
+        name: "tests/integration/test_failpoints_roles.py"
+        for name in DAEMON_POINTS
+        if name.startswith(("demote:", "promote:", "update-primary:", "lost-writes:", "certificate:", "rotation:"))
+    },
 }
-# While a DR secondary is promoted: the point and what it is afterwards.
-PROMOTION = {"promote:before-commit": "secondary", "promote:after-commit": "primary"}
-RETURN = ("update-primary:before-commit", "lost-writes:before-head")
 ACTIVATION_PRIMARY = ("activation:before-reply",)
 
 UNDER_LOAD = [
@@ -121,9 +122,9 @@ def test_every_failpoint_in_the_tree_is_declared_and_visited_here() -> None:
                     found.append(str(name.value))
     assert len(found) == len(set(found)), "a name is one place"
     assert set(found) == {*STORE_POINTS, *LARGE_POINTS, *ELECTION_POINTS, *REINDEX_POINTS, *DAEMON_POINTS}
-    assert len(found) >= 40
+    assert len(found) >= 60
     visited = {*COMMON, *PRIMARY, *SECONDARY, *COLLECT, *LEAVING, *INIT, *ROLE, *ACTIVATION, *ACTIVATION_PRIMARY}
-    visited |= {*LARGE, *PROMOTION, *RETURN, *ELSEWHERE}
+    visited |= {*LARGE, *ELSEWHERE}
     assert set(found) == visited, "a test dies at every point"
     for name, path in ELSEWHERE.items():
         assert name in (ROOT / path).read_text(encoding="utf-8")
@@ -433,51 +434,6 @@ def test_primary_killed_while_it_hands_out_its_keys(pair: dict[str, Cluster], tm
         primary.wait_active()
         assert enable(fresh, token) == 400, "a token works once"
         replicate(primary, fresh, "fresh-again")
-
-
-def dies_of(node: Node, path: str, body: dict[str, str]) -> None:
-    """A request in whose course the node dies; perhaps it still answers."""
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        node.call("POST", f"{disaster.BASE}/{path}", body, timeout_s=60)
-    await_killed(node)
-
-
-def test_killed_at_every_step_of_a_failover_and_of_the_way_back(tmp_path: Path) -> None:
-    """Never both roles and never neither; what only the old primary had is kept, whenever it dies."""
-    us, eu = one_node(tmp_path, "us"), one_node(tmp_path, "eu")
-    with running(us, eu):
-        us.bootstrap()
-        eu.bootstrap()
-        mount_load(us.call)
-        disaster.mirror(us, eu, "eu")
-        assert us.call("PUT", f"{MOUNT}/kept", {"v": "1"}).status == 204
-        disaster.wait_in_step(us, eu)
-        us.kill()
-        for point, mode in PROMOTION.items():
-            restart(eu, spec=f"{point}=kill")
-            token = disaster.operation_token(eu)
-            dies_of(eu.nodes[0], "secondary/promote", {"dr_operation_token": token})
-            restart(eu)
-            assert disaster.status(disaster.leader(eu))["mode"] == mode
-        eu.root_token = us.root_token
-        assert eu.call("GET", f"{MOUNT}/kept").data == {"v": "1"}
-
-        restart(us)
-        assert us.call("PUT", f"{MOUNT}/only-us", {"v": "1"}).status == 204
-        assert us.call("POST", f"{disaster.BASE}/primary/demote", {}).status == 200
-        disaster.settle(us, us.keys)
-        for point in RETURN:
-            restart(us, spec=f"{point}=kill")
-            disaster.leader(us)
-            fields = {"dr_operation_token": disaster.operation_token(us)}
-            fields["token"] = activation_token(eu, point.replace(":", "-"), mode="dr")
-            dies_of(us.nodes[0], "secondary/update-primary", fields)
-        restart(us)
-        disaster.wait_in_step(eu, us)
-        token = disaster.operation_token(us)
-        (lost,) = disaster.leader(us).call("GET", f"{disaster.BASE}/lost-writes", token=token).data["lost_writes"]
-        assert lost["exact"]
-        assert lost["entries"] >= 1
 
 
 def test_both_stores_are_equal_in_the_end(pair: dict[str, Cluster]) -> None:
