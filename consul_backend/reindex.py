@@ -12,6 +12,7 @@ page       of the index, damaged in the store: taken from the data keys if these
 extent     of the index, damaged in the store and right in memory: written anew
 =========  ============================================================================================================
 
+What ``force`` would delete is counted first: more than the allowance goes only where the operator named the number.
 Every change is one fenced transaction that names the ModifyIndex it saw, so a commit that comes first wins. Cancelling
 between two of them leaves nothing half done; a second run finds the rest.
 """
@@ -21,11 +22,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import msgspec
 
+from consul_backend.allowance import DeleteAllowance
 from consul_backend.errors import Conflict, OutcomeUnknown, TooLarge
 from consul_backend.failpoint import failpoint
 from consul_backend.fenced import fenced_txn
@@ -47,18 +49,21 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True, slots=True)
 class ReindexOptions:
-    """``diff``: read back every stored extent too. ``force``: give up what cannot be restored. ``skip_flush``: do not
-    wait until the index is stored."""
+    """``diff``: read back every stored extent too. ``force``: give up what cannot be restored; that deletes entries,
+    and more than the ``allowance`` only as many as are ``accepted``. ``skip_flush``: do not wait until the index
+    is stored."""
 
     diff: bool = False
     force: bool = False
     skip_flush: bool = False
+    accepted: int = 0
+    allowance: DeleteAllowance = field(default_factory=DeleteAllowance)
 
 
 @dataclass(slots=True)
 class ReindexReport:
     """What was done: keys looked at, restored from the log, put aside, deleted by force; pages of the index repaired,
-    extents written anew; and what is left."""
+    extents written anew; and what is left. ``braked``: so many deletions are over the allowance, none was made."""
 
     keys: int = 0
     restored: int = 0
@@ -67,6 +72,7 @@ class ReindexReport:
     pages: int = 0
     extents: int = 0
     unresolved: int = 0
+    braked: int = 0
 
     @property
     def clean(self) -> bool:
@@ -128,6 +134,7 @@ async def reindex(
     if missing:
         told = await ask_others(missing)
         values |= {key: value for key, value in told.items() if entry_digest(key, value) == missing.get(key)}
+    options = _braked(parts, checked, values, options, report)
     progress.stage = "committing"
     for finding in checked.findings:
         failpoint("reindex:before-repair")
@@ -141,6 +148,23 @@ async def reindex(
     if checked.findings or checked.problems:
         log.warning("reindex: %s", report)
     return report
+
+
+def _braked(
+    parts: Inspected,
+    checked: CheckReport,
+    values: Mapping[str, bytes],
+    options: ReindexOptions,
+    report: ReindexReport,
+) -> ReindexOptions:
+    """Without ``force`` where it would delete more than it may: that much is not lost one by one."""
+    doomed = sum([finding.kind is not Kind.EXTRA and finding.key not in values for finding in checked.findings])
+    here = sum([parts.forest.count(cls, name) for cls in "rlc" for name in parts.forest.names(cls)])
+    if not options.force or doomed <= options.accepted + options.allowance.allows(here):
+        return options
+    report.braked = doomed
+    log.error("mass-delete brake: reindex would give up %d of %d entries; none of them was deleted", doomed, here)
+    return replace(options, force=False)
 
 
 async def _from_log(parts: Inspected, wanted: dict[str, bytes]) -> dict[str, bytes]:

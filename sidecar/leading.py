@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from multidict import CIMultiDict
 
+from consul_backend.allowance import DeleteAllowance
 from consul_backend.clock import Clock
 from consul_backend.deadline import deadline
 from consul_backend.election import Held
@@ -51,7 +52,7 @@ from sidecar.replication.manager import Replication
 from sidecar.replication.modes import DR, PERFORMANCE
 from sidecar.replication.roles import SecondaryRole, decode_role
 from sidecar.replication.selection import Mount
-from sidecar.replication.sync import Staging
+from sidecar.replication.staging import Staging
 from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
 from sidecar.request.types import ForwardedAuth
 from sidecar.sealing import Opened
@@ -101,6 +102,10 @@ class ScopeParts:
                 promotion_lag_max_s=config.replication.promotion_lag_max_s,
                 certificate_ttl_s=config.replication.secondary_certificate_ttl_s,
                 certificate_check_s=config.replication.certificate_check_interval_s,
+                allowance=DeleteAllowance(
+                    config.replication.unasked_deletions,
+                    config.replication.unasked_deletions_percent / 100,
+                ),
                 staging=Staging(config.replication.sync_staging_entries, config.replication.sync_staging_bytes),
             ),
         )

@@ -23,6 +23,7 @@ from sidecar.api.replication_api import ReplicationAPI
 from sidecar.api.statuses import refusal
 from sidecar.api.sys_core import Handler, Params, Route
 from sidecar.api.sys_replication import (
+    accept_deletions,
     answer_of,
     lost_entries,
     lost_writes_routes,
@@ -96,6 +97,7 @@ class MirrorService:
             "recover": lambda fields: self._recover(),
             "reindex": lambda fields: reindex(self._replication, fields),
             "merkle-check": lambda fields: self._merkle_check(),
+            "accept-deletions": lambda fields: accept_deletions(self._replication, DR, fields),
         }
         rows = [
             Route("replication/status", {read: self._both}),

@@ -113,8 +113,9 @@ class ReplicationAPI(Upstream, Protocol):
         """Compare the index with everything stored (contract 1.14); runs in primaries, secondaries and clusters of
         their own."""
 
-    async def reindex(self, diff: bool, force: bool, skip_flush: bool) -> Response:
-        """Start a reindex in the background (contract 1.13)."""
+    async def reindex(self, diff: bool, force: bool, skip_flush: bool, deletions: int) -> Response:
+        """Start a reindex in the background (contract 1.13). ``deletions``: how many entries ``force`` may give up,
+        beyond what it may unasked."""
 
     async def recover(self) -> Response:
         """Try to leave an adverse state (contract 1.13)."""
@@ -155,6 +156,9 @@ class ReplicationAPI(Upstream, Protocol):
         addresses: Sequence[str] = (),
     ) -> Response:
         """Follow another primary of the set; nothing is wiped (contract 1.12)."""
+
+    async def accept_deletions(self, mode: str, deletions: int) -> Response:
+        """Let a secondary's comparison with its primary delete so many entries, which the brake stopped."""
 
     async def lost_writes(self, mode: str) -> Response:
         """What this cluster held that its new primary never had: counts and ranges of each record."""

@@ -17,6 +17,7 @@ _LISTING = takes(type=STRING, include_child_namespaces=STRING, limit=STRING)
 _OPERATION = takes(dr_operation_token=STRING)
 _PROMOTION = takes(primary_cluster_addr=STRING, force=BOOL, preview=BOOL)
 _UPDATE = takes(token=STRING, primary_api_addr=STRING, ca_file=STRING, ca_path=STRING, update_primary_addrs=LIST)
+_REINDEX = takes(diff=BOOL, force=BOOL, skip_flush=BOOL, deletions=INT)
 _SHARE = takes(key=STRING, nonce=STRING)
 _FILTER = takes(mode=STRING, paths=LIST)
 _REKEY = takes(
@@ -64,7 +65,7 @@ _TABLE: dict[str, tuple[str, dict[str, FieldSpec]]] = {
     "replication/status": ("Status of both modes.", _NONE),
     "replication/{mode}/status": ("Status of one mode.", _NONE),
     "replication/merkle-check": ("Compare the index with the data.", _NONE),
-    "replication/reindex": ("Make the index anew.", takes(diff=BOOL, force=BOOL, skip_flush=BOOL)),
+    "replication/reindex": ("Make the index anew.", _REINDEX),
     "replication/recover": ("Try to go on after a fault.", _NONE),
     "replication/{mode}/lost-writes": ("Records of writes that a promotion lost.", _NONE),
     "replication/{mode}/lost-writes/{id}": ("One record of lost writes.", takes(page=STRING)),
@@ -109,6 +110,7 @@ _ACTIONS: dict[str, tuple[str, dict[str, FieldSpec]]] = {
     "secondary/promote": ("Become the primary.", _PROMOTION),
     "secondary/disable": ("Stop being a secondary.", _NONE),
     "secondary/update-primary": ("Follow another primary.", _UPDATE),
+    "secondary/accept-deletions": ("Let a comparison delete what the brake stopped.", takes(deletions=INT)),
 }
 # On a DR secondary these are run by whoever has a DR operation token; everywhere else they say what the mode is.
 _ON_A_DR_SECONDARY: dict[str, dict[str, FieldSpec]] = {
@@ -116,8 +118,9 @@ _ON_A_DR_SECONDARY: dict[str, dict[str, FieldSpec]] = {
     "disable": _OPERATION,
     "update-primary": _UPDATE | _OPERATION,
     "recover": _OPERATION,
-    "reindex": _OPERATION | takes(diff=BOOL, force=BOOL, skip_flush=BOOL),
+    "reindex": _OPERATION | _REINDEX,
     "merkle-check": _OPERATION,
+    "accept-deletions": _OPERATION | takes(deletions=INT),
     "generate-operation-token/attempt": takes(otp=STRING, pgp_key=STRING, nonce=STRING),
     "generate-operation-token/update": _SHARE,
 }

@@ -24,6 +24,7 @@ DR_ACTIONS = (
     "recover",
     "reindex",
     "merkle-check",
+    "accept-deletions",
     "generate-operation-token/attempt",
     "generate-operation-token/update",
 )
@@ -67,6 +68,7 @@ class SysReplication:
             ("secondary/promote", self._secondary_promote, False),
             ("secondary/disable", self._secondary_disable, False),
             ("secondary/update-primary", self._secondary_update_primary, False),
+            ("secondary/accept-deletions", self._accept_deletions, True),
         )
         for path, handler, sudo in actions:
             rows.append(Route(f"replication/{path}", {update: handler}, sudo=sudo))
@@ -206,6 +208,9 @@ class SysReplication:
     async def _secondary_update_primary(self, call: Call, params: Params) -> Answer:
         return await update_primary(self._api(), mode_of(params), Fields(call.data))
 
+    async def _accept_deletions(self, call: Call, params: Params) -> Answer:
+        return await accept_deletions(self._api(), mode_of(params), Fields(call.data))
+
     async def _lost_writes(self, call: Call, params: Params) -> Answer:
         return answer_of(await self._api().lost_writes(mode_of(params)))
 
@@ -235,8 +240,9 @@ def lost_writes_routes(listed: Handler, one: Handler, export: Handler, delete: H
 
 
 async def reindex(api: ReplicationAPI, fields: Fields) -> Answer:
-    """Contract 1.13."""
-    return answer_of(await api.reindex(fields.boolean("diff"), fields.boolean("force"), fields.boolean("skip_flush")))
+    """Contract 1.13; ``deletions`` is ours."""
+    diff, force, skip_flush = (fields.boolean(name) for name in ("diff", "force", "skip_flush"))
+    return answer_of(await api.reindex(diff, force, skip_flush, max(0, fields.integer("deletions"))))
 
 
 async def promote(api: ReplicationAPI, mode: str, fields: Fields) -> Answer:
@@ -266,6 +272,16 @@ async def update_primary(api: ReplicationAPI, mode: str, fields: Fields) -> Answ
             addresses=addresses,
         )
     )
+
+
+async def accept_deletions(api: ReplicationAPI, mode: str, fields: Fields) -> Answer:
+    """Ours: what an operator says to a secondary that its mass-delete brake has stopped."""
+    if not fields.given("deletions"):
+        raise InvalidRequest("deletions must be specified: how many the status says under brake")
+    deletions = fields.integer("deletions")
+    if deletions < 1:
+        raise InvalidRequest("deletions must be positive")
+    return answer_of(await api.accept_deletions(mode, deletions))
 
 
 async def lost_entries(api: ReplicationAPI, call: Call, params: Params, *, values: bool) -> Answer:

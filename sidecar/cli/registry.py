@@ -92,6 +92,7 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("replication", "promote"): Entry("Make a secondary the primary", "replication", "PROMOTE"),
     ("replication", "update-primary"): Entry("Follow another primary", "replication", "UPDATE_PRIMARY"),
     ("replication", "disable"): Entry("Give up a replication role", "replication", "DISABLE"),
+    ("replication", "accept-deletions"): Entry("Let a braked secondary go on", "replication", "ACCEPT_DELETIONS"),
     ("replication", "lost-writes"): Entry("Show what was lost at a failover", "replication", "LOST_WRITES"),
     ("replication", "revoke"): Entry("Cut a secondary off for good", "replication", "REVOKE"),
     ("secrets", "enable"): Entry("Turn a secrets engine on", "mounts", "SECRETS_ENABLE"),

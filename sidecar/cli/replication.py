@@ -174,6 +174,14 @@ def update_primary(call: Call) -> int:
     return _secondary(call, "update-primary", "pointing the secondary at its primary", request)
 
 
+def accept_deletions(call: Call) -> int:
+    call.at_most(1)
+    number = call.argument(0, "how many deletions the status says under brake")
+    if not number.isdigit() or int(number) < 1:
+        raise UsageError("say how many deletions are accepted, as a number")
+    return _secondary(call, "accept-deletions", "accepting the deletions", {"deletions": int(number)})
+
+
 def disable(call: Call) -> int:
     call.at_most(1)
     role = call.argument(0, "primary or secondary")
@@ -318,6 +326,14 @@ DISABLE = Command(
     "replication disable [flags] primary|secondary",
     "Give up a role. The data stays; whoever is attached to a primary can no longer connect." + WHO_MAY,
     disable,
+    (MODE_FLAG,),
+    field=True,
+)
+ACCEPT_DELETIONS = Command(
+    "replication accept-deletions [flags] DELETIONS",
+    "Let a secondary that its mass-delete brake stopped go on, and delete as many entries as the status says under\n"
+    "  brake. Look at the primary first: if it lost its data, this loses it here too." + WHO_MAY,
+    accept_deletions,
     (MODE_FLAG,),
     field=True,
 )

@@ -187,7 +187,11 @@ def read_replication(top: Reader) -> ReplicationSettings:
         promotion_lag_max_s=reader.duration_s("promotion_lag_max", 0.0),
         secondary_certificate_ttl_s=reader.duration_s("secondary_certificate_ttl", 365 * 86400.0, minimum=10.0),
         certificate_check_interval_s=reader.duration_s("certificate_check_interval", 60.0, minimum=0.1),
+        unasked_deletions=reader.integer("unasked_deletions", 100),
+        unasked_deletions_percent=reader.integer("unasked_deletions_percent", 20),
     )
+    if settings.unasked_deletions_percent > 100:
+        raise reader.error("unasked_deletions_percent", "is a share of what is here: 0 to 100")
     reader.no_effect("logshipper_buffer_length", "logshipper_buffer_size", "resolver_discover_servers")
     if reader.text("allow_forwarding_via_token"):
         raise reader.error("allow_forwarding_via_token", "is not available: such a request would not be forwarded")

@@ -203,7 +203,8 @@ class ReplicationSettings:
     and for what a session has seen; ``allow_forwarding_via_header``: clients may have such requests forwarded instead;
     ``sync_staging_*`` what a merkle sync holds in memory to commit it as one; ``promotion_lag_max_s`` what a promotion
     may lose without ``force``, 0 for no limit; ``secondary_certificate_ttl_s``: life of a secondary's certificate,
-    renewed after two thirds of it."""
+    renewed after two thirds of it; ``unasked_deletions`` and ``unasked_deletions_percent`` what a comparison may delete
+    without being asked for the number, whichever is more."""
 
     best_effort_wal_wait_duration_s: float = 2.0
     heartbeat_interval_s: float = 5.0
@@ -213,6 +214,8 @@ class ReplicationSettings:
     secondary_certificate_ttl_s: float = 365 * 86400.0
     certificate_check_interval_s: float = 60.0
     allow_forwarding_via_header: bool = False
+    unasked_deletions: int = 100
+    unasked_deletions_percent: int = 20
 
 
 @dataclass(frozen=True, slots=True)

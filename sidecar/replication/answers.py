@@ -77,6 +77,7 @@ async def answer_diff(
     store.hold(hold_as, head.index)
     found = Differences()
     equal = request.root == root
+    counts = {} if equal else {name: shipped.count(name) for name in shipped.partitions()}
     if not equal:
         await last_of(compare(shipped, request, found))
     return DiffReply(
@@ -92,6 +93,7 @@ async def answer_diff(
         gone=found.gone,
         cells=found.cells,
         positions=dict(positions),
+        counts=counts,
     )
 
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from consul_backend.merkle import BUCKETS, PAGES, SUBPAGES, bucket_of
-from consul_backend.wal import Write
 from sidecar.replication.protocol import (
     FINGERPRINT_BYTES,
     Cells,
@@ -190,9 +189,9 @@ class SyncPlan:
         ranges.sort(key=lambda part: not _holds_keyring(part))
         return cls(request.salt, tuple(ranges), tuple(reply.gone))
 
-    def deletions(self, forest: Shipped) -> list[Write]:
-        """Deletions of every entry in the partitions that the primary does not have."""
-        return [Write(f"{partition}/{path}", None) for partition in self.gone for path, _ in forest.keys(partition)]
+    def deletions(self, forest: Shipped) -> list[str]:
+        """The keys of every entry in the partitions that the primary does not have."""
+        return [f"{partition}/{path}" for partition in self.gone for path, _ in forest.keys(partition)]
 
     def requests(self, forest: Shipped, bytes_max: int) -> Iterator[tuple[list[str], list[Extent]]]:
         """Partition names and the ranges as extents with ids of this cluster's entries, in as few requests of about

@@ -36,6 +36,7 @@ from sidecar.replication.preflight import Asked, Here, Result, preflight
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
 from sidecar.replication.sessions import Sessions
 from sidecar.replication.texts import (
+    DELETIONS_ACCEPTED,
     DEMOTING,
     DISABLING,
     DR_PATH_DISABLED,
@@ -207,9 +208,9 @@ class Replication:
                 found |= await manager.primary.shipper.ask(missing)
         return found
 
-    async def reindex(self, diff: bool, force: bool, skip_flush: bool) -> Response:
+    async def reindex(self, diff: bool, force: bool, skip_flush: bool, deletions: int = 0) -> Response:
         """Start to repair index and data keys in the background (contract 1.13)."""
-        self._upkeep.start(ReindexOptions(diff=diff, force=force, skip_flush=skip_flush))
+        self._upkeep.start(ReindexOptions(diff, force, skip_flush, deletions, self._options.allowance))
         return Response(warnings=[REINDEXING])
 
     async def recover(self) -> Response:
@@ -442,6 +443,15 @@ class Replication:
             await enrolment.forget_key(manager, self._sealed, token)
             await manager.turn()
         return Response(warnings=[UPDATING_PRIMARY] if result.protected else [UPDATING_PRIMARY, PLAIN_HTTP])
+
+    async def accept_deletions(self, mode: str, deletions: int) -> Response:
+        """An operator agrees to what the mass-delete brake stopped. Raises InvalidRequest."""
+        manager = self._steady(mode)
+        roles.require_secondary(manager.mode, manager.role)
+        if manager.secondary is None:
+            raise Unavailable("this secondary is just starting; try again shortly")
+        manager.secondary.accept_deletions(deletions)
+        return Response(warnings=[DELETIONS_ACCEPTED])
 
     # ---- what was lost
 

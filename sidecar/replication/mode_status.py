@@ -86,15 +86,27 @@ def gauges_of(manager: ModeManager) -> dict[str, float]:
         }
     elif isinstance(role, SecondaryRole) and service is not None:
         upstream, position = service.applier.upstream, service.applier.position
+        braked = service.machine.phase is Phase.BRAKED
         found |= {f"state.{phase.value}": float(service.state == phase.value) for phase in Phase}
+        found |= {
+            f"state.{Phase.BRAKED.value}": float(braked),
+            f"state.{Phase.IDLE.value}": float(service.state == Phase.IDLE.value and not braked),
+        }
         found |= {
             "epoch": float(role.epoch.number),
             "connected": float(upstream.connected and _heard_lately(manager, upstream.heard_at_s)),
             "alarm": float(service.machine.alarm),
+            "brake_deletions": float(service.shrink.deletions if service.shrink is not None else 0),
             "missing_records": float(max(upstream.head_index - (position.index if position else 0), 0)),
         }
         if (lag_s := service.applier.lag_s()) is not None:
             found["lag_s"] = lag_s
+        if (progress := service.sync_progress) is not None:
+            found |= {
+                "sync.entries": float(progress.total),
+                "sync.entries_done": float(progress.done),
+                "sync.bytes": float(progress.bytes),
+            }
         if role.attached:
             found["certificate_left_s"] = (
                 certificates.period_s(role.certificate_pem)[1] - manager.clock.time_ms() / 1000
@@ -251,6 +263,7 @@ def _secondary(manager: ModeManager, role: SecondaryRole, index: statuses.IndexF
             lag_s=lag_s,
             last_sync=service.last_sync,
             sync_progress=service.sync_progress,
+            shrink=service.shrink,
             primary=beats if upstream.heard_at_s is not None else None,
         )
     )

@@ -22,7 +22,7 @@ from consul_backend.position import Position
 from sidecar.replication.history import Promotion
 from sidecar.replication.selection import EVERYTHING, Partitions
 
-PROTOCOL_VERSIONS = (5,)
+PROTOCOL_VERSIONS = (6,)
 """Versions of this protocol that this program speaks. A change of any frame is a new version."""
 
 FRAME_BYTES_MAX = 2 * 1024 * 1024
@@ -219,7 +219,8 @@ class DiffReply(Frame, frozen=True, tag=17):
     """``base`` is the primary's newest record when the comparison began. ``equal``: roots were equal at exactly that
     record, nothing else to do. Else ``whole``: partitions that the secondary lacks; ``gone``: partitions the primary
     does not have; ``cells``: where each other partition differs. ``positions`` are those of the primary's own base
-    record: where it stands as a secondary in another mode, which a DR secondary takes over."""
+    record: where it stands as a secondary in another mode, which a DR secondary takes over. ``counts``: how many
+    entries the primary has in each partition that travels; none if equal. The secondary's brake judges by them."""
 
     cluster_id: Name
     set_id: Name
@@ -233,6 +234,7 @@ class DiffReply(Frame, frozen=True, tag=17):
     gone: list[Name]
     cells: dict[Name, Cells]
     positions: dict[Name, Position]
+    counts: dict[Name, Index] = {}
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

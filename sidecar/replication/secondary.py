@@ -18,27 +18,29 @@ from dataclasses import replace
 from consul_backend.clock import Clock
 from consul_backend.errors import NotApplied, Overloaded
 from consul_backend.errors import Unavailable as StoreUnavailable
-from plugin_api.errors import PluginError, Unavailable
+from plugin_api.errors import InvalidRequest, PluginError, Unavailable
 from sidecar.replication import protocol
 from sidecar.replication.activation import secondary_identity
 from sidecar.replication.applier import Applier, ApplierOptions
+from sidecar.replication.brake import Shrink
 from sidecar.replication.catch_up import CatchUp, Counted
 from sidecar.replication.certifying import CERTIFICATE_BYTES_MAX, CERTIFICATE_PATH
 from sidecar.replication.channel import Channel, ChannelClosed, WebSocketChannel
 from sidecar.replication.committer import stored_position
+from sidecar.replication.filling import SyncProgress
 from sidecar.replication.hello import Identity, Source
 from sidecar.replication.intake import Budget
 from sidecar.replication.modes import PERFORMANCE, Mode
-from sidecar.replication.primary import ALIVE_PATH, DIFF_PATH, FETCH_PATH, STREAM_PATH
+from sidecar.replication.primary import ALIVE_PATH, STREAM_PATH
 from sidecar.replication.protocol import DiffReply, DiffRequest, FetchRequest, is_none
 from sidecar.replication.renewal import Keep, Renewal, reason_lost
 from sidecar.replication.roles import SecondaryRole
 from sidecar.replication.selection import Partitions
 from sidecar.replication.shipper import Advertised
 from sidecar.replication.states import Action, Event, Machine, Phase, step
-from sidecar.replication.status import SyncFacts, SyncProgress
-from sidecar.replication.sync import Syncer, SyncRefused
-from sidecar.replication.sync import SyncProgress as ExtentsProgress
+from sidecar.replication.status import SyncFacts
+from sidecar.replication.sync import Syncer
+from sidecar.replication.sync_calls import ask_diff, ask_entries
 from sidecar.replication.upstream import answer_of, upward_request
 from sidecar.replication.wiring import (
     AuthLike,
@@ -71,8 +73,8 @@ from sidecar.transport.trail import LoopRefused
 logger = logging.getLogger(__name__)
 
 NOT_SYNCED = "replication: this secondary has not received its primary's data yet"
+NOT_BRAKED = "the mass-delete brake has stopped nothing here; see sys/replication/status"
 NO_PRIMARY = "this secondary has no primary: give it one with update-primary"
-DIFF_TIMEOUT_S = 60.0
 CLIENTS_MAX = 16
 
 _RANDOM = secrets.SystemRandom()
@@ -117,10 +119,13 @@ class SecondaryService:
         self._preferred = ""
         self._catch_up: CatchUp | None = None
         self._in_step = asyncio.Event()
+        self._resumed = asyncio.Event()
+        self._accepted_deletions = 0
+        self._syncer: Syncer | None = None
         self.machine = Machine()
         self.connected_to = ""
         self.started_ms = clock.time_ms()
-        self.sync_progress: SyncProgress | None = None
+        self.shrink: Shrink | None = None
         self.last_sync: SyncFacts | None = None
         self.applier = self._make_applier()
 
@@ -146,14 +151,15 @@ class SecondaryService:
 
     @property
     def state(self) -> str:
-        """The contract's word for the status: a secondary that cannot connect is idle."""
+        """The contract's word for the status: a secondary that cannot connect is idle, and so is a braked one."""
         phase = self.machine.phase
-        return "idle" if phase is Phase.CONNECTING and self._failures else phase.value
+        idle = phase is Phase.BRAKED or (phase is Phase.CONNECTING and self._failures)
+        return "idle" if idle else phase.value
 
     @property
     def connection_state(self) -> str:
         """As gRPC names them: ready, connecting, transient_failure, or idle when nothing is tried."""
-        if self.machine.phase is Phase.IDLE:
+        if self.machine.phase in (Phase.IDLE, Phase.BRAKED):
             return "idle"
         if self.connected_to or self.machine.phase in (Phase.MERKLE_DIFF, Phase.MERKLE_SYNC):
             return "ready"
@@ -173,6 +179,23 @@ class SecondaryService:
         if response.position is not None:
             late = not await self.applier.wait_applied(response.position.index, self._options.wal_wait_s)
         return answer_of(response, late=late)
+
+    @property
+    def sync_progress(self) -> SyncProgress | None:
+        """How far the running merkle sync has come; None while there is none."""
+        return self._syncer.progress() if self._syncer is not None else None
+
+    def accept_deletions(self, deletions: int) -> None:
+        """An operator agrees that a comparison with the primary deletes so many entries; what the brake stopped begins
+        anew. It counts until a sync is done, or this tenure. Raises InvalidRequest."""
+        shrink = self.shrink
+        if self.machine.phase is not Phase.BRAKED or shrink is None:
+            raise InvalidRequest(NOT_BRAKED)
+        if deletions < shrink.deletions:
+            raise InvalidRequest(f'"deletions" is less than the {shrink.deletions} that the comparison found')
+        logger.warning("replication: an operator accepted %d deletions, %d were found", deletions, shrink.deletions)
+        self._accepted_deletions, self.shrink = deletions, None
+        self._resumed.set()
 
     async def primary_lives(self, timeout_s: float) -> str:
         """The address at which the primary was reached just now; empty when no known address answers in time."""
@@ -215,7 +238,9 @@ class SecondaryService:
 
     async def _do(self, action: Action) -> Action:
         if action is Action.REST:
-            await asyncio.get_running_loop().create_future()
+            await self._resumed.wait()
+            self._resumed.clear()
+            return self._step(Event.START)
         if action is Action.BACK_OFF:
             await asyncio.sleep(self._pause_s())
             return Action.STREAM
@@ -268,11 +293,18 @@ class SecondaryService:
             limits=self._options.limits,
             identity=self.applier.identity,
             staging=self._options.staging,
+            allowance=self._options.allowance,
+            accepted_deletions=self._accepted_deletions,
             selection=selection,
         )
-        result = await syncer.run()
-        self.sync_progress = None
+        self._syncer = syncer
+        try:
+            result = await syncer.run()
+        finally:
+            self._syncer = None
+        self.shrink = result.shrink
         if result.event in (Event.EQUAL, Event.SYNCED):
+            self._accepted_deletions = 0
             if self._mode is PERFORMANCE:
                 await self._filled(selection)
             self.last_sync = SyncFacts("merkle", result.round_trips, result.bytes, result.keys, result.seconds)
@@ -299,37 +331,10 @@ class SecondaryService:
                 await self._callbacks.reselected()
 
     async def _ask_diff(self, request: DiffRequest) -> DiffReply:
-        try:
-            answer = await self._client(self._address()).post(
-                DIFF_PATH,
-                protocol.encode(request),
-                timeout_s=DIFF_TIMEOUT_S,
-                answer_bytes_max=protocol.DIFF_BYTES_MAX,
-            )
-        except (PeerUnreachable, PeerOutcomeUnknown) as error:
-            raise ChannelClosed(str(error)) from error
-        if answer.status == 403:
-            raise SyncRefused(_text(answer.body))
-        if answer.status != 200:
-            raise ChannelClosed(f"the primary answered {answer.status} to the diff: {_text(answer.body)}")
-        return protocol.decode_diff_reply(answer.body)
+        return await ask_diff(self._client(self._address()), request)
 
-    async def _ask_entries(self, request: FetchRequest) -> AsyncIterator[bytes]:
-        client = self._client(self._address())
-        try:
-            async with client.stream(
-                FETCH_PATH,
-                protocol.encode(request),
-                idle_timeout_s=self._options.fetch_idle_timeout_s,
-            ) as answer:
-                if answer.status == 403:
-                    raise SyncRefused("the primary refuses to send entries to this secondary")
-                if answer.status != 200:
-                    raise ChannelClosed(f"the primary answered {answer.status} to the fetch")
-                async for piece in answer.pieces:
-                    yield piece
-        except (PeerUnreachable, PeerOutcomeUnknown) as error:
-            raise ChannelClosed(str(error)) from error
+    def _ask_entries(self, request: FetchRequest) -> AsyncIterator[bytes]:
+        return ask_entries(self._client(self._address()), request, self._options.fetch_idle_timeout_s)
 
     def _step(self, event: Event, reason: str = "") -> Action:
         before = self.machine.phase
@@ -372,13 +377,11 @@ class SecondaryService:
             self._catch_up.keys += len(keys)
         await self._callbacks.on_applied(keys)
 
-    def _gate(self, progress: ExtentsProgress | None) -> None:
+    def _gate(self, progress: SyncProgress | None) -> None:
         if progress is None:
-            self.sync_progress = None
             self._callbacks.set_gate(None)
             return
-        self.sync_progress = SyncProgress(progress.total, progress.done)
-        self._callbacks.set_gate(f"replication: merkle sync in progress, {progress.done} of {progress.total} done")
+        self._callbacks.set_gate(f"replication: merkle sync in progress, {progress.done} of {progress.total} entries")
 
     async def _keep_addresses(self) -> None:
         """Store where the primary's nodes are, so that a restart finds it wherever it went."""
@@ -493,7 +496,3 @@ def _usable(address: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _text(body: bytes) -> str:
-    return body[:300].decode("utf-8", "replace")

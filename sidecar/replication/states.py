@@ -8,6 +8,8 @@ Rule: the phase says what the one task that drives it is doing, and nothing else
 * Every completed comparison counts as a cycle until the stream shows that roots agree. The third that ends in another
   need for a diff is a *diff loop*: the machine stops in ``idle`` with an alarm, because a fourth would do no better.
 * ``idle`` means that nothing is tried until an operator acts.
+* ``braked`` means that a comparison would have deleted more than it may unasked (:mod:`sidecar.replication.brake`);
+  nothing was deleted, and nothing is tried until an operator says to go on, or to begin anew.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ class Phase(enum.Enum):
     MERKLE_DIFF = "merkle-diff"
     MERKLE_SYNC = "merkle-sync"
     STREAM_WALS = "stream-wals"
+    BRAKED = "braked"
 
 
 class Event(enum.Enum):
@@ -41,6 +44,7 @@ class Event(enum.Enum):
     DIFFERS = "differs"  # the diff found differences
     SYNCED = "synced"  # everything was fetched, roots are equal, the position is the guard
     MISMATCH = "mismatch"  # everything was fetched, and roots still differ
+    BRAKED = "braked"  # the comparison would delete more than it may without being asked
     IN_STEP = "in-step"  # a root compared at one index while streaming was equal
 
 
@@ -80,10 +84,12 @@ _TABLE: dict[tuple[Phase, Event], tuple[Phase, Action]] = {
     (Phase.MERKLE_DIFF, Event.DIFFERS): (Phase.MERKLE_SYNC, Action.SYNC),
     (Phase.MERKLE_DIFF, Event.LOST): (Phase.CONNECTING, Action.BACK_OFF),
     (Phase.MERKLE_DIFF, Event.REFUSED): (Phase.IDLE, Action.REST),
+    (Phase.MERKLE_SYNC, Event.BRAKED): (Phase.BRAKED, Action.REST),
     (Phase.MERKLE_SYNC, Event.SYNCED): (Phase.STREAM_WALS, Action.STREAM),
     (Phase.MERKLE_SYNC, Event.MISMATCH): (Phase.MERKLE_DIFF, Action.DIFF),
     (Phase.MERKLE_SYNC, Event.LOST): (Phase.CONNECTING, Action.BACK_OFF),
     (Phase.MERKLE_SYNC, Event.REFUSED): (Phase.IDLE, Action.REST),
+    (Phase.BRAKED, Event.START): (Phase.CONNECTING, Action.STREAM),
     (Phase.STREAM_WALS, Event.ACCEPTED): (Phase.STREAM_WALS, Action.CONTINUE),
     (Phase.STREAM_WALS, Event.IN_STEP): (Phase.STREAM_WALS, Action.CONTINUE),
     (Phase.STREAM_WALS, Event.NEED_DIFF): (Phase.MERKLE_DIFF, Action.DIFF),
@@ -106,4 +112,4 @@ def step(machine: Machine, event: Event, reason: str = "") -> tuple[Machine, Act
     cycles = 0 if event is Event.IN_STEP else machine.cycles + (event in _COMPLETES_A_CYCLE)
     if phase is Phase.MERKLE_DIFF and cycles >= CYCLES_MAX:
         return Machine(Phase.IDLE, cycles, "diff-loop", alarm=True), Action.REST
-    return Machine(phase, cycles, reason, alarm=event is Event.REFUSED), action
+    return Machine(phase, cycles, reason, alarm=event in (Event.REFUSED, Event.BRAKED)), action

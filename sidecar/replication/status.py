@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import Any
 
+from sidecar.replication.brake import Shrink
+from sidecar.replication.filling import SyncProgress
+
 NEVER_CHECKED = "-62135596800"
 DISABLED: dict[str, Any] = {"mode": "disabled"}
 
@@ -40,7 +43,8 @@ class SecondaryFacts:
 
 @dataclass(frozen=True, slots=True)
 class IndexFacts:
-    """The merkle index: what the last check found, and a reindex that runs. ``checked_s`` None: never."""
+    """The merkle index: what the last check found, and a reindex that runs. ``checked_s`` None: never. ``braked``: how
+    many entries the last reindex would have given up, had the brake let it."""
 
     corrupted: bool = False
     checked_s: int | None = None
@@ -49,6 +53,7 @@ class IndexFacts:
     stage: str = ""
     done: int = 0
     total: int = 0
+    braked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +86,6 @@ class SyncFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class SyncProgress:
-    """A running merkle sync, in keys."""
-
-    total: int
-    done: int
-
-
-@dataclass(frozen=True, slots=True)
 class SecondaryStatusFacts:
     """A secondary at one moment. ``state`` and ``connection_state`` are the contract's words (section 2.1)."""
 
@@ -110,6 +107,7 @@ class SecondaryStatusFacts:
     lag_s: float | None = None
     last_sync: SyncFacts | None = None
     sync_progress: SyncProgress | None = None
+    shrink: Shrink | None = None
     index: IndexFacts = IndexFacts()
 
 
@@ -133,7 +131,7 @@ def primary_status(facts: PrimaryFacts, zone: tzinfo | None = None) -> dict[str,
 
 
 def secondary_status(facts: SecondaryStatusFacts, zone: tzinfo | None = None) -> dict[str, Any]:
-    """The fields of a secondary, with ours added: ``lag_s``, ``last_sync``, ``state_reason``, ``alarm``."""
+    """The fields of a secondary, with ours added: ``lag_s``, ``last_sync``, ``state_reason``, ``alarm``, ``brake``."""
     data: dict[str, Any] = {
         "alarm": facts.alarm,
         "cluster_id": facts.set_id,
@@ -156,11 +154,27 @@ def secondary_status(facts: SecondaryStatusFacts, zone: tzinfo | None = None) ->
         **index_fields(facts.index),
     }
     if facts.state == "merkle-sync" and facts.sync_progress is not None:
-        data["merkle_sync_progress"] = {
-            "sync_total_keys": facts.sync_progress.total,
-            "sync_progress": facts.sync_progress.done,
+        data["merkle_sync_progress"] = _progress(facts.sync_progress)
+    if facts.shrink is not None:
+        data["brake"] = {
+            "deletions": facts.shrink.deletions,
+            "entries_here": facts.shrink.here,
+            "allowed": facts.shrink.allowed,
         }
     return data
+
+
+def _progress(progress: SyncProgress) -> dict[str, Any]:
+    """The contract's two fields, and ours: what was here before, what travelled, and how long it will take."""
+    return {
+        "sync_total_keys": progress.total,
+        "sync_progress": progress.done,
+        "kept_keys": progress.kept,
+        "bytes": progress.bytes,
+        "seconds": round(progress.seconds, 3),
+        "keys_per_s": round(progress.entries_per_s, 1),
+        "eta_s": None if progress.eta_s is None else round(progress.eta_s, 1),
+    }
 
 
 def index_fields(facts: IndexFacts) -> dict[str, Any]:
@@ -170,6 +184,8 @@ def index_fields(facts: IndexFacts) -> dict[str, Any]:
         "last_corruption_check_epoch": NEVER_CHECKED if facts.checked_s is None else str(facts.checked_s),
         "last_reindex_epoch": str(facts.reindexed_s),
     }
+    if facts.braked:
+        data["reindex_braked_deletions"] = facts.braked
     if facts.reindexing:
         data |= {"reindex_in_progress": True, "reindex_stage": facts.stage}
         if facts.stage == "building":

@@ -12,6 +12,10 @@ What fits the staging bound becomes one commit (a large batch if need be), toget
 old prefix, then the new one. More than that is not held in memory. Then the first commit sets the position to *none*
 and the gate refuses reads, until everything is there and the roots agree; a crash in between finds *none* and starts
 over with what still differs. So does a first fill, whose position is *none* from the start.
+
+Deletions that follow from the comparison are bounded by a brake (:mod:`sidecar.replication.brake`). The primary's
+counts tell at once whether it has much less than this cluster: then nothing is fetched. What would be replaced rather
+than lost is counted when everything was received, because the records since the base may have deleted it.
 """
 
 from __future__ import annotations
@@ -19,11 +23,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from consul_backend.allowance import DeleteAllowance
 from consul_backend.clock import Clock
 from consul_backend.errors import IndexDamaged, PermissionDenied, TooLarge
 from consul_backend.failpoint import failpoint
@@ -32,15 +37,16 @@ from consul_backend.merkle import entry_digest
 from consul_backend.position import Position
 from consul_backend.wal import Write
 from sidecar.replication.answers import last_of
+from sidecar.replication.brake import Brake, Shrink, by_class
 from sidecar.replication.channel import ChannelClosed
-from sidecar.replication.committer import commit, positions_at, stored_position
+from sidecar.replication.committer import stored_position
 from sidecar.replication.diff import SyncPlan, diff_request, dropped_keys
+from sidecar.replication.filling import Filling, SyncProgress
 from sidecar.replication.hello import Identity, Source, fork_problem
-from sidecar.replication.intake import Budget, Intake, checked_writes, split_writes
+from sidecar.replication.intake import Budget, Intake, checked_writes
 from sidecar.replication.modes import Mode
 from sidecar.replication.protocol import (
     FETCH_FRAME_BYTES_MAX,
-    NONE_POSITION,
     SALT_BYTES,
     Bye,
     DiffReply,
@@ -56,10 +62,10 @@ from sidecar.replication.protocol import (
     Unframer,
     decode_from_fetch,
     encode,
-    is_none,
 )
 from sidecar.replication.selection import EVERYTHING, Partitions
 from sidecar.replication.shipped import Shipped, load_indexes
+from sidecar.replication.staging import Stage, Staging
 from sidecar.replication.states import Event
 from sidecar.replication.store_view import SecondaryStore
 
@@ -74,17 +80,9 @@ class SyncRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class SyncProgress:
-    """``done`` of ``total`` extents are received; 0 of 0 before the diff is known."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
 class SyncResult:
-    """``event`` goes into ``states.step``: EQUAL, SYNCED, MISMATCH, LOST or REFUSED. ``keys`` were written or deleted;
-    ``bytes`` travelled, both ways together."""
+    """``event`` goes into ``states.step``: EQUAL, SYNCED, MISMATCH, BRAKED, LOST or REFUSED. ``keys`` were written or
+    deleted; ``bytes`` travelled, both ways together. ``shrink``: what the brake stopped."""
 
     event: Event
     reason: str
@@ -93,18 +91,19 @@ class SyncResult:
     bytes: int
     keys: int
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Staging:
-    """What a sync holds in memory at most, to commit it as one: entries, and bytes of their keys and values."""
-
-    entries_max: int = 200_000
-    bytes_max: int = 64 * 1024 * 1024
+    shrink: Shrink | None = None
 
 
 class _Broken(Exception):
     """The sync cannot go on; what is committed stays, the next one starts from it."""
+
+
+class _Braked(Exception):
+    """The comparison would delete more than it may unasked."""
+
+    def __init__(self, shrink: Shrink) -> None:
+        super().__init__(shrink.text)
+        self.shrink = shrink
 
 
 class Syncer:
@@ -127,6 +126,8 @@ class Syncer:
         limits: Limits | None = None,
         identity: Identity | None = None,
         staging: Staging | None = None,
+        allowance: DeleteAllowance | None = None,
+        accepted_deletions: int = 0,
         selection: Partitions = EVERYTHING,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
@@ -141,16 +142,44 @@ class Syncer:
         self._identity = identity
         self._random_bytes = random_bytes
         self._budget = Budget.of(limits or Limits())
-        self._staging = _Staging(mode, store, self._budget, staging or Staging(), on_applied, gate)
+        self._allowance = allowance or DeleteAllowance()
+        self._accepted = accepted_deletions
+        self._brake = Brake(self._allowance, {}, {})
+        self._filling = Filling((), {}, kept=0, started_s=clock.monotonic())
+        self._bounds = staging or Staging()
+        self._on_applied = on_applied
+        self._gate = gate
+        self._staging = self._stage()
         self._round_trips = 0
         self._bytes = 0
+        self._extents_done = 0
+
+    def _stage(self) -> Stage:
+        return Stage(
+            self._mode,
+            self._store,
+            self._budget,
+            self._bounds,
+            self._on_applied,
+            self._gate,
+            self.progress,
+            self._brake,
+        )
+
+    def progress(self) -> SyncProgress:
+        """How far it has come."""
+        return self._filling.progress(self._bytes, self._clock.monotonic())
 
     async def run(self) -> SyncResult:
         """Diff, and sync what differs; ``on_event`` hears DIFFERS in between. Raises BackendError when this cluster's
         own store fails in a way that ends the tenure."""
         started_s = self._clock.monotonic()
+        shrink: Shrink | None = None
         try:
             event, reason = await self._run()
+        except _Braked as braked:
+            event, reason, shrink = Event.BRAKED, str(braked), braked.shrink
+            log.error("%s", reason)
         except SyncRefused as refused:
             event, reason = Event.REFUSED, str(refused)
         except (ChannelClosed, ProtocolViolation, TooLarge, PermissionDenied, _Broken) as error:
@@ -164,6 +193,7 @@ class Syncer:
             bytes=self._bytes,
             keys=self._staging.keys,
             seconds=self._clock.monotonic() - started_s,
+            shrink=shrink,
         )
 
     async def _run(self) -> tuple[Event, str]:
@@ -187,11 +217,24 @@ class Syncer:
         failpoint("sync:after-diff")
         plan = SyncPlan.of(request, reply, self._shipped)
         log.info("starting merkle sync: %d extents differ, %d partitions are gone", len(plan.ranges), len(plan.gone))
-        self._staging.total = len(plan.ranges)
-        await self._staging.add(plan.deletions(self._shipped))
+        self._measure(plan, reply)
+        await self._staging.drop(plan.deletions(self._shipped))
+        if self._brake.on:
+            raise _Braked(self._brake.shrink())
         guard = await self._fetch_all(plan, base)
+        await self._staging.settle()
+        if self._brake.on:
+            raise _Braked(self._brake.shrink())
         end = Position(base.set_id, base.generation, base.epoch, guard.index, guard.chain_hash)
         return await self._conclude(guard, end)
+
+    def _measure(self, plan: SyncPlan, reply: DiffReply) -> None:
+        """What there is to do, and what may be deleted: from the counts of both ends."""
+        here = {name: self._shipped.count(name) for name in self._shipped.partitions()}
+        kept = sum(here.values()) - sum([here[name] for name in plan.gone])
+        self._brake = Brake(self._allowance, by_class(here), by_class(reply.counts), self._accepted)
+        self._filling = Filling(plan.ranges, reply.counts, kept=kept, started_s=self._clock.monotonic())
+        self._staging = self._stage()
 
     async def _diff(self) -> tuple[DiffRequest, DiffReply]:
         request = await last_of(diff_request(self._shipped, self._random_bytes(SALT_BYTES)))
@@ -217,7 +260,7 @@ class Syncer:
     async def _fetch_one(self, request: FetchRequest, base: Position) -> Guard:
         self._round_trips += 1
         self._bytes += len(encode(request))
-        done_before = self._staging.done
+        done_before = self._extents_done
         intake = Intake(self._mode, base, self._budget, self._selection)
         guard: Guard | None = None
         unframer = Unframer(FETCH_FRAME_BYTES_MAX)
@@ -235,20 +278,21 @@ class Syncer:
         unframer.end()
         if guard is None:
             raise ProtocolViolation("the answer ended without its guard")
+        self._extents_done = done_before + len(request.extents)
         if (guard.index, guard.chain_hash) != (intake.last.index, intake.last.chain_hash):
             raise ProtocolViolation(f"the guard names record {guard.index}, the records end at {intake.last.index}")
         return guard
 
     async def _received(self, frame: FromFetch, intake: Intake, done_before: int, request: FetchRequest) -> None:
         if isinstance(frame, Entries):
-            self._staging.done = max(self._staging.done, done_before + frame.done)
+            self._filling.advance(done_before + frame.done, len(frame.puts))
             puts = [Write(key, value) for key, value in frame.puts]
             writes = checked_writes(puts, self._mode.classes, self._selection)
             await self._staging.add([write for write in writes if not self._has_keyring(write)])
             # Of an id that was an old version's the put came before: it is staged, or committed and has another id. All
             # are judged at one instant, because staging a deletion may commit what is staged.
             dropped = [key for key in dropped_keys(self._shipped, request, frame) if not self._staging.holds(key)]
-            await self._staging.add([Write(key, None) for key in dropped])
+            await self._staging.drop(dropped)
         elif isinstance(frame, RecordFrame | Skip | PartFrame):
             intake.accept(frame)
             while (batch := intake.take()) is not None:
@@ -273,115 +317,6 @@ class Syncer:
                 await self._staging.finish(position, guard.positions)
                 return Event.SYNCED, ""
         return Event.MISMATCH, f"roots still differ at record {guard.index} after everything was fetched"
-
-
-class _Staging:
-    """What was fetched and is not yet committed: within the staging bound, or one commit's worth of a mix."""
-
-    def __init__(
-        self,
-        mode: Mode,
-        store: SecondaryStore,
-        budget: Budget,
-        bounds: Staging,
-        on_applied: Callable[[Sequence[str]], Awaitable[None]],
-        gate: Callable[[SyncProgress | None], None],
-    ) -> None:
-        self._mode = mode
-        self._store = store
-        self._budget = budget
-        self._bounds = bounds
-        self._on_applied = on_applied
-        self._gate = gate
-        self._pending: dict[str, Write] = {}
-        self._pending_bytes = 0
-        self._mixed = is_none(stored_position(store, mode))
-        self.keys = 0
-        self.done = 0
-        self.total = 0
-
-    def is_whole(self) -> bool:
-        """Whether nothing of it was committed yet: the data is one whole prefix still."""
-        return not self._mixed
-
-    def holds(self, key: str) -> bool:
-        """Whether a write of the key is staged."""
-        return key in self._pending
-
-    async def add(self, writes: Sequence[Write]) -> None:
-        """Stage writes; commits what no longer fits. The keyring is committed, and loaded, before what follows it."""
-        for write in writes:
-            if write.key in self._mode.keyrings and not self._mixed:
-                await self._commit_keyring(write)
-                continue
-            cost = self._cost(write)
-            known = write.key in self._pending
-            if self._pending and self._is_full(len(self._pending) + (not known), self._pending_bytes + cost):
-                await self.flush()
-                cost = self._cost(write)
-            self._pending.pop(write.key, None)
-            self._pending[write.key] = write
-            self._pending_bytes += cost
-            if write.key in self._mode.keyrings:
-                await self.flush()
-
-    def _cost(self, write: Write) -> int:
-        if self._mixed:
-            return self._budget.cost_bytes(write)
-        return len(write.key) + (len(write.value) if write.value is not None else 0)
-
-    def _is_full(self, count: int, size_bytes: int) -> bool:
-        if self._mixed:
-            return count > self._budget.writes_max or size_bytes > self._budget.bytes_max
-        return count > self._bounds.entries_max or size_bytes > self._bounds.bytes_max
-
-    async def _commit_keyring(self, write: Write) -> None:
-        """A newer keyring holds every older key, so it can go before everything else and nobody reads a mix."""
-        stored = stored_position(self._store, self._mode)
-        if stored is None:
-            raise AssertionError("data without a position is a mix")
-        await commit(self._store, [write], positions_at(self._mode, stored))
-        self.keys += 1
-        await self._on_applied([write.key])
-
-    async def flush(self) -> None:
-        """Commit what is staged, and with it that the data is a mix from here on."""
-        if not self._pending and self._mixed:
-            return
-        self._mixed = True
-        self._gate(SyncProgress(self.done, self.total))
-        await self._commit(NONE_POSITION, {})
-        failpoint("sync:half-way")
-
-    async def finish(self, position: Position, source_positions: Mapping[str, Position]) -> None:
-        """Commit what is staged together with the position, and open the gate."""
-        if self._pending or stored_position(self._store, self._mode) != position:
-            failpoint("sync:before-guard")
-            await self._commit(position, source_positions)
-            failpoint("sync:after-guard")
-        self._mixed = False
-        self._gate(None)
-
-    async def _commit(self, position: Position, source_positions: Mapping[str, Position]) -> None:
-        writes = list(self._pending.values())
-        self._pending.clear()
-        self._pending_bytes = 0
-        pieces: list[list[Write]] = [writes] if not self._mixed else split_writes(writes, self._budget) or [[]]
-        while pieces:
-            piece = pieces.pop(0)
-            try:
-                at = NONE_POSITION if pieces else position
-                await commit(self._store, piece, positions_at(self._mode, at, source_positions))
-            except TooLarge:
-                if len(piece) <= 1:
-                    raise
-                pieces[:0] = [piece[: len(piece) // 2], piece[len(piece) // 2 :]]
-                self._mixed = True  # not even a large batch: its own store has smaller bounds than this
-                self._gate(SyncProgress(self.done, self.total))
-                continue
-            self.keys += len(piece)
-            if piece:
-                await self._on_applied([write.key for write in piece])
 
 
 @contextlib.asynccontextmanager

@@ -34,6 +34,9 @@ PLAIN_HTTP = (
 REINDEXING = "The reindex runs in the background; see sys/replication/status for its progress."
 REINDEX_CANCELLED = "The running reindex was cancelled. What it repaired stays repaired; start it again for the rest."
 RECOVERING = "This cluster is trying to leave an adverse state; see sys/replication/status."
+DELETIONS_ACCEPTED = (
+    "The comparison with the primary begins anew and may delete so many entries; see sys/replication/status."
+)
 OTHER_ROOT_KEY = (
     "that primary uses another root key than this cluster: disable replication here and enable this cluster as its "
     "secondary, which replaces everything it holds; the token is used up"

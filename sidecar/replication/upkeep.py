@@ -62,6 +62,7 @@ class IndexUpkeep:
         self._options: ReindexOptions | None = None
         self._progress: Progress | None = None
         self._job: asyncio.Task[None] | None = None
+        self._braked = 0
 
     async def load(self) -> None:
         """Read what is remembered of earlier tenures. Raises BackendError."""
@@ -80,6 +81,7 @@ class IndexUpkeep:
             stage=progress.stage if progress is not None else "",
             done=progress.done if progress is not None else 0,
             total=progress.total if progress is not None else 0,
+            braked=self._braked,
         )
 
     async def check(self) -> dict[str, Any]:
@@ -131,6 +133,7 @@ class IndexUpkeep:
             except (StoreUnavailable, PermissionDenied, NotApplied, Overloaded, Corrupt) as error:
                 logger.error("reindex ended early, start it again: %s", error)
                 return
+            self._braked = report.braked
             logger.info("reindex done: %s", report)
             now_ms = self._clock.time_ms()
             await self._remember(lambda health: IndexHealth(not report.clean, now_ms, now_ms))

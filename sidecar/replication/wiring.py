@@ -6,13 +6,14 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from consul_backend.allowance import DeleteAllowance
 from consul_backend.index_check import Inspected
 from consul_backend.limits import Limits
 from consul_backend.wal import Write
 from sidecar.replication.activation import ActivationResult
 from sidecar.replication.selection import Mount
+from sidecar.replication.staging import Staging
 from sidecar.replication.store_view import PrimaryStore, SecondaryStore
-from sidecar.replication.sync import Staging
 from sidecar.transport.forwarding import ForwardRequest
 
 
@@ -125,7 +126,8 @@ class ReplicationOptions:
     promotion looks for a primary that still lives. ``demote_drain_s``: how long a demotion waits for connected
     secondaries to have everything. ``promotion_lag_max_s``: a promotion that may lose more than this needs ``force``;
     0 for no such limit. ``certificate_ttl_s``: life of a secondary's certificate, renewed at two thirds of it;
-    ``certificate_check_s``: how often both ends look whether something is due."""
+    ``certificate_check_s``: how often both ends look whether something is due. ``allowance``: what a merkle sync or a
+    forced reindex deletes without being asked for the number."""
 
     beat_s: float = 5.0
     silent_beats_max: int = 3
@@ -145,6 +147,7 @@ class ReplicationOptions:
     window_bytes: int = 4 * 1024 * 1024
     limits: Limits = field(default_factory=Limits)
     staging: Staging = field(default_factory=Staging)
+    allowance: DeleteAllowance = field(default_factory=DeleteAllowance)
 
     def __post_init__(self) -> None:
         if not 0 < self.reconnect_min_s <= self.reconnect_max_s:

@@ -18,8 +18,9 @@ from sidecar.replication.modes import PERFORMANCE
 from sidecar.replication.selection import partitions
 from sidecar.replication.shipped import Shipped
 from sidecar.replication.shipper import Shipper, ShipperOptions
+from sidecar.replication.staging import Staging
 from sidecar.replication.states import Event
-from sidecar.replication.sync import Staging, Syncer
+from sidecar.replication.sync import Syncer
 from tests.support.replication import channel_pair
 from tests.support.store import GENERATION, PARTITION, Cluster, key, memory_cluster
 

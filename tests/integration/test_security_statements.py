@@ -255,6 +255,7 @@ async def test_34_a_swapped_address_fails_at_tls_and_uses_nothing_up(pair: Pair,
         "recover",
         "reindex",
         "merkle-check",
+        "accept-deletions",
         "generate-public-key",
     ],
 )

@@ -266,9 +266,13 @@ class FakeReplication:
         self.calls.append(("merkle_check",))
         return Response(data={"merkle_corruption_report": {"corrupted_root": False}})
 
-    async def reindex(self, diff: bool, force: bool, skip_flush: bool) -> Response:
-        self.calls.append(("reindex", diff, force, skip_flush))
+    async def reindex(self, diff: bool, force: bool, skip_flush: bool, deletions: int) -> Response:
+        self.calls.append(("reindex", diff, force, skip_flush, deletions))
         return Response(warnings=["background"])
+
+    async def accept_deletions(self, mode: str, deletions: int) -> Response:
+        self.calls.append(("accept_deletions", mode, deletions))
+        return Response(warnings=["begins anew"])
 
     async def recover(self) -> Response:
         self.calls.append(("recover",))

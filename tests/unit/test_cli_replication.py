@@ -60,6 +60,15 @@ def test_update_primary_by_token_by_address_and_blank(server, run):
     assert server.last["body"] == {"token": ""}
 
 
+def test_a_braked_secondary_is_told_how_many_deletions_are_right(server, run, monkeypatch):
+    monkeypatch.setenv("OUTRIDER_DR_OPERATION_TOKEN", "hvs.environment")
+    server.answer("PUT", "sys/replication/dr/secondary/accept-deletions", (200, envelope(warnings=["anew"])))
+    assert run("replication", "accept-deletions", "-mode=dr", "900")[0] == 0
+    assert server.last["body"] == {"deletions": 900, "dr_operation_token": "hvs.environment"}
+    for wrong in ("0", "-1", "all"):
+        assert run("replication", "accept-deletions", "-mode=dr", wrong)[0] == 1
+
+
 def test_preflight_is_a_table_and_its_exit_code_says_whether_something_failed(server, run):
     path = "sys/replication/performance/secondary/enable"
     failed = {"check": "alpn-path", "result": "failed", "seen": "a TLS-terminating proxy", "action": "layer 4 only"}

@@ -203,6 +203,7 @@ async def test_the_operation_token_survives_the_promotion_until_it_is_deleted() 
         "recover",
         "reindex",
         "merkle-check",
+        "accept-deletions",
         "generate-operation-token/attempt",
     ):
         reply = await promoted.call("POST", f"sys/replication/dr/secondary/{action}", {}, token=None)

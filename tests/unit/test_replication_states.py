@@ -12,7 +12,8 @@ LEGAL = {
     Phase.IDLE: {Event.START, Event.STOP},
     Phase.CONNECTING: {Event.ACCEPTED, Event.NEED_DIFF, Event.LOST, Event.REFUSED, Event.STOP},
     Phase.MERKLE_DIFF: {Event.EQUAL, Event.DIFFERS, Event.LOST, Event.REFUSED, Event.STOP},
-    Phase.MERKLE_SYNC: {Event.SYNCED, Event.MISMATCH, Event.LOST, Event.REFUSED, Event.STOP},
+    Phase.BRAKED: {Event.START, Event.STOP},
+    Phase.MERKLE_SYNC: {Event.SYNCED, Event.MISMATCH, Event.BRAKED, Event.LOST, Event.REFUSED, Event.STOP},
     Phase.STREAM_WALS: {Event.ACCEPTED, Event.IN_STEP, Event.NEED_DIFF, Event.LOST, Event.REFUSED, Event.STOP},
 }
 
@@ -56,6 +57,13 @@ def test_a_refusal_waits_for_a_person():
     machine, action = step(machine, Event.REFUSED, "fork")
     assert machine == Machine(Phase.IDLE, 0, "fork", alarm=True)
     assert action is Action.REST
+
+
+def test_the_brake_stops_until_a_person_says_how_to_go_on():
+    machine, _ = drive(Event.START, Event.NEED_DIFF, Event.DIFFERS)
+    machine, action = step(machine, Event.BRAKED, "too many")
+    assert (machine, action) == (Machine(Phase.BRAKED, 0, "too many", alarm=True), Action.REST)
+    assert step(machine, Event.START) == (Machine(Phase.CONNECTING), Action.STREAM)
 
 
 @pytest.mark.parametrize(

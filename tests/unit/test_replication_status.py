@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, timedelta, timezone
 
+from sidecar.replication.brake import Shrink
+from sidecar.replication.filling import SyncProgress
 from sidecar.replication.status import (
     Heartbeats,
     PrimaryFacts,
     SecondaryFacts,
     SecondaryStatusFacts,
     SyncFacts,
-    SyncProgress,
     bootstrapping_status,
     primary_status,
     rfc3339,
@@ -130,10 +131,24 @@ def test_a_secondary_shows_every_field_of_the_contract_with_its_type() -> None:
 
 
 def test_sync_progress_shows_only_while_syncing() -> None:
-    progress = SyncProgress(total=10, done=4)
+    progress = SyncProgress(total=10, done=4, kept=3, bytes=900, seconds=2.0)
     syncing = secondary_status(replace(SECONDARY, state="merkle-sync", sync_progress=progress))
-    assert syncing["merkle_sync_progress"] == {"sync_total_keys": 10, "sync_progress": 4}
+    assert syncing["merkle_sync_progress"] == {
+        "sync_total_keys": 10,
+        "sync_progress": 4,
+        "kept_keys": 3,
+        "bytes": 900,
+        "seconds": 2.0,
+        "keys_per_s": 2.0,
+        "eta_s": 3.0,
+    }
     assert "merkle_sync_progress" not in secondary_status(replace(SECONDARY, sync_progress=progress))
+
+
+def test_what_the_brake_stopped_is_told() -> None:
+    braked = secondary_status(replace(SECONDARY, state="idle", alarm=True, shrink=Shrink(900, 1000, 200)))
+    assert braked["brake"] == {"deletions": 900, "entries_here": 1000, "allowed": 200}
+    assert "brake" not in secondary_status(SECONDARY)
 
 
 def test_a_secondary_that_heard_nothing_yet() -> None:

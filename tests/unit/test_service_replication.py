@@ -50,7 +50,7 @@ async def test_replication_endpoints_ask_replication() -> None:
         started = await node.call("POST", "sys/replication/reindex", {"diff": True, "skip_flush": "true"})
         assert started.body["warnings"] == ["background"]
         await node.call("PUT", "sys/replication/recover")
-        assert replication.calls == [("merkle_check",), ("reindex", True, False, True), ("recover",)]
+        assert replication.calls == [("merkle_check",), ("reindex", True, False, True, 0), ("recover",)]
         weak = await node.token('path "sys/replication/*" { capabilities = ["update"] }')
         assert (await node.call("POST", "sys/replication/reindex", {}, token=weak)).status == 403
         assert (await node.call("POST", "sys/replication/merkle-check", {}, token=weak)).status == 200
@@ -71,6 +71,16 @@ async def test_role_changes_and_lost_writes_ask_replication() -> None:
         await node.call(
             "POST", f"{base}/secondary/update-primary", {"update_primary_addrs": ["https://a:1", "https://b:1"]}
         )
+        accept = f"{base}/secondary/accept-deletions"
+        weak = await node.token('path "sys/replication/*" { capabilities = ["update"] }')
+        assert (await node.call("POST", accept, {"deletions": 900}, token=weak)).status == 403
+        for unsaid in ({}, {"deletions": 0}, {"deletions": "many"}):
+            assert (await node.call("POST", accept, unsaid)).status == 400
+        assert (await node.call("POST", accept, {"deletions": "900"})).body["warnings"] == ["begins anew"]
+        assert replication.calls[-1] == ("accept_deletions", "performance", 900)
+        await node.call("POST", "sys/replication/reindex", {"force": True, "deletions": 7})
+        assert replication.calls[-1] == ("reindex", False, True, False, 7)
+        del replication.calls[-2:]
         assert (await node.call("GET", "sys/replication/dr/lost-writes")).data == {"lost_writes": []}
         await node.call("GET", "sys/replication/dr/lost-writes/1-2-ab?page=3")
         await node.call("GET", "sys/replication/dr/lost-writes/1-2-ab/export")

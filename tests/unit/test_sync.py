@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from consul_backend.allowance import DeleteAllowance
 from consul_backend.errors import FenceLost
 from consul_backend.merkle import entry_digest
 from consul_backend.position import Position
@@ -17,7 +18,7 @@ from sidecar.replication.channel import ChannelClosed
 from sidecar.replication.committer import stored_position
 from sidecar.replication.diff import Range, SyncPlan, compare, diff_request
 from sidecar.replication.hello import Identity, Source
-from sidecar.replication.modes import PERFORMANCE
+from sidecar.replication.modes import PERFORMANCE, Mode
 from sidecar.replication.protocol import NONE_POSITION, encode, is_none
 from sidecar.replication.shipped import Shipped
 from sidecar.replication.states import Event
@@ -33,7 +34,8 @@ class Pair:
     """A primary, a secondary, and everything a sync told the world. ``meanwhile(step)`` runs at "diff" (after the
     answer) and at each "chunk"; ``mangle(frames)`` changes an answer to a fetch."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: Mode = PERFORMANCE) -> None:
+        self.mode = mode
         self.primary = MemoryStore("primary")
         self.secondary = MemoryStore("secondary")
         self.meanwhile = lambda step: None
@@ -46,14 +48,14 @@ class Pair:
     async def _request(self, request: wire.DiffRequest) -> wire.DiffReply:
         self.requests.append(request)
         request = wire.decode_diff_request(encode(request))
-        reply = await answer_diff(self.primary, SOURCE, request, mode=PERFORMANCE, hold_as="second")
+        reply = await answer_diff(self.primary, SOURCE, request, mode=self.mode, hold_as="second")
         self.meanwhile("diff")
         return wire.decode_diff_reply(encode(reply))
 
     async def _fetch(self, request: wire.FetchRequest):
         self.requests.append(request)
         request = wire.decode_fetch_request(encode(request))
-        frames = [chunk async for chunk in answer_fetch(self.primary, request, mode=PERFORMANCE)]
+        frames = [chunk async for chunk in answer_fetch(self.primary, request, mode=self.mode)]
         for chunk in self.mangle(frames):
             self.meanwhile("chunk")
             yield chunk
@@ -63,7 +65,7 @@ class Pair:
 
     async def sync(self, **options):
         syncer = Syncer(
-            PERFORMANCE,
+            self.mode,
             self.secondary,
             self._request,
             self._fetch,
@@ -151,7 +153,7 @@ async def test_gone_partitions_and_one_sided_pages():
     fill(pair.secondary, 250)
     fill(pair.secondary, 20, partition="mixed")
     pair.primary.write(("r/mixed/other", b"1"))
-    result = await pair.sync()
+    result = await pair.sync(allowance=DeleteAllowance(share=1.0))
     assert (result.event, result.round_trips) == (Event.SYNCED, 2)
     pair.assert_in_step(pair.primary.head.index)
     assert "only-secondary" not in pair.secondary.forest.partitions("r")
@@ -398,7 +400,7 @@ def test_the_plan_names_exactly_the_cells_that_differ(seed):
     reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, found.gone, found.cells, {})
     plan = SyncPlan.of(request, reply, shipped(theirs))
     named = {key for part in plan.ranges for key in _keys_in(ours, part) | _keys_in(theirs, part)}
-    named |= {write.key for write in plan.deletions(shipped(theirs))}
+    named |= set(plan.deletions(shipped(theirs)))
     keys = ours.data.keys() | theirs.data.keys()
     differing = {key for key in keys if ours.data.get(key) != theirs.data.get(key)}
     assert differing <= named
