@@ -12,6 +12,7 @@ from consul_backend.wal_reader import RecordGone
 from sidecar.replication.diff import Differences, compare, differing_entries, range_of
 from sidecar.replication.hello import NO_MATCHING_WALS, Source
 from sidecar.replication.modes import Mode
+from sidecar.replication.outgoing import frames_of
 from sidecar.replication.parts import parts_of
 from sidecar.replication.protocol import (
     DIGEST_BYTES,
@@ -29,7 +30,7 @@ from sidecar.replication.protocol import (
 )
 from sidecar.replication.selection import EVERYTHING, Partitions
 from sidecar.replication.shipped import Shipped, load_indexes
-from sidecar.replication.shipper import SELECTION_CHANGED, frames_of
+from sidecar.replication.shipper import SELECTION_CHANGED
 from sidecar.replication.store_view import PrimaryStore
 
 log = logging.getLogger("replication.sync")

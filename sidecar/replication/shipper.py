@@ -2,7 +2,8 @@
 
 The write path knows nothing of this. A stream waits until the head of the log passes what it sent, and reads for
 itself: from the store's ring of recent records, else from Consul. What a secondary costs the primary is its window
-(:mod:`sidecar.replication.progress`) and one read of ``chunk_records`` records.
+(:mod:`sidecar.replication.progress`) and one read of ``chunk_records`` records; what it is sent was encoded once for
+all (:mod:`sidecar.replication.outgoing`).
 
 Only one task sends on a connection; it is woken by the head, by acknowledgements and by the beat. At each beat the head
 and the root are captured together, and the *complete up to* that says so leaves when that very record has been sent.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -21,14 +22,14 @@ from consul_backend.clock import Clock
 from consul_backend.errors import BackendError
 from consul_backend.failpoint import failpoint
 from consul_backend.limits import Limits
-from consul_backend.wal import Record
 from consul_backend.wal_reader import RecordGone
 from sidecar.replication.asking import Questions, ask_all
 from sidecar.replication.channel import Channel, ChannelClosed, hear
 from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello, contradicts_log
 from sidecar.replication.history import FORKED
 from sidecar.replication.modes import Mode
-from sidecar.replication.parts import concerns, parts_of, stripped
+from sidecar.replication.outgoing import SharedFrames
+from sidecar.replication.parts import parts_of
 from sidecar.replication.progress import ClockOffset, Progress
 from sidecar.replication.protocol import (
     Ack,
@@ -38,8 +39,6 @@ from sidecar.replication.protocol import (
     Hello,
     HelloReply,
     ProtocolViolation,
-    RecordFrame,
-    Skip,
     Told,
     decode_from_secondary,
     encode,
@@ -143,6 +142,7 @@ class Shipper:
         self._advertise = advertise
         self._peers: dict[str, Peer] = {}
         self._streams: dict[str, _Stream] = {}
+        self._frames = SharedFrames(mode.classes)
         self.forks: dict[str, str] = {}
 
     @property
@@ -219,6 +219,7 @@ class Shipper:
             hold_as=self.hold_name(name),
             selection=reply.selection,
             select=self._select,
+            frames=self._frames,
         )
         self._streams[name] = stream
         try:
@@ -271,7 +272,9 @@ class _Stream:
         hold_as: str,
         selection: Partitions,
         select: Select,
+        frames: SharedFrames,
     ) -> None:
+        self._frames = frames
         self._classes = mode.classes
         self._selection = selection
         self._select = select
@@ -394,15 +397,13 @@ class _Stream:
             return False
         limit = min(self._options.chunk_records, target - progress.sent)
         records = await self._store.records(progress.sent + 1, limit)
-        by_index = {record.index: record for record in records}
-        for frame, last in frames_of(records, self._classes, self._selection):
+        for raw, last, record in self._frames.of(records, self._selection):
             self._check_selection()
             if not progress.has_room():
                 return False  # the rest is read again: to hold it would cost memory for as long as the peer is slow
-            raw = encode(frame)
             parts_bytes = 0
-            if isinstance(frame, RecordFrame):
-                async for part in parts_of(self._store, by_index[last], self._classes, self._selection):
+            if record is not None:
+                async for part in parts_of(self._store, record, self._classes, self._selection):
                     self._check_selection()
                     part_raw = encode(part)
                     parts_bytes += len(part_raw)
@@ -460,23 +461,3 @@ class _Stream:
             self.questions.told(frame)
         else:
             raise ChannelClosed(f"the secondary ended the stream: {frame.reason}")
-
-
-def frames_of(
-    records: Sequence[Record], classes: Collection[str], selection: Partitions = EVERYTHING
-) -> list[tuple[RecordFrame | Skip, int]]:
-    """Records as frames, each with the last index it covers: entries of what travels only, and one skip for each run of
-    records that make none of them true. What goes before a frame is :func:`~sidecar.replication.parts.parts_of` its
-    record."""
-    frames: list[tuple[RecordFrame | Skip, int]] = []
-    first_skipped = 0
-    for record in records:
-        if concerns(record, classes, selection):
-            frames.append((RecordFrame(stripped(record, classes, selection).encode()), record.index))
-            first_skipped = 0
-        elif first_skipped:
-            frames[-1] = (Skip(first_skipped, record.index, record.chain_hash), record.index)
-        else:
-            first_skipped = record.index
-            frames.append((Skip(record.index, record.index, record.chain_hash), record.index))
-    return frames

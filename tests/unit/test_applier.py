@@ -20,8 +20,9 @@ from sidecar.replication.committer import stored_position
 from sidecar.replication.hello import Identity, LogFacts, Source, answer_hello
 from sidecar.replication.intake import Budget, Intake, split_writes
 from sidecar.replication.modes import PERFORMANCE
+from sidecar.replication.outgoing import frames_of
 from sidecar.replication.protocol import NONE_POSITION, ProtocolViolation, RecordFrame, Skip, encode
-from sidecar.replication.shipper import Shipper, ShipperOptions, frames_of
+from sidecar.replication.shipper import Shipper, ShipperOptions
 from sidecar.replication.states import Event
 from tests.support.replication import Crash, FakeClock, MemoryChannel, MemoryStore, channel_pair
 
