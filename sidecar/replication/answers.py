@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import TypeVar
 
 from consul_backend.errors import BackendError
@@ -100,7 +100,7 @@ async def answer_diff(
 
 async def answer_fetch(
     store: PrimaryStore, request: FetchRequest, *, mode: Mode, selected: Callable[[], Partitions] = everything
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The streamed body of the second round trip, in chunks of whole frames. When the store fails, or a filter
     withholds some of it meanwhile, the last frame says so; the secondary comes again. The caller has resolved the
     partitions that the request names, in the request's own selection."""

@@ -16,6 +16,7 @@ per request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -375,9 +376,15 @@ class PrimaryService:
             shipped.resolve(name)
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         await response.prepare(request)
-        async for chunk in answer_fetch(self._store, asked, mode=self._mode, selected=lambda: self._select(known.id)):
-            await response.write(chunk)
-        await response.write_eof()
+        async with contextlib.aclosing(
+            answer_fetch(self._store, asked, mode=self._mode, selected=lambda: self._select(known.id))
+        ) as chunks:
+            try:
+                async for chunk in chunks:
+                    await response.write(chunk)
+                await response.write_eof()
+            except ConnectionError:
+                logger.info("replication: secondary %s went away in the middle of its merkle sync", known.id)
         return response
 
     async def _forward(self, request: web.BaseRequest) -> web.StreamResponse:

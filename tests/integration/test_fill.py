@@ -1,0 +1,77 @@
+"""A fresh secondary is filled with progress, and one that was cut in the middle goes on from what it has."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from sidecar.replication.filling import SyncProgress
+from tests.support.replication_cluster import Cluster, Pair, PrimaryApi, Store, in_step, until
+
+ENTRIES = 6_000
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Pair]:
+    primary = await Cluster("us").start()
+    api = PrimaryApi()
+    await api.start()
+    await primary.manager.primary_enable("performance", "")
+    pair = Pair(primary, api, [])
+    yield pair
+    for cluster in (*pair.started, primary):
+        await cluster.stop()
+    await api.stop()
+
+
+def entries_of(store: Store) -> int:
+    return sum(key.startswith("r/m/") for key in store.data)
+
+
+def progress_of(secondary: Cluster) -> SyncProgress | None:
+    service = secondary.manager.performance.secondary
+    return service.sync_progress if service is not None else None
+
+
+async def test_a_fill_cut_twice_goes_on_and_tells_how_far_it_is(pair: Pair) -> None:
+    store = pair.primary.store
+    for start in range(0, ENTRIES, 50):
+        store.write(*((f"r/m/{number}", b"v" * 200) for number in range(start, start + 50)))
+    seen: list[SyncProgress] = []
+
+    async def cut_after(secondary: Cluster, entries: int) -> None:
+        """Stop it once it has so many; what it showed meanwhile is kept."""
+        async with asyncio.timeout(30):
+            while entries_of(secondary.store) < entries:
+                if progress := progress_of(secondary):
+                    seen.append(progress)
+                await asyncio.sleep(0)
+        assert isinstance(secondary.gates[-1], str), "nobody reads a mix"
+        status = await secondary.manager.status("performance")
+        shown = status["merkle_sync_progress"]
+        assert shown["sync_total_keys"] >= ENTRIES - shown["kept_keys"]
+        assert 0 < shown["sync_progress"] < shown["sync_total_keys"]
+        assert shown["bytes"] > 0
+        assert shown["eta_s"] > 0
+        gauges = secondary.manager.gauges()
+        assert gauges["replication.performance.sync.entries_done"] == shown["sync_progress"]
+        await secondary.stop()
+
+    fresh = await pair.activate()
+    await cut_after(fresh, 1_000)
+    again = await pair.start("eu", fresh.store)
+    await cut_after(again, 3_000)
+    kept = entries_of(again.store)
+    last = await pair.start("eu", again.store)
+    await until(lambda: in_step(pair.primary, last))
+    assert last.gates[-1] is None
+    service = last.manager.performance.secondary
+    assert service is not None
+    assert service.last_sync is not None
+    assert service.last_sync.keys <= ENTRIES - kept + 100, "what was here did not travel again"
+    assert service.last_sync.bytes < 400 * (ENTRIES - kept + 200)
+    assert seen[-1].kept > 900, "and it says so"
+    first = [one.done for one in seen if one.kept < 900]
+    assert first == sorted(first)
