@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -49,15 +50,15 @@ class RawAnswer:
 class ConsulServer:
     """``start`` it, then use ``address`` (``host:port``) with ``token``, which has the rights of the policy file only.
 
-    ``settings`` are merged into the agent's configuration. Data survive ``kill`` and ``restart``, not ``stop``; they
-    are in ``data_dir`` if that is given.
+    ``settings`` are merged into the agent's configuration. Data survive ``kill`` and ``restart``, not ``stop``. With
+    ``disk_can_fill``, :meth:`fill_disk` works.
     """
 
     def __init__(
-        self, *, acl: bool = True, settings: dict[str, Any] | None = None, data_dir: Path | None = None
+        self, *, acl: bool = True, settings: dict[str, Any] | None = None, disk_can_fill: bool = False
     ) -> None:
         self._acl = acl
-        self._data_dir = data_dir
+        self._disk_can_fill = disk_can_fill
         self._settings = settings or {}
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -130,6 +131,30 @@ class ConsulServer:
     def thaw(self) -> None:
         """Undo :meth:`freeze`."""
         self._signal(signal.SIGCONT)
+
+    def fill_disk(self) -> None:
+        """Leave no room: what is written beyond the present size of the server's log fails (EFBIG), as on a full disk.
+
+        A limit on the process does it, so no right to mount anything is needed; the limit is soft and can be raised
+        again by whoever set it. Raises ConsulFailed when it cannot be set."""
+        self._limit_files((self._home / "data" / "raft" / "raft.db").stat().st_size)
+
+    def free_disk(self) -> None:
+        """Undo :meth:`fill_disk`."""
+        self._limit_files(None)
+
+    def _limit_files(self, soft_bytes: int | None) -> None:
+        if self._process is None or not self._disk_can_fill:
+            raise ConsulFailed("only a local process that was started with disk_can_fill can run out of disk")
+        if self.running:
+            _, hard_bytes = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)
+            limits = (hard_bytes if soft_bytes is None else soft_bytes, hard_bytes)
+            resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, limits)
+
+    @property
+    def found_disk_full(self) -> bool:
+        """Whether the server has complained of it."""
+        return "file too large" in (self._home / "log").read_text(errors="replace")
 
     # -- talking to it
 
@@ -220,7 +245,7 @@ class ConsulServer:
             "server": True,
             "bootstrap_expect": 1,
             "node_name": f"test-{http}",
-            "data_dir": str(self._data_dir or self._home / "data"),
+            "data_dir": str(self._home / "data"),
             "bind_addr": "127.0.0.1",
             "client_addr": "127.0.0.1",
             "ports": ports,
@@ -239,7 +264,11 @@ class ConsulServer:
 
     def _spawn(self) -> None:
         binary = (self._home / "binary").read_text()
-        with (self._home / "log").open("ab") as log:
+        # A write past the limit on file sizes raises a signal, too, which would end the process: it inherits it blocked.
+        blocked = {signal.SIGXFSZ} if self._disk_can_fill else set()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        with (self._home / "log").open("ab") as log, contextlib.ExitStack() as after:
+            after.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             self._process = subprocess.Popen(
                 [binary, "agent", "-config-file", str(self._home / "agent.json")],
                 stdin=subprocess.DEVNULL,
