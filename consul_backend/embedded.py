@@ -19,7 +19,7 @@ from consul_backend.clock import Clock, SystemClock
 from consul_backend.embedded_engine import Beat, Engine
 from consul_backend.errors import AlreadyRunning, SentinelMissing, Unavailable
 from consul_backend.limits import Limits, require_fit, require_key, require_prefix
-from consul_backend.physical import SENTINEL_KEY, Item, TxnResult, writes_sentinel
+from consul_backend.physical import SENTINEL_KEY, Item, Names, TxnResult, writes_sentinel
 from consul_backend.txn import Op, require_session
 
 DATABASE_NAME = "outrider.db"
@@ -85,9 +85,19 @@ class EmbeddedStore:
         if prefix and not prefix.endswith("/"):
             raise ValueError(f"a list prefix ends in a slash: {prefix!r}")
         names = await self._run(self._hub.engine.list, require_prefix(prefix))
+        await self._require_sentinel()
+        return names
+
+    async def names_below(self, prefix: str, names_max: int, *, consistent: bool = False) -> Names | None:
+        if prefix and not prefix.endswith("/"):
+            raise ValueError(f"a list prefix ends in a slash: {prefix!r}")
+        names = await self._run(self._hub.engine.names_below, require_prefix(prefix), names_max)
+        await self._require_sentinel()
+        return names
+
+    async def _require_sentinel(self) -> None:
         if await self.get(SENTINEL_KEY) is None and self._sentinel_seen:
             raise SentinelMissing("the sentinel is gone: an empty or short list proves nothing")
-        return names
 
     async def txn(self, ops: Sequence[Op]) -> TxnResult:
         require_fit(ops, self.limits)

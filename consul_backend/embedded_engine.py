@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from consul_backend.errors import Corrupt, OutcomeUnknown, Unavailable
 from consul_backend.kv_rules import Beat, Rules
-from consul_backend.physical import Item, TxnResult
+from consul_backend.physical import Item, Names, TxnResult
 from consul_backend.txn import Op
 
 __all__ = ["Beat", "Engine"]
@@ -80,6 +80,11 @@ class Engine:
         """See :meth:`Rules.list`."""
         with self._open() as rules:
             return rules.list(prefix)
+
+    def names_below(self, prefix: str, names_max: int) -> Names | None:
+        """See :meth:`Rules.names_below`."""
+        with self._open() as rules:
+            return rules.names_below(prefix, names_max)
 
     def look(self, key: str, now_s: float) -> tuple[Item | None, int, int]:
         """See :meth:`Rules.look`."""
@@ -186,6 +191,14 @@ class _SqliteTable:
                 cursor = key + b"\0"
             if not rows:
                 return names
+
+    def names_below(self, prefix: str, names_max: int) -> Names | None:
+        start = prefix.encode()
+        end = start[:-1] + _AFTER_SLASH if start else b"\xff"
+        rows = self._db.execute(
+            "SELECT key FROM kv WHERE key >= ? AND key < ? ORDER BY key LIMIT ?", (start, end, names_max + 1)
+        ).fetchall()
+        return [key[len(start) :].decode() for (key,) in rows] if len(rows) <= names_max else None
 
 
 @contextmanager

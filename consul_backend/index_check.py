@@ -33,7 +33,9 @@ from consul_backend.txn import CheckIndex
 from consul_backend.wal import Head, Record, Write
 
 READ_AT_ONCE = 64
-LIST_AT_ONCE = 16
+READS_AT_ONCE = 4
+LISTS_AT_ONCE = 4
+NAMES_AT_ONCE = 8192
 FINDINGS_MAX = 100_000
 
 
@@ -165,17 +167,28 @@ async def scan(physical: PhysicalStore, generation: str, name: Name) -> AsyncIte
     folders: list[str] = [root]
     keys: deque[str] = deque()
     while folders or keys:
-        if folders and len(keys) < READ_AT_ONCE:
+        if folders and len(keys) < READ_AT_ONCE * READS_AT_ONCE:
             # Folders may hold one key each: they are listed side by side, and what they hold is read together.
-            batch, folders = folders[-LIST_AT_ONCE:], folders[:-LIST_AT_ONCE]
-            listings = await asyncio.gather(*(physical.list(folder, consistent=True) for folder in batch))
-            for folder, entries in zip(batch, listings, strict=True):
-                folders += [folder + entry for entry in entries if entry.endswith("/")]
-                keys += [folder + entry for entry in entries if not entry.endswith("/")]
+            batch, folders = folders[-LISTS_AT_ONCE:], folders[:-LISTS_AT_ONCE]
+            for found, deeper in await asyncio.gather(*(_listed(physical, folder) for folder in batch)):
+                keys += found
+                folders += deeper
             continue
-        piece = [keys.popleft() for _ in range(min(READ_AT_ONCE, len(keys)))]
-        items = await physical.get_many(piece, consistent=True)
-        yield [(decode_path(item.key.removeprefix(root)), item) for item in items if item is not None]
+        pieces = [
+            [keys.popleft() for _ in range(min(READ_AT_ONCE, len(keys)))]
+            for _ in range(min(READS_AT_ONCE, -(-len(keys) // READ_AT_ONCE)))
+        ]
+        for items in await asyncio.gather(*(physical.get_many(piece, consistent=True) for piece in pieces)):
+            yield [(decode_path(item.key.removeprefix(root)), item) for item in items if item is not None]
+
+
+async def _listed(physical: PhysicalStore, folder: str) -> tuple[list[str], list[str]]:
+    """Keys below a folder, and those folders in it that are still to be listed: none unless it holds too many keys."""
+    names = await physical.names_below(folder, NAMES_AT_ONCE, consistent=True)
+    if names is not None:
+        return [folder + name for name in names], []
+    level = [folder + entry for entry in await physical.list(folder, consistent=True)]
+    return [name for name in level if not name.endswith("/")], [name for name in level if name.endswith("/")]
 
 
 async def _check_partition(
@@ -198,18 +211,14 @@ async def _check_partition(
         progress.done = report.keys
         await asyncio.sleep(0)
     # Counters only say where to look: a commit during the scan makes them differ and changes nothing else.
-    for bucket, blob in list(_loaded_blobs(parts, name, report)):
-        if count_entries(blob) != met[bucket]:
-            for path, _ in unpack_entries(blob):
-                await _look_again(parts, prefix + path, parts.where(prefix + path), report)
-
-
-def _loaded_blobs(parts: Inspected, name: Name, report: CheckReport) -> list[tuple[int, bytes]]:
-    found: list[tuple[int, bytes]] = []
     for page in range(BUCKETS // SUBPAGES):
-        if (*name, page) not in report.damaged:
-            found += parts.forest.blobs(*name, page * SUBPAGES, (page + 1) * SUBPAGES)
-    return found
+        if (*name, page) in report.damaged:
+            continue
+        for bucket, blob in list(parts.forest.blobs(*name, page * SUBPAGES, (page + 1) * SUBPAGES)):
+            if count_entries(blob) != met[bucket]:
+                for path, _ in unpack_entries(blob):
+                    await _look_again(parts, prefix + path, parts.where(prefix + path), report)
+        await asyncio.sleep(0)
 
 
 async def _look_again(parts: Inspected, key: str, where: str, report: CheckReport) -> None:

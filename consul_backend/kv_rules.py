@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from consul_backend.errors import Conflict, OpFailure
-from consul_backend.physical import Item, TxnResult
+from consul_backend.physical import Item, Names, TxnResult
 from consul_backend.txn import (
     Cas,
     CheckIndex,
@@ -57,6 +57,9 @@ class Table(Protocol):
 
     def locked(self) -> Sequence[Item]:
         """Every row that a session holds."""
+
+    def names_below(self, prefix: str, names_max: int) -> Names | None:
+        """Every key that begins with ``prefix``, without it, in byte order; None when there are more."""
 
     def names(self, prefix: str) -> list[str]:
         """Names one level below ``prefix``, folders with a slash, in byte order."""
@@ -130,6 +133,10 @@ class Rules:
     def list(self, prefix: str) -> list[str]:
         """Names one level below ``prefix``, folders with a slash, in byte order."""
         return self._table.names(prefix)
+
+    def names_below(self, prefix: str, names_max: int) -> Names | None:
+        """Every name below ``prefix``, in byte order; None when there are more than ``names_max``."""
+        return self._table.names_below(prefix, names_max)
 
     def look(self, key: str, now_s: float) -> tuple[Item | None, int, int]:
         """For a watcher: the item, the index of its last change (or of the last deletion), the store's index."""

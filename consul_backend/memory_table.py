@@ -86,6 +86,10 @@ class MemoryTable:
             start = bisect_left(self._keys, prefix + name + _AFTER_SLASH, start, stop) if slash else start + 1
         return names
 
+    def names_below(self, prefix: str, names_max: int) -> list[str] | None:
+        start, stop = self._range(prefix)
+        return [key[len(prefix) :] for key in self._keys[start:stop]] if stop - start <= names_max else None
+
     def _range(self, prefix: str) -> tuple[int, int]:
         first = bisect_left(self._keys, prefix)
         return first, bisect_left(self._keys, prefix + "\x7f", first)

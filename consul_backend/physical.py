@@ -39,6 +39,10 @@ class TxnResult:
     items: tuple[Item, ...] = ()
 
 
+Names = list[str]
+"""For signatures in classes that have a method ``list``."""
+
+
 class PhysicalStore(Protocol):
     """Durable keys with conditional transactions, sessions and locks."""
 
@@ -65,6 +69,10 @@ class PhysicalStore(Protocol):
     async def list(self, prefix: str, *, consistent: bool = False) -> list[str]:
         """The names one level below ``prefix`` (which is ``""`` or ends in ``/``), each relative to it, folders with a
         trailing ``/``; sorted by bytes. The sentinel, once set, is checked in the same call: SentinelMissing."""
+
+    async def names_below(self, prefix: str, names_max: int, *, consistent: bool = False) -> Names | None:
+        """Every key that begins with ``prefix``, at any depth, else as :meth:`list`; None when there are more than
+        ``names_max``, or more than one answer is taken to hold: then go level by level."""
 
     async def txn(self, ops: Sequence[Op]) -> TxnResult:
         """Apply all operations or none. Raises Conflict, TooLarge, PermissionDenied, OutcomeUnknown, Unavailable

@@ -35,7 +35,7 @@ from consul_backend.limits import (
     require_prefix,
     require_shape,
 )
-from consul_backend.physical import SENTINEL_KEY, Item, TxnResult, writes_sentinel
+from consul_backend.physical import SENTINEL_KEY, Item, Names, TxnResult, writes_sentinel
 from consul_backend.probing import LimitsProbe
 from consul_backend.sessions import Sessions
 from consul_backend.transport import ANSWER_BYTES_MAX, Answer, AnswerTooBig, ConnectionLost, Transport
@@ -55,6 +55,7 @@ WRITE_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 5.0
 READ_DEADLINE_S = 15.0
 READ_ANSWER_BYTES_MAX = 2 * 2**20
+NAMES_ANSWER_BYTES_MAX = 2 * 2**20
 """Of one read of many keys: what is decoded at once must not hold up the event loop."""
 ABSENCE_ROUNDS_MAX = 10
 WATCH_MARGIN_S = 5.0
@@ -130,13 +131,23 @@ class ConsulStore:
         return items
 
     async def list(self, prefix: str, *, consistent: bool = False) -> list[str]:
+        return sorted(name for name in await self._names(prefix, "keys&separator=/", consistent) if name)
+
+    async def names_below(self, prefix: str, names_max: int, *, consistent: bool = False) -> Names | None:
+        try:
+            names = await self._names(prefix, "keys", consistent, NAMES_ANSWER_BYTES_MAX)
+        except AnswerTooBig:
+            return None
+        return sorted(names) if len(names) <= names_max else None
+
+    async def _names(self, prefix: str, what: str, consistent: bool, answer_bytes_max: int = ANSWER_BYTES_MAX) -> Names:
         if prefix and not prefix.endswith("/"):
             raise ValueError(f"a list prefix ends in a slash: {prefix!r}")
         full = self._prefix + require_prefix(prefix)
-        query = self._with_query("keys&separator=/", consistent)
+        query = self._with_query(what, consistent)
 
-        async def read() -> list[str]:
-            answer = await self._read("GET", f"/v1/kv/{full}", query)
+        async def read() -> Names:
+            answer = await self._read("GET", f"/v1/kv/{full}", query, answer_bytes_max=answer_bytes_max)
             if answer.status == 404:
                 return []
             return [name[len(full) :] for name in _decoded(decode_names, answer)]
@@ -145,7 +156,7 @@ class ConsulStore:
         # After the scan: a token that lost its rights in between cannot show the sentinel either.
         if await self.get(SENTINEL_KEY, consistent=True) is None and self._sentinel_seen:
             raise SentinelMissing("the sentinel is gone: an empty or short list proves nothing")
-        return sorted(name for name in names if name)
+        return names
 
     async def watch(self, key: str, index: int, wait_s: float) -> tuple[Item | None, int]:
         query = f"index={index}&wait={math.ceil(wait_s * 1000)}ms" if index > 0 else ""

@@ -25,7 +25,7 @@ from consul_backend.errors import BackendError, OutcomeUnknown, SentinelMissing,
 from consul_backend.kv_rules import Beat, Rules, SessionSnapshot
 from consul_backend.limits import Limits, require_fit, require_key, require_prefix
 from consul_backend.memory_table import MemoryTable
-from consul_backend.physical import SENTINEL_KEY, Item, TxnResult, writes_sentinel
+from consul_backend.physical import SENTINEL_KEY, Item, Names, TxnResult, writes_sentinel
 from consul_backend.testing_faults import Call, Journey, Network, PerfectNetwork
 from consul_backend.txn import Op, require_session
 
@@ -260,6 +260,12 @@ class SimulatedConsul:
             return self._deposed.names(prefix)
         return self.rules.list(prefix)
 
+    def names_below(self, prefix: str, names_max: int, stale: bool) -> list[str] | None:
+        """As :meth:`names`, at any depth."""
+        if stale and self._deposed is not None and self.now() < self._deposed_until:
+            return self._deposed.names_below(prefix, names_max)
+        return self.rules.names_below(prefix, names_max)
+
     def watch(self, request: _Request, key: str, index: int, wait_s: float) -> Any:
         """A blocking query arrives."""
         item, changed_at, store_index = self.rules.look(key, self.now())
@@ -382,6 +388,16 @@ class SimulatedStore:
             raise ValueError(f"a list prefix ends in a slash: {prefix!r}")
         require_prefix(prefix)
         names: list[str] = await self._read("list", partial(self._consul.names, prefix), consistent)
+        if await self.get(SENTINEL_KEY, consistent=True) is None and self._sentinel_seen:
+            raise SentinelMissing("the sentinel is gone: an empty or short list proves nothing")
+        return names
+
+    async def names_below(self, prefix: str, names_max: int, *, consistent: bool = False) -> Names | None:
+        if prefix and not prefix.endswith("/"):
+            raise ValueError(f"a list prefix ends in a slash: {prefix!r}")
+        require_prefix(prefix)
+        ask = partial(self._consul.names_below, prefix, names_max)
+        names: list[str] | None = await self._read("list", ask, consistent)
         if await self.get(SENTINEL_KEY, consistent=True) is None and self._sentinel_seen:
             raise SentinelMissing("the sentinel is gone: an empty or short list proves nothing")
         return names

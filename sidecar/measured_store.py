@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from consul_backend.limits import Limits
-from consul_backend.physical import Item, PhysicalStore, TxnResult
+from consul_backend.physical import Item, Names, PhysicalStore, TxnResult
 from consul_backend.txn import Op
 from sidecar.core.metrics import METRICS, Metrics
 
@@ -43,6 +43,10 @@ class MeasuredStore:
     async def list(self, prefix: str, *, consistent: bool = False) -> list[str]:
         with self._metrics.timer("consul.list"):
             return await self._store.list(prefix, consistent=consistent)
+
+    async def names_below(self, prefix: str, names_max: int, *, consistent: bool = False) -> Names | None:
+        with self._metrics.timer("consul.list"):
+            return await self._store.names_below(prefix, names_max, consistent=consistent)
 
     async def txn(self, ops: Sequence[Op]) -> TxnResult:
         with self._metrics.timer("consul.transaction"):

@@ -330,6 +330,19 @@ async def test_list_shows_one_level_sorted_by_bytes(store: PhysicalStore) -> Non
     assert await store.list("nowhere/") == []
 
 
+async def test_names_below_shows_every_level_unless_there_are_too_many(store: PhysicalStore) -> None:
+    names = ["b", "a-b", "a/x", "a/y/z", "B", "_", "a", "a_/q"]
+    await store.txn([Set(f"top/{name}", b"") for name in names])
+    found = await store.names_below("top/", len(names), consistent=True)
+    assert found == ["B", "_", "a", "a-b", "a/x", "a/y/z", "a_/q", "b"]
+    assert await store.names_below("top/", len(names) - 1) is None
+    assert await store.names_below("top/a/", 2) == ["x", "y/z"]
+    assert await store.names_below("", 100) == [f"top/{name}" for name in found]
+    assert await store.names_below("nowhere/", 0) == []
+    with pytest.raises(ValueError, match="ends in a slash"):
+        await store.names_below("top", 100)
+
+
 async def test_a_key_may_be_asked_for_twice(store: PhysicalStore) -> None:
     await store.txn([Set("a", b"1")])
     found = await store.get_many(["a", "nothing", "a", "nothing"])
@@ -350,6 +363,8 @@ async def test_a_sentinel_that_is_gone_stops_every_list(store: PhysicalStore) ->
     for prefix in ("", "empty/"):
         with pytest.raises(SentinelMissing):
             await store.list(prefix)
+        with pytest.raises(SentinelMissing):
+            await store.names_below(prefix, 100)
 
 
 async def test_a_sentinel_found_at_opening_counts(bench: Bench) -> None:

@@ -39,6 +39,7 @@ from consul_backend.txn import (
 OPERATIONS = int(os.environ.get("CONFORMANCE_OPS", "3000"))
 SEED = int(os.environ.get("CONFORMANCE_SEED", "1"))
 BEAT_TTL_S = 60.0
+NAMES_MAX = 4
 BEAT_EVERY = 500
 """Operations between two beats: no session may end by itself meanwhile."""
 LOCK_DELAY_S = 60.0
@@ -163,7 +164,8 @@ class Player:
         return [self._plain(item) for item in await self.store.get_many(keys, consistent=consistent)]
 
     async def _list(self, prefix: str, consistent: bool) -> object:
-        return await self.store.list(prefix, consistent=consistent)
+        level = await self.store.list(prefix, consistent=consistent)
+        return level, await self.store.names_below(prefix, NAMES_MAX, consistent=consistent)
 
     async def _watch(self, key: str, which: str) -> object:
         """A blocking query that has its answer already."""

@@ -264,7 +264,7 @@ class ConsulServer:
 
     def _spawn(self) -> None:
         binary = (self._home / "binary").read_text()
-        # A write past the limit on file sizes raises a signal, too, which would end the process: it inherits it blocked.
+        # A write past the limit on file sizes also raises a signal, which would end the process: inherited blocked.
         blocked = {signal.SIGXFSZ} if self._disk_can_fill else set()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         with (self._home / "log").open("ab") as log, contextlib.ExitStack() as after:

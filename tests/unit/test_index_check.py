@@ -6,6 +6,7 @@ import random
 import msgspec
 import pytest
 
+from consul_backend import index_check
 from consul_backend.errors import FenceLost, ForeignWrite, IndexDamaged, OutcomeUnknown
 from consul_backend.failpoint import FailpointHit, arm, disarm
 from consul_backend.index_check import Kind, Progress, check
@@ -282,6 +283,22 @@ async def test_a_deposed_node_reports_no_damage(cluster):
         await entries(store)
         with pytest.raises(FenceLost):
             await checked(old)
+
+
+@pytest.mark.parametrize("names_max", [1, 3, 50, 10_000])
+async def test_every_key_is_met_however_few_names_come_at_once(cluster, names_max, monkeypatch):
+    """What is listed level by level, and what in one answer, is the same; and both find the one that is planted."""
+    monkeypatch.setattr(index_check, "NAMES_AT_ONCE", names_max)
+    async with cluster.running(KEEP) as store:
+        await entries(store)
+        for name in ("f1/deep/er/one", "top"):
+            await store.commit([Write(key(name), b"1")])
+        report = await checked(store)
+        assert not report.corrupted
+        assert report.keys == sum(store.forest.count(cls, PARTITION) for cls in "rl") + 1
+        await cluster.inner.txn([Set(where(key("f1/deep/planted")), b"1"), Delete(where(key("top")))])
+        found = {finding.key: finding.kind for finding in (await checked(store)).findings}
+        assert found == {key("f1/deep/planted"): Kind.EXTRA, key("top"): Kind.LOST}
 
 
 async def test_progress_moves(cluster):
