@@ -33,7 +33,7 @@ EXPLAINED = ROOT / "docs" / "mutants.md"
 TESTS = {
     "consul_backend.batching": ["batching", "packing_machine"],
     "consul_backend.checkpoint": ["checkpoint"],
-    "consul_backend.extents": ["merkle"],
+    "consul_backend.extents": ["extents", "merkle"],
     "consul_backend.fenced": ["fenced", "replicated"],
     "consul_backend.heads": ["heads", "lazy_index"],
     "consul_backend.keys": ["keys"],
