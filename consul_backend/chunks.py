@@ -32,6 +32,9 @@ from consul_backend.txn import CheckIndex, DeleteTree, Set
 log = logging.getLogger("core.chunks")
 
 CHUNK_BYTES_MAX = 192 * 1024
+CHUNKS_MAX = 16_384
+"""Of one value: 64 MiB in the smallest pieces are less. A foreign manifest must not make anybody count further."""
+
 _READ_AT_ONCE = 8
 _FRAME_BYTES = 4096  # guards, names and JSON around one chunk
 _RETRY_PAUSE_S = 0.5
@@ -77,9 +80,10 @@ def decode_manifest(stored: bytes) -> Manifest | None:
     if not stored.startswith(MANIFEST_MAGIC):
         return None
     try:
-        return _decode_manifest(stored[len(MANIFEST_MAGIC) :])
+        manifest = _decode_manifest(stored[len(MANIFEST_MAGIC) :])
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
+    return manifest if 0 <= manifest.count <= CHUNKS_MAX else None
 
 
 async def read_value(physical: PhysicalStore, generation: str, stored: bytes, *, consistent: bool) -> bytes | None:
@@ -94,6 +98,12 @@ async def read_value(physical: PhysicalStore, generation: str, stored: bytes, *,
         pieces += [item.value for item in items if item is not None]
     value = b"".join(pieces)
     return value if len(pieces) == manifest.count and len(value) == manifest.size_bytes else None
+
+
+def split(value: bytes, limits: Limits) -> list[bytes]:
+    """A value in pieces that each fit a transaction of their own; none for an empty one."""
+    size = min(CHUNK_BYTES_MAX, limits.value_bytes_max, (limits.body_bytes_max - _FRAME_BYTES) // 4 * 3)
+    return [value[start : start + size] for start in range(0, len(value), size)]
 
 
 class Chunks:
@@ -123,8 +133,7 @@ class Chunks:
     async def write(self, name: str, key: str, where: str, value: bytes, digest: bytes, limits: Limits) -> bytes:
         """Store a value's chunks under a fresh name; returns the manifest. Raises FenceLost, TooLarge; goes on through
         what passes."""
-        size = min(CHUNK_BYTES_MAX, limits.value_bytes_max, (limits.body_bytes_max - _FRAME_BYTES) // 4 * 3)
-        pieces = [value[start : start + size] for start in range(0, len(value), size)]
+        pieces = split(value, limits)
         self._writing.add(name)
         meta = _encode(Meta(where, key, digest))
         await self._put(chunk_prefix(self._generation, name) + "meta", meta)

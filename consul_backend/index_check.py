@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from consul_backend.chunks import Chunks
 from consul_backend.errors import Corrupt
 from consul_backend.fenced import require_tenure
 from consul_backend.keys import decode_path, decode_segment, encode_partition, encode_path
@@ -66,11 +67,13 @@ class Inspected:
     waits for commits in flight that touch the key, ``pending(key)`` says whether any is queued or in flight;
     ``elsewhere(key)`` says that the key's value is on its way to the
     data key and readers have it from memory meanwhile. ``stored(index)`` waits until the index is, up to that record.
+    ``fresh_name()`` has never been the name of chunks.
     """
 
     physical: PhysicalStore
     generation: str
     tenure: Tenure
+    chunks: Chunks
     forest: Forest
     table: ExtentTable
     lazy: LazyIndex
@@ -84,6 +87,7 @@ class Inspected:
     settled: Callable[[str], Awaitable[bool]]
     pending: Callable[[str], bool]
     elsewhere: Callable[[str], bool]
+    fresh_name: Callable[[], str]
 
     def where(self, key: str) -> str:
         """The physical data key."""

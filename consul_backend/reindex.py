@@ -2,16 +2,14 @@
 
 The index, backed by the log, says what the data must be; never the other way round. So of what a check found:
 
-=========  ============================================================================================================
-foreign    the value is put aside (*quarantine*) and the right one restored from the log. Not in the log: stays as it is
+=========  =====================================================================================================foreign    the value is put aside (*quarantine*) and the right one restored from the log. Not in the log: stays as it is
            and reads of the key go on failing, until ``force`` puts it aside and deletes the entry by an ordinary commit
 extra      put aside: the index proves that the key does not exist
 lost       absence is proved; restored from the log. Not in the log: stays until ``force`` deletes the entry by a commit
 page       of the index, damaged in the store: taken from the data keys if these have exactly the digest that is known
            of the page; else only with ``force``
 extent     of the index, damaged in the store and right in memory: written anew
-=========  ============================================================================================================
-
+=========  =====================================================================================================
 What ``force`` would delete is counted first: more than the allowance goes only where the operator named the number.
 Every change is one fenced transaction that names the ModifyIndex it saw, so a commit that comes first wins. Cancelling
 between two of them leaves nothing half done; a second run finds the rest.
@@ -28,6 +26,8 @@ from hashlib import blake2b
 import msgspec
 
 from consul_backend.allowance import DeleteAllowance
+from consul_backend.batching import MANIFEST_MAGIC
+from consul_backend.chunks import split
 from consul_backend.errors import Conflict, OutcomeUnknown, TooLarge
 from consul_backend.failpoint import failpoint
 from consul_backend.fenced import fenced_txn
@@ -42,6 +42,8 @@ from consul_backend.wal import Write
 from consul_backend.wal_reader import RecordGone
 
 log = logging.getLogger("core.reindex")
+
+_encode = msgspec.msgpack.Encoder().encode
 
 _RECORDS_AT_ONCE = 64
 _ATTEMPTS = 5
@@ -81,11 +83,14 @@ class ReindexReport:
 
 
 class Quarantined(msgspec.Struct, frozen=True, array_like=True):
-    """What was put aside: the logical key, the ModifyIndex and the bytes found there."""
+    """What was put aside: the logical key, the ModifyIndex and the bytes found there, or piece ``number`` of ``count``
+    of them."""
 
     key: str
     modify_index: int
     value: bytes
+    number: int = 0
+    count: int = 1
 
 
 def quarantine_prefix(generation: str) -> str:
@@ -94,7 +99,7 @@ def quarantine_prefix(generation: str) -> str:
 
 
 def quarantine_key(generation: str, key: str, item: Item) -> str:
-    """Where one foreign value is put aside: once per key and ModifyIndex."""
+    """Where one foreign value is put aside: once per key and ModifyIndex. Pieces after the first add their number."""
     cls, partition, path = key.split("/", 2)
     name = blake2b(f"{item.modify_index}/{path}".encode(), digest_size=16).hexdigest()
     return f"{quarantine_prefix(generation)}{encode_partition(cls, partition)}/{name}"
@@ -199,16 +204,17 @@ async def _repair(
             return
         if now.digest != finding.digest:
             value = None  # written since, and wrong again: the log was read before
-        item = await parts.physical.get(finding.where, consistent=True)
-        ops = _repair_ops(parts, now, item, value)
-        if ops is None:
+        if now.kind is not Kind.EXTRA and value is None:
             break
+        item = await parts.physical.get(finding.where, consistent=True)
         try:
-            await fenced_txn(parts.physical, parts.tenure, ops, parts.newest())
+            if item is not None:
+                await _put_aside(parts, finding.key, item)
+            await _put_right(parts, now, item, value)
         except (Conflict, OutcomeUnknown):
             continue  # looked at anew
-        except TooLarge:
-            report.unresolved += 1  # known, but too large to be put back here: writing it again does
+        except TooLarge:  # the limits shrink at this moment
+            report.unresolved += 1
             return
         report.quarantined += item is not None
         report.restored += now.kind is not Kind.EXTRA
@@ -216,25 +222,46 @@ async def _repair(
     await _give_up(parts, finding, options, report)
 
 
-def _repair_ops(parts: Inspected, finding: Finding, item: Item | None, value: bytes | None) -> list[Op] | None:
-    """The transaction that puts right what is known; None when the right value is not."""
-    if finding.kind is not Kind.EXTRA and value is None:
-        return None
-    ops: list[Op] = []
-    if item is None:
-        ops.append(CheckNotExists(finding.where))
+async def _put_aside(parts: Inspected, key: str, item: Item) -> None:
+    """Keep what is stored, in as many pieces as its size needs: they are written before the value is replaced, and
+    again, the same, when that was cut short. Raises as :func:`~consul_backend.fenced.fenced_txn`."""
+    name = quarantine_key(parts.generation, key, item)
+    pieces = split(item.value, parts.physical.limits) or [b""]
+    for number, piece in enumerate(pieces):
+        aside = _encode(Quarantined(key, item.modify_index, piece, number, len(pieces)))
+        ops: list[Op] = [
+            CheckIndex(item.key, item.modify_index),
+            Set(f"{name}-{number:04d}" if number else name, aside),
+        ]
+        await fenced_txn(parts.physical, parts.tenure, ops, parts.newest())
+
+
+async def _put_right(parts: Inspected, finding: Finding, item: Item | None, value: bytes | None) -> None:
+    """Store what is known to be right in place of ``item``; a value that fits no transaction as chunks. Raises as
+    :func:`~consul_backend.fenced.fenced_txn`."""
+    where = finding.where
+    seen = CheckIndex(where, item.modify_index) if item is not None else CheckNotExists(where)
+    chunks, name = parts.chunks, ""
+    if value is None:
+        change: Op = Delete(where)
+    elif value.startswith(MANIFEST_MAGIC) or len(split(value, parts.physical.limits)) > 1:
+        name = parts.fresh_name()
+        digest = finding.digest or b""
+        change = Set(where, await chunks.write(name, finding.key, where, value, digest, parts.physical.limits))
     else:
-        ops += _put_aside(parts, finding.key, item)
-    if value is not None:
-        ops.append(Set(finding.where, value))
-    elif item is not None:
-        ops.append(Delete(finding.where))
-    return ops
-
-
-def _put_aside(parts: Inspected, key: str, item: Item) -> list[Op]:
-    aside = msgspec.msgpack.encode(Quarantined(key, item.modify_index, item.value))
-    return [CheckIndex(item.key, item.modify_index), Set(quarantine_key(parts.generation, key, item), aside)]
+        change = Set(where, value)
+    try:
+        await fenced_txn(parts.physical, parts.tenure, [seen, change], parts.newest())
+    except OutcomeUnknown:
+        raise  # the data key may name the chunks: the sweep of the next tenure judges them
+    except BaseException:
+        if name:
+            chunks.given_up(name)
+        raise
+    if name:
+        chunks.adopted(finding.key, name)
+    else:
+        chunks.replaced(finding.key)
 
 
 async def _give_up(parts: Inspected, finding: Finding, options: ReindexOptions, report: ReindexReport) -> None:
@@ -246,7 +273,7 @@ async def _give_up(parts: Inspected, finding: Finding, options: ReindexOptions, 
     item = await parts.physical.get(finding.where, consistent=True)
     if item is not None:
         try:
-            await fenced_txn(parts.physical, parts.tenure, _put_aside(parts, finding.key, item), parts.newest())
+            await _put_aside(parts, finding.key, item)
             report.quarantined += 1
         except (Conflict, OutcomeUnknown, TooLarge):
             report.unresolved += 1

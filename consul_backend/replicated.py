@@ -87,6 +87,7 @@ class ReplicatedStore:
         self._lazy = recovered.lazy
         self._segment_bytes = recovered.segment_bytes
         self._recovered_case, self._redone = recovered.case, recovered.redone
+        self._random_bytes = random_bytes
         self._cache = ValueCache(options.cache_bytes_max)
         self._names = NameCache(options.names_bytes_max)
         self._ring = RecordRing(options.ring_records_max, options.ring_bytes_max)
@@ -215,6 +216,7 @@ class ReplicatedStore:
             self._physical,
             self.generation,
             self.tenure,
+            self._chunks,
             self.forest,
             self._table,
             self._lazy,
@@ -228,6 +230,7 @@ class ReplicatedStore:
             settled=lambda key: self._group_commit.settled(lambda entries: key in entries),
             pending=lambda key: self._group_commit.pending(key) or self._large.pending(key),
             elsewhere=lambda key: self._large.overlay.get(key) is not None,
+            fresh_name=lambda: f"reindex-{self._random_bytes(16).hex()}",
         )
 
     # -- reading

@@ -7,13 +7,15 @@ import msgspec
 import pytest
 
 from consul_backend import index_check
-from consul_backend.errors import FenceLost, ForeignWrite, IndexDamaged, OutcomeUnknown
+from consul_backend.chunks import CHUNKS_MAX, Manifest, decode_manifest, encode_manifest
+from consul_backend.errors import FenceLost, ForeignWrite, IndexDamaged, OutcomeUnknown, TooLarge
 from consul_backend.failpoint import FailpointHit, arm, disarm
 from consul_backend.index_check import Kind, Progress, check
+from consul_backend.limits import Limits, body_bytes
 from consul_backend.merkle import SUBPAGES, bucket_of
 from consul_backend.reindex import Quarantined, ReindexOptions, quarantine_prefix, reindex
 from consul_backend.replicated import StoreOptions, physical_key
-from consul_backend.txn import Delete, Set
+from consul_backend.txn import CheckNotExists, Delete, Set
 from consul_backend.wal import Write
 from tests.support.store import GENERATION, PARTITION, key, memory_cluster
 from tests.unit.test_lazy_index import LAZY, damage, extent_keys, fill, page_of
@@ -148,6 +150,96 @@ async def test_entries_of_a_large_batch_are_healed_whole_from_its_parts(cluster)
             await cluster.inner.txn([Set(where(name), b"foreign")])
         done = await repaired(store)
         assert (done.restored, done.quarantined, done.unresolved) == (40, 40, 0)
+        await cluster.check(store)
+
+
+SWEEP = StoreOptions(segment_records=8, flush_interval_s=0.01, collect_interval_s=0.01)
+
+
+def largest(name):
+    """Random bytes, as many as one transaction takes: not with a guard more, nor with a second copy's frame around."""
+    limits = Limits()
+    return random.Random(1).randbytes((limits.body_bytes_max - body_bytes([Set(where(name), b"")])) // 4 * 3)
+
+
+async def swept_down_to(cluster, values):
+    """Until the chunks of so many values are stored."""
+    while len(await cluster.inner.list(f"g/{GENERATION}/b/")) != values:  # noqa: ASYNC110 - a deletion in the store
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", [Kind.FOREIGN, Kind.EXTRA])
+async def test_a_foreign_value_as_large_as_consul_takes_is_put_aside_in_pieces(cluster, kind):
+    async with cluster.running(KEEP) as store:
+        data = await entries(store)
+        victim = sorted(data)[3] if kind is Kind.FOREIGN else key("planted")
+        foreign = largest(victim)
+        with pytest.raises(TooLarge):
+            await cluster.inner.txn([CheckNotExists("not/there"), Set(where(victim), foreign)])
+        await cluster.inner.txn([Set(where(victim), foreign)])
+        done = await repaired(store)
+        assert (done.quarantined, done.restored, done.unresolved) == (1, kind is Kind.FOREIGN, 0)
+        await cluster.check(store)
+        raw = await quarantined(cluster)
+        pieces = [msgspec.msgpack.decode(raw[name], type=Quarantined) for name in sorted(raw)]
+        assert len(pieces) == 2
+        assert [(one.key, one.number, one.count) for one in pieces] == [(victim, number, 2) for number in range(2)]
+        assert b"".join(one.value for one in pieces) == foreign
+
+
+@pytest.mark.parametrize("how", ["overwritten", "deleted"])
+async def test_a_value_that_fits_no_transaction_is_put_back_in_chunks(cluster, how):
+    """Also when what stands in its place is as large, and twice: the chunks of before are garbage then."""
+    async with cluster.running(SWEEP) as store:
+        victim, value = key("big"), random.Random(2).randbytes(900_000)
+        await store.commit([Write(victim, value)])
+        await store.rolled()
+        for _ in range(2):
+            op = Delete(where(victim)) if how == "deleted" else Set(where(victim), largest(victim))
+            await cluster.inner.txn([op])
+            done = await repaired(store)
+            assert (done.quarantined, done.restored, done.unresolved) == (how == "overwritten", 1, 0)
+            assert await store.get(victim) == value
+            assert not (await checked(store)).corrupted
+        await cluster.check(store)
+    async with cluster.running(SWEEP) as store:
+        assert await store.get(victim) == value
+        await swept_down_to(cluster, 1)
+        (name,) = await cluster.inner.list(f"g/{GENERATION}/b/")
+        assert name.startswith("reindex-")
+
+
+async def test_a_repair_in_chunks_that_a_commit_overtakes_leaves_no_garbage(cluster):
+    async with cluster.running(SWEEP) as store:
+        victim, value = key("big"), random.Random(3).randbytes(500_000)
+        await store.commit([Write(victim, value)])
+        await store.rolled()
+        await cluster.inner.txn([Set(where(victim), b"foreign")])
+        newer = []
+
+        def write_too(ops):
+            if not newer and any(isinstance(op, Set) and "/b/reindex-" in op.key for op in ops):
+                newer.append(asyncio.create_task(store.commit([Write(victim, b"newer")])))
+
+        cluster.physical.fault = write_too
+        done = await repaired(store)
+        await newer[0]
+        assert done.clean
+        assert await store.get(victim) == b"newer"
+        await swept_down_to(cluster, 0)
+        await cluster.check(store)
+
+
+async def test_a_manifest_that_a_stranger_wrote_is_not_counted_to_its_end(cluster):
+    async with cluster.running(KEEP) as store:
+        data = await entries(store, 50)
+        victim = sorted(data)[3]
+        for count in (CHUNKS_MAX + 1, 2**60, -1):
+            stranger = encode_manifest(Manifest("x", count, 2**62))
+            assert decode_manifest(stranger) is None
+            await cluster.inner.txn([Set(where(victim), stranger)])
+            assert (await repaired(store)).restored == 1
+        assert decode_manifest(encode_manifest(Manifest("x", CHUNKS_MAX, 1))) == Manifest("x", CHUNKS_MAX, 1)
         await cluster.check(store)
 
 
