@@ -254,6 +254,31 @@ def test_an_overwritten_entry_is_not_served(server: ConsulServer, tmp_path: Path
         assert cluster.call("GET", f"{MOUNT}/mine").data == {"v": "mine"}
 
 
+def test_a_value_as_large_as_consul_takes_is_put_aside_and_healed(server: ConsulServer, tmp_path: Path) -> None:
+    """Neither it nor what is right, which is larger still, fits a transaction with guards."""
+    right = "x" * 700_000
+    with cluster_on(server, tmp_path) as cluster:
+        assert put(cluster, "big", right).status == 204
+        assert put(cluster, "small", "1").status == 204
+        for name, value in (("big", right), ("small", "1")):
+            there = f"/{name}"
+            cluster.nodes[0].wait_until(
+                "roll it forward",
+                lambda there=there: any(one.endswith(there) for one in names(server, cluster, "/d/r/")),
+            )
+            server.raw_put(data_key(server, cluster, name), bytes(512 * 1024))
+            cluster.nodes[0].stop()
+            cluster.start()
+            cluster.unseal()
+            assert cluster.call("GET", f"{MOUNT}/{name}").errors == ["stored data failed its integrity check"]
+            reply = cluster.call("POST", "sys/replication/reindex")
+            assert reply.status in (200, 204), reply
+            cluster.nodes[0].wait_until("heal it", lambda name=name: get(cluster, name).status == 200)
+            assert get(cluster, name).data == {"v": value}
+        report = cluster.call("POST", "sys/replication/merkle-check").data["merkle_corruption_report"]
+        assert not report["corrupted_root"], report
+
+
 # -- rights
 
 READ_ONLY = POLICY_FILE.read_text().replace(
