@@ -19,6 +19,7 @@ from aiohttp.web_exceptions import HTTPBadRequest
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from sidecar.api import envelopes, json_codec
+from sidecar.api.patience import Patience
 
 log = logging.getLogger("http")
 
@@ -31,8 +32,8 @@ _PIPELINE_MAX = 32
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Deadlines in seconds, 0 for none: from a request's first byte, or the connection's beginning, to the end of its
-    head; and for a client to go on reading."""
+    """Deadlines in seconds of a loop that turns (:mod:`sidecar.api.patience`), 0 for none: from a request's first byte,
+    or the connection's beginning, to the end of its head; and for a client to go on reading."""
 
     head_s: float = 10.0
     write_s: float = 60.0
@@ -49,8 +50,8 @@ class Connection(RequestHandler):
         super().__init__(manager, loop=loop, read_bufsize=READ_BYTES, **settings)
         self.client_host = client_host
         self._times = times
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
+        self._head_timer: Patience | None = None
+        self._write_timer: Patience | None = None
         self._parser = HttpRequestParserPy(
             self,
             loop,
@@ -81,7 +82,7 @@ class Connection(RequestHandler):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._times.write_s:
-            self._write_timer = self._loop.call_later(self._times.write_s, self._give_up, "answer")
+            self._write_timer = Patience(self._loop, self._times.write_s, lambda: self._give_up("answer"))
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -94,7 +95,7 @@ class Connection(RequestHandler):
 
     def _expect_head(self) -> None:
         if self._times.head_s:
-            self._head_timer = self._loop.call_later(self._times.head_s, self._give_up, "head")
+            self._head_timer = Patience(self._loop, self._times.head_s, lambda: self._give_up("head"))
 
     def _forget_head_timer(self) -> None:
         _cancel(self._head_timer)
@@ -129,7 +130,7 @@ class Connection(RequestHandler):
         return response
 
 
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: Patience | None) -> None:
     if timer is not None:
         timer.cancel()
 

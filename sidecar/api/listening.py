@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from sidecar.api.patience import patience
 from sidecar.api.proxy_protocol import NO_HEADER, V2_BYTES_MAX, Header, MalformedHeader, ProxyRule, parse
 
 log = logging.getLogger("http")
@@ -25,6 +26,8 @@ log = logging.getLogger("http")
 BACKLOG = 512
 HANDSHAKE_TIMEOUT_S = 5.0
 HEADER_TIMEOUT_S = 5.0
+# asyncio's own timer goes by the clock; ours by the loop's turns decides. Its own is for a loop that never recovers.
+_ASYNCIO_HANDSHAKE_S = 600.0
 _ACCEPT_RETRY_S = 0.1
 
 ProtocolFactory = Callable[[str], asyncio.Protocol]
@@ -41,7 +44,8 @@ class SocketAccess:
 
 
 class Listening:
-    """Listening sockets of one server. ``connections_max`` bounds the connections that wait for their PROXY header."""
+    """Listening sockets of one server. ``connections_max`` bounds the connections of each that wait for their PROXY
+    header or handshake."""
 
     def __init__(self, factory: ProtocolFactory, *, connections_max: int) -> None:
         self._factory = factory
@@ -60,24 +64,17 @@ class Listening:
     async def tcp(self, host: str, port: int, tls: ssl.SSLContext | None, proxy: ProxyRule | None) -> tuple[str, int]:
         """Open a TCP socket; returns its (host, port), which matters for port 0. Raises OSError."""
         loop = asyncio.get_running_loop()
-        if proxy is None:
-            server = await loop.create_server(
-                lambda: self._factory(""),
-                host,
-                port,
-                ssl=tls,
-                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls else None,
-                backlog=BACKLOG,
-            )
+        if proxy is None and tls is None:
+            server = await loop.create_server(lambda: self._factory(""), host, port, backlog=BACKLOG)
             self._servers.append(server)
             bound = server.sockets[0].getsockname()
         else:
-            infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            listener = socket.create_server(infos[0][4][:2], family=infos[0][0], backlog=BACKLOG)
-            listener.setblocking(False)
-            self._sockets.append(listener)
-            self._accepting.append(asyncio.create_task(self._accept(listener, tls, proxy), name="accept"))
-            bound = listener.getsockname()
+            listeners = await _listen(host, port)
+            self._sockets.extend(listeners)
+            self._accepting.extend(
+                asyncio.create_task(self._accept(each, tls, proxy), name="accept") for each in listeners
+            )
+            bound = listeners[0].getsockname()
         self._addresses.append((bound[0], bound[1]))
         return self._addresses[-1]
 
@@ -103,9 +100,9 @@ class Listening:
                 os.unlink(path)
         self._servers, self._accepting, self._sockets, self._paths, self._addresses = [], [], [], [], []
 
-    # -- with a PROXY header
+    # -- with TLS or a PROXY header: what comes before the first byte of HTTP has its own deadline
 
-    async def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None, proxy: ProxyRule) -> None:
+    async def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None, proxy: ProxyRule | None) -> None:
         """Take connections until cancelled; none of them can end it, whatever it sends."""
         loop = asyncio.get_running_loop()
         free = asyncio.Semaphore(self._connections_max)
@@ -119,33 +116,61 @@ class Listening:
                     log.warning("a connection could not be accepted: %s", error)
                     await asyncio.sleep(_ACCEPT_RETRY_S)  # out of file descriptors, mostly: not in a hot loop
                     continue
-                task = tasks.create_task(self._introduce(connection, tls, proxy), name="proxy header")
+                task = tasks.create_task(self._introduce(connection, tls, proxy), name="connection")
                 task.add_done_callback(lambda _: free.release())
 
-    async def _introduce(self, connection: socket.socket, tls: ssl.SSLContext | None, proxy: ProxyRule) -> None:
-        """Read the header of one connection and hand the connection over."""
+    async def _introduce(self, connection: socket.socket, tls: ssl.SSLContext | None, proxy: ProxyRule | None) -> None:
+        """Read the header of one connection, if there is to be one, and hand the connection over."""
         loop = asyncio.get_running_loop()
         ours = True
         try:
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            peer = str(connection.getpeername()[0])
-            if proxy.refuses(peer):
-                log.warning("a connection from %s was closed: not one of proxy_protocol_authorized_addrs", peer)
-                return
-            async with asyncio.timeout(HEADER_TIMEOUT_S):
-                header = await _take_header(loop, connection)
-            client = header.client if proxy.trusts(peer) else ""
-            handshake_s = HANDSHAKE_TIMEOUT_S if tls else None
+            client = ""
+            if proxy is not None:
+                client = await _client_of(loop, connection, proxy)
             ours = False  # from here on the loop closes it, also when the handshake fails
-            await loop.connect_accepted_socket(
-                lambda: self._factory(client), connection, ssl=tls, ssl_handshake_timeout=handshake_s
-            )
+            async with patience(HANDSHAKE_TIMEOUT_S if tls else 0.0):
+                await loop.connect_accepted_socket(
+                    lambda: self._factory(client),
+                    connection,
+                    ssl=tls,
+                    ssl_handshake_timeout=_ASYNCIO_HANDSHAKE_S if tls else None,
+                )
         except (OSError, TimeoutError, MalformedHeader) as error:
             log.debug("a connection was closed before its first request: %s: %s", type(error).__name__, error)
         finally:
             if ours:
                 connection.close()
+
+
+async def _listen(host: str, port: int) -> list[socket.socket]:
+    """A listening socket for each address of ``host``. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    infos = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listeners: list[socket.socket] = []
+    try:
+        for family, address in dict.fromkeys((info[0], info[4]) for info in infos):
+            listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+            listeners.append(listener)
+            listener.setblocking(False)
+    except OSError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+async def _client_of(loop: asyncio.AbstractEventLoop, connection: socket.socket, proxy: ProxyRule) -> str:
+    """The client's address as the proxy tells it, empty where the proxy is not believed. Raises ConnectionError for one
+    that is refused, TimeoutError, MalformedHeader, OSError."""
+    peer = str(connection.getpeername()[0])
+    if proxy.refuses(peer):
+        log.warning("a connection from %s was closed: not one of proxy_protocol_authorized_addrs", peer)
+        raise ConnectionAbortedError("not one of proxy_protocol_authorized_addrs")
+    async with patience(HEADER_TIMEOUT_S):
+        header = await _take_header(loop, connection)
+    return header.client if proxy.trusts(peer) else ""
 
 
 async def _take_header(loop: asyncio.AbstractEventLoop, connection: socket.socket) -> Header:

@@ -25,6 +25,7 @@ from sidecar.api import envelopes, json_codec, paths
 from sidecar.api.client_address import HEADER, AddressRefused, ForwardedFor
 from sidecar.api.connection import SERVER_NAME, Connection, Server, Times
 from sidecar.api.listening import Listening, SocketAccess
+from sidecar.api.patience import patience
 from sidecar.api.proxy_protocol import ProxyRule
 from sidecar.api.statuses import RETRY_AFTER_S
 from sidecar.core.metrics import METRICS
@@ -44,7 +45,7 @@ _SHUTDOWN_TIMEOUT_S = 2.0
 class ServerLimits:
     """Bounds of one listener. ``buffered_bytes_max`` is for all bodies in memory together. ``request_timeout_s`` is the
     deadline of a request's writes (:mod:`consul_backend.deadline`). Of the other times, ``head``, ``body`` and
-    ``write`` may be 0 for none."""
+    ``write`` may be 0 for none; these count only while the loop turns (:mod:`sidecar.api.patience`)."""
 
     body_bytes_max: int = 32 * 1024 * 1024
     buffered_bytes_max: int = 256 * 1024 * 1024
@@ -195,7 +196,7 @@ class ApiServer:
         parts: list[bytes] = []
         size_bytes = 0
         try:
-            async with asyncio.timeout(self._limits.body_timeout_s or None):
+            async with patience(self._limits.body_timeout_s):
                 async for part in request.content.iter_any():
                     size_bytes += len(part)
                     if size_bytes > self._limits.body_bytes_max:

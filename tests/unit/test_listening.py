@@ -6,13 +6,15 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 from sidecar.api.listening import SocketAccess
+from sidecar.api.patience import Patience
 from sidecar.api.proxy_protocol import V2_SIGNATURE, Behavior, ProxyRule
 from sidecar.api.server import ApiServer, ServerLimits
 from sidecar.request.types import HttpRequest, HttpResponse
@@ -229,6 +231,114 @@ async def test_a_handshake_that_does_not_come_is_given_up(
                 assert await _closed(reader)
             writer.close()
             assert await ask(port, GET, tls=tls[1]) == 200
+
+
+# -- a loop that was held up (no slow client is to blame for it)
+
+
+@pytest.fixture(params=[True, False], ids=["by turns of the loop", "by the clock"])
+def counted_by_turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The control counts the whole deadline as one slice, which is what a timer by the clock does."""
+    if not request.param:
+        monkeypatch.setattr("sidecar.api.patience.SLICES", 1)
+    return bool(request.param)
+
+
+async def hold_up_the_loop(for_s: float) -> None:
+    """What a stretch of computing does to everything else in this process; a moment later clients go on."""
+    time.sleep(for_s)  # noqa: ASYNC251 - the fault itself
+    await asyncio.sleep(0.05)
+
+
+async def test_a_held_up_loop_cuts_off_no_head(counted_by_turns: bool) -> None:
+    async with serving(ServerLimits(head_timeout_s=1.0)) as (_, server):
+        _, port = await server.listen("127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET[:10])
+        await asyncio.sleep(0.2)  # the server has begun to read
+        await hold_up_the_loop(1.5)
+        writer.write(GET[10:])
+        with nullcontext() if counted_by_turns else pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            async with asyncio.timeout(10):
+                assert b"200 OK" in await reader.readuntil(b"{}\n")
+        writer.close()
+
+
+async def test_a_held_up_loop_cuts_off_no_body(counted_by_turns: bool) -> None:
+    async with serving(ServerLimits(body_timeout_s=1.0)) as (_, server):
+        _, port = await server.listen("127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/x HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        async with asyncio.timeout(10):
+            await reader.readuntil(b"100 Continue\r\n\r\n")
+            await hold_up_the_loop(1.5)
+            writer.write(b"{}")
+            line = await reader.readline()
+        assert line.split(b" ")[1] == (b"200" if counted_by_turns else b"408")
+        writer.close()
+
+
+async def test_a_held_up_loop_cuts_off_no_handshake(
+    tls: tuple[ssl.SSLContext, ssl.SSLContext], monkeypatch: pytest.MonkeyPatch, counted_by_turns: bool
+) -> None:
+    monkeypatch.setattr("sidecar.api.listening.HANDSHAKE_TIMEOUT_S", 1.0)
+    async with serving() as (_, server):
+        _, port = await server.listen("127.0.0.1", 0, tls=tls[0])
+        loop = asyncio.get_running_loop()
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            raw.setblocking(False)
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            client = tls[1].wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+            with pytest.raises(ssl.SSLWantReadError):
+                client.do_handshake()
+            hello = outgoing.read()
+            await loop.sock_sendall(raw, hello[:20])
+            await asyncio.sleep(0.2)  # the server has begun the handshake
+            await hold_up_the_loop(1.5)
+            await loop.sock_sendall(raw, hello[20:])
+            async with asyncio.timeout(10):
+                try:
+                    answer = await loop.sock_recv(raw, 65536)
+                except ConnectionError:
+                    answer = b""
+            assert (answer != b"") == counted_by_turns
+
+
+async def test_ten_held_up_seconds_are_one_slice_of_a_deadline() -> None:
+    """The figure of the statement, on a loop whose clock is set: 12 s held up within a head's 10 s."""
+    calls: list[str] = []
+    loop = ClockedLoop()
+    timer = Patience(loop, 10.0, lambda: calls.append("given up"))  # type: ignore[arg-type]  # what it uses of a loop
+    loop.pass_time(0.5)
+    loop.pass_time(12.0)
+    assert (calls, loop.turns) == ([], 1)
+    for _ in range(8):
+        loop.pass_time(1.0)
+    assert calls == []
+    loop.pass_time(1.0)
+    assert calls == ["given up"], "and a client that never sends is given up all the same"
+    timer.cancel()
+
+
+class ClockedLoop:
+    """A loop's timers without a loop: each turn runs those that were due when it began."""
+
+    def __init__(self) -> None:
+        self.now_s, self.turns, self._due = 0.0, 0, list[tuple[float, Callable[[], None]]]()
+
+    def call_later(self, delay_s: float, act: Callable[[], None]) -> asyncio.TimerHandle:
+        self._due.append((self.now_s + delay_s, act))
+        return asyncio.TimerHandle(self.now_s + delay_s, act, (), asyncio.get_running_loop())
+
+    def pass_time(self, by_s: float) -> None:
+        self.now_s += by_s
+        due, self._due = (
+            [each for each in self._due if each[0] <= self.now_s],
+            [each for each in self._due if each[0] > self.now_s],
+        )
+        for _, act in due:
+            self.turns += 1
+            act()
 
 
 # -- Unix sockets
