@@ -25,6 +25,7 @@ from plugin_api.errors import PluginError
 from sidecar.api.node_view import NotForwarded
 from sidecar.core.barrier import load_barrier
 from sidecar.core.cluster import ClusterInfo
+from sidecar.core.node_settings import Cors
 from sidecar.request.types import HttpRequest, HttpResponse
 from sidecar.sealing import Opened
 from sidecar.transport.certificates import Credentials, issue_client, issue_server, make_authority
@@ -111,6 +112,23 @@ class Heard:
     monotonic_s: float
     unix_s: float
 
+    @property
+    def skew_ms(self) -> int:
+        """How far the standby's wall clock is ahead of this node's; half of the way there and back is the way here."""
+        if not self.echo.clock_ms:
+            return 0
+        return self.echo.clock_ms + self.echo.echo_ms // 2 - int(self.unix_s * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the active node tells the standbys of its cluster with every heartbeat."""
+
+    modes: tuple[str, str]
+    head_index: int
+    canary_age_ms: int
+    cors: Cors
+
 
 def from_message(message: ForwardRequest) -> HttpRequest:
     """The request as the sender had it; identity and trail come from the message, never from a header."""
@@ -137,8 +155,7 @@ class ForwardingServer:
         cluster_id: str,
         own_cluster_addr: str,
         handle: Callable[[HttpRequest], Awaitable[HttpResponse]],
-        modes: Callable[[], tuple[str, str]],
-        head_index: Callable[[], int],
+        told: Callable[[], Told],
         root_key_of: Callable[[str], bytes | None] = lambda generation: None,
     ) -> None:
         self._root_key_of = root_key_of
@@ -146,8 +163,7 @@ class ForwardingServer:
         self._cluster_id = cluster_id
         self._own_cluster_addr = own_cluster_addr
         self._handle = handle
-        self._modes = modes
-        self._head_index = head_index
+        self._told = told
         self._standbys: dict[str, Heard] = {}
 
     def purpose(self) -> Purpose:
@@ -206,8 +222,16 @@ class ForwardingServer:
 
     def _echo(self, echo: Echo) -> EchoReply:
         self._standbys[echo.node_id] = Heard(echo, time.monotonic(), time.time())
-        performance, disaster = self._modes()
-        return EchoReply(self.cluster_addresses(), performance, disaster, self._head_index())
+        told = self._told()
+        return EchoReply(
+            self.cluster_addresses(),
+            *told.modes,
+            told.head_index,
+            clock_ms=int(time.time() * 1000),
+            canary_age_ms=told.canary_age_ms,
+            cors_origins=told.cors.origins if told.cors.enabled else (),
+            cors_headers=told.cors.headers,
+        )
 
 
 class StandbyForwarder:

@@ -43,7 +43,7 @@ from sidecar.core.rotation import keep_keys
 from sidecar.core.seal_record import SealRecord, root_fingerprint
 from sidecar.core.store_view import SealedStore
 from sidecar.core.write_gate import GatedStore, WriteGate
-from sidecar.forwarding import LEADER_KEY, ForwardingServer, TenureCredentials, from_message
+from sidecar.forwarding import LEADER_KEY, ForwardingServer, TenureCredentials, Told, from_message
 from sidecar.gauges import store_gauges, store_totals
 from sidecar.generation import Generation, flip_generation, read_generation
 from sidecar.node import ActiveRole, Node
@@ -245,8 +245,7 @@ class ActiveScope:
             cluster_id=cluster.cluster_id,
             own_cluster_addr=identity.cluster_addr,
             handle=role.run,
-            modes=self.modes,
-            head_index=self.head_index,
+            told=self._told,
             root_key_of=self._root_key_of,
         )
         self._listener.add(forwarding.purpose())
@@ -304,6 +303,12 @@ class ActiveScope:
 
     def modes(self) -> tuple[str, str]:
         return self._replication.modes()
+
+    def canary_age_ms(self) -> int:
+        return int(self._replication.lag_s() * 1000)
+
+    def _told(self) -> Told:
+        return Told(self.modes(), self.head_index(), self.canary_age_ms(), self._service.cors)
 
     def gauges(self) -> dict[str, float]:
         mode = DR if self._replication.mirrors else PERFORMANCE

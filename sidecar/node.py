@@ -30,6 +30,7 @@ from sidecar.forwarding import PEER_TTL_S, Heard, StandbyForwarder
 from sidecar.gauges import role_gauges
 from sidecar.request.types import HttpRequest, HttpResponse
 from sidecar.sealing import Sealing
+from sidecar.transport.forwarding import EchoReply
 from sidecar.version import __version__
 
 
@@ -58,6 +59,9 @@ class RoleView(Protocol):
 
     def totals(self) -> Mapping[str, float]:
         """What only grows during the tenure, likewise."""
+
+    def canary_age_ms(self) -> int:
+        """How long ago this cluster had everything of its primary; 0 where it has none, or has not heard of it."""
 
     def audit_blocked(self) -> bool:
         """Whether requests fail because no audit device works."""
@@ -115,10 +119,17 @@ class StandbyRole:
     since_s: float = field(default_factory=time.monotonic)
     heard_s: float | None = None
     echo_s: float = 0.0
+    skew_ms: int = 0
+    canary_age_ms: int = 0
+    cors: Cors = field(default_factory=Cors)
 
-    def heard(self, took_s: float) -> None:
+    def heard(self, reply: EchoReply, took_s: float) -> None:
         """The active node has answered a heartbeat, which took ``took_s``."""
         self.heard_s, self.echo_s = time.monotonic(), took_s
+        # By the middle of the heartbeat: how far this node's clock is ahead of the active's.
+        self.skew_ms = int((time.time() - took_s / 2) * 1000) - reply.clock_ms if reply.clock_ms else 0
+        self.canary_age_ms = reply.canary_age_ms
+        self.cors = Cors(bool(reply.cors_origins), reply.cors_origins, reply.cors_headers)
 
     @property
     def silent_s(self) -> float:
@@ -180,7 +191,10 @@ class Node:
         return isinstance(self._role, ActiveRole)
 
     def cors(self) -> Cors:
-        return self._role.service.cors if isinstance(self._role, ActiveRole) else Cors()
+        role = self._role
+        if isinstance(role, ActiveRole):
+            return role.service.cors
+        return role.cors if role is not None else Cors()
 
     async def health(self) -> NodeHealth:
         role = self._role
@@ -200,6 +214,7 @@ class Node:
                 cluster_id=role.cluster.cluster_id,
                 last_wal=role.view.head_index(),
                 audit_blocked=role.view.audit_blocked(),
+                canary_age_ms=role.view.canary_age_ms(),
             )
         performance, disaster = role.modes if role else ("unknown", "unknown")
         cluster = role.cluster if role else None
@@ -208,6 +223,8 @@ class Node:
             ha_healthy=role is None or role.silent_s < PEER_TTL_S,
             heartbeat_age_ms=int(role.silent_s * 1000) if role and heard else None,
             echo_ms=int(role.echo_s * 1000) if role else 0,
+            clock_skew_ms=role.skew_ms if role else 0,
+            canary_age_ms=role.canary_age_ms if role else 0,
             initialized=True,
             sealed=False,
             standby=True,
@@ -266,13 +283,27 @@ class Node:
 
     async def members(self) -> list[Member]:
         own = self.identity
-        members = [Member(own.hostname, own.api_addr, own.cluster_addr, active=True, version=self.version)]
         role = self._role
-        heard = role.standbys() if isinstance(role, ActiveRole) else ()
+        heard: Sequence[Heard] = ()
+        age_ms = 0
+        if isinstance(role, ActiveRole):
+            heard, age_ms = role.standbys(), role.view.canary_age_ms()
+        active = Member(own.hostname, own.api_addr, own.cluster_addr, True, self.version, canary_age_ms=age_ms)
+        members = [active]
         for one in sorted(heard, key=lambda one: one.echo.api_addr):
             echo = one.echo
             members.append(
-                Member(echo.hostname, echo.api_addr, echo.cluster_addr, False, echo.version, last_echo_s=one.unix_s)
+                Member(
+                    echo.hostname,
+                    echo.api_addr,
+                    echo.cluster_addr,
+                    active=False,
+                    version=echo.version,
+                    last_echo_s=one.unix_s,
+                    echo_ms=echo.echo_ms,
+                    clock_skew_ms=one.skew_ms,
+                    canary_age_ms=age_ms,
+                )
             )
         return members
 

@@ -258,9 +258,11 @@ class Roles:
                 opened.generation.id,
                 identity.hostname,
                 self._node.version,
+                clock_ms=int(time.time() * 1000),
+                echo_ms=int(role.echo_s * 1000),
             )
         )
-        role.heard(time.monotonic() - sent_s)
+        role.heard(reply, time.monotonic() - sent_s)
         self._see(opened, reply.head_index)
         modes = (reply.performance_mode, reply.dr_mode)
         if not role.ready:

@@ -16,10 +16,12 @@ from plugin_api.formats import format_time
 from sidecar.api.decoding import client_token
 from sidecar.core.audit.broker import AuditBroker, AuditFailed
 from sidecar.core.audit.entries import Record
+from sidecar.core.mounts import AUTH
 from sidecar.core.node_settings import NodeSettings
 from sidecar.request.call import Call, Identity
 from sidecar.request.mount_view import MountView
 from sidecar.request.types import HttpRequest, HttpResponse
+from sidecar.version import __version__
 
 # What an operator needs when no device works, and what is asked too often to be of interest.
 NEVER = frozenset(
@@ -122,17 +124,23 @@ class Auditor:
         error: str = "",
         size_bytes: int = 0,
     ) -> Record:
-        auth = _auth(call.identity) if call is not None and call.identity is not None else None
+        auth = None
+        if call is not None and call.identity is not None:
+            auth = _auth(call.identity) | _policy_results(call, call.identity)
         mount, entry = self._mounts().serving(request["path"])
         about = {"mount_point": mount} if mount else {}
+        version: dict[str, str] = {}
         if entry is not None:
-            about |= {"mount_type": entry.type, "mount_accessor": entry.accessor}
+            kind = "auth" if entry.table == AUTH else "secret"
+            about |= {"mount_type": entry.type, "mount_accessor": entry.accessor, "mount_class": kind}
+            version = {"mount_running_version": f"v{__version__}+builtin.outrider"}
         if response is not None:
-            response = {**about, **response}
+            running = {"mount_running_plugin_version": text for text in version.values()}
+            response = {**about, **running, **response}
             auth = auth or response.get("auth")
         return Record(
             time=format_time(self._now()),
-            request={**request, **about},
+            request={**request, **about, **version},
             auth=auth,
             response=response,
             status=status,
@@ -196,6 +204,17 @@ def _auth(identity: Identity) -> dict[str, Any]:
             "token_issue_time": format_time(entry.created_s),
         }
     return fields
+
+
+def _policy_results(call: Call, identity: Identity) -> dict[str, Any]:
+    """Whether the caller's policies allow the call, and which of them; nothing where they were not asked."""
+    if call.allowed is None:
+        return {}
+    if not call.allowed:
+        return {"policy_results": {"allowed": False}}
+    granting = identity.acl.granting(call.path, call.operation)
+    named = [{"name": name, "namespace_id": "root", "type": "acl"} for name in granting]
+    return {"policy_results": {"allowed": True, "granting_policies": named}}
 
 
 async def _shown(response: HttpResponse) -> tuple[dict[str, Any], int, str]:

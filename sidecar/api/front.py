@@ -90,7 +90,7 @@ class Front:
             return refused
 
     async def _answered_here(self, raw: RawHandler, request: HttpRequest) -> HttpResponse:
-        """For pages of other origins too, where this node leads: no other knows which may."""
+        """For pages of other origins too, as far as this node knows which may."""
         allowed = self._node.cors()
         refused = cors.refusal(allowed, request)
         if refused is not None:
@@ -143,13 +143,17 @@ class Front:
         }
         if not health.sealed:
             body.update(cluster_name=health.cluster_name, cluster_id=health.cluster_id)
+        body.update(
+            echo_duration_ms=health.echo_ms,
+            clock_skew_ms=health.clock_skew_ms,
+            replication_primary_canary_age_ms=health.canary_age_ms,
+        )
         if health.last_wal:
             body["last_wal"] = health.last_wal
         if health.standby and not health.sealed:
             body["ha_connection_healthy"] = health.ha_healthy
             if health.heartbeat_age_ms is not None:
                 body["last_request_forwarding_heartbeat_ms"] = health.heartbeat_age_ms
-                body["echo_duration_ms"] = health.echo_ms
         if health.audit_blocked:
             body["audit_blocked"] = True
         if health.sealed_reason:

@@ -69,6 +69,14 @@ def check_plugin_version(fields: Fields, running: str) -> None:
         raise InvalidRequest("plugin_version: a plugin that is part of the server has the server's version only")
 
 
+def check_token_type_tunable(entry: MountEntry) -> None:
+    """Only methods that log somebody in make tokens of a type. Raises InvalidRequest."""
+    if entry.table != AUTH:
+        raise InvalidRequest("'token_type' can only be modified on auth mounts")
+    if entry.type == "token":
+        raise InvalidRequest("'token_type' cannot be set for 'token' or 'ns_token' auth mounts")
+
+
 def describe(entry: MountEntry, running: str = "") -> dict[str, Any]:
     """One mount as the lists show it; a TTL of 0 is the system's default. ``running`` is the server's version."""
     config: dict[str, Any] = {

@@ -39,7 +39,8 @@ class NodeHealth:
     """``sys/health`` (contract 4.1). Modes: disabled, primary, secondary, bootstrapping, unknown. Uninitialised and
     sealed nodes report ``standby`` True. ``last_wal`` is 0 where it is not known. ``audit_blocked``: unsealed, but
     requests fail because no audit device works. A standby reports how long ago (milliseconds) the active node answered
-    its heartbeat (None before the first answer) and how long that took; not ``ha_healthy`` when it is too long ago.
+    its heartbeat (None before the first answer), how long that took and how far its clock is ahead of that node's; not
+    ``ha_healthy`` when it is too long ago. ``canary_age_ms``: how far this cluster is behind its primary.
     ``sealed_reason``: why a node sealed itself, for the operator."""
 
     initialized: bool
@@ -55,6 +56,8 @@ class NodeHealth:
     ha_healthy: bool = True
     heartbeat_age_ms: int | None = None
     echo_ms: int = 0
+    clock_skew_ms: int = 0
+    canary_age_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,9 @@ class InitOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One node in ``sys/ha-status`` (contract 4.9). ``last_echo_s``: unix seconds, 0 for the active node itself."""
+    """One node in ``sys/ha-status`` (contract 4.9). ``last_echo_s``: unix seconds, 0 for the active node itself;
+    ``echo_ms``: how long the heartbeat before it took; ``clock_skew_ms``: how far its clock is ahead of the active
+    node's; ``canary_age_ms``: how far the cluster is behind its primary."""
 
     hostname: str
     api_addr: str
@@ -96,6 +101,9 @@ class Member:
     active: bool
     version: str
     last_echo_s: float = 0.0
+    echo_ms: int = 0
+    clock_skew_ms: int = 0
+    canary_age_ms: int = 0
 
 
 class NotForwarded(Exception):
@@ -152,7 +160,7 @@ class NodeView(Protocol):
         """Start to give up leadership and return; a no-op without HA. Same rule as :meth:`seal`."""
 
     def cors(self) -> Cors:
-        """Which pages of other origins may call; disabled on a node that does not lead."""
+        """Which pages of other origins may call, on a standby as the active node told it last."""
 
     def is_active(self) -> bool:
         """Whether :meth:`dispatch` runs requests here."""

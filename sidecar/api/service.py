@@ -179,6 +179,7 @@ class Service:
                 self._now,
                 default_ttl_s=options.default_lease_ttl_s,
                 max_ttl_s=options.max_lease_ttl_s,
+                is_policy=self._policies.exists,
             ),
         }
         return MountView(

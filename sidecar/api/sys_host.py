@@ -54,7 +54,13 @@ class SysHost:
                 fields=takes(format=STRING),
                 content_type="text/plain",
             ),
-            Route("in-flight-req", {read: self._in_flight}, help="Requests that run at this moment.", fields={}),
+            Route(
+                "in-flight-req",
+                {read: self._in_flight},
+                help="Requests that run at this moment.",
+                fields={},
+                raw=True,
+            ),
             Route(
                 "version-history",
                 {listing: self._version_history},
@@ -84,6 +90,9 @@ class SysHost:
                 "active_node": node.active,
                 "last_echo": format_time(node.last_echo_s) if node.last_echo_s else None,
                 "version": node.version,
+                "echo_duration_ms": node.echo_ms,
+                "clock_skew_ms": node.clock_skew_ms,
+                "replication_primary_canary_age_ms": node.canary_age_ms,
             }
             for node in await self._core.node.members()
         ]
@@ -97,14 +106,16 @@ class SysHost:
         return Answer(status=answer.status, plain=answer.body, content_type=answer.content_type)
 
     async def _in_flight(self, call: Call, params: Params) -> Answer:
+        now_s = self._core.now()
         return Answer(
-            {
+            raw={
                 request_id: {
                     "start_time": format_time(request.started_s),
                     "client_remote_address": request.remote_address,
                     "request_path": f"/v1/{request.path}",
                     "request_method": request.method,
                     "client_id": "",
+                    "duration": f"{max(int((now_s - request.started_s) * 1e6), 0)} microseconds",
                 }
                 for request_id, request in self._core.in_flight.requests().items()
             }

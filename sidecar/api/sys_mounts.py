@@ -11,7 +11,15 @@ import msgspec
 from plugin_api.errors import InvalidRequest, PermissionDenied, ReadOnlyStorage
 from plugin_api.request import Operation
 from sidecar.api.lockout_fields import tuned_lockout
-from sidecar.api.mount_config import MOUNTING, TUNABLE, check_plugin_version, config_of, describe, tuning
+from sidecar.api.mount_config import (
+    MOUNTING,
+    TUNABLE,
+    check_plugin_version,
+    check_token_type_tunable,
+    config_of,
+    describe,
+    tuning,
+)
 from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.core.mounts import AUTH, SECRETS, MountConfig, MountEntry, check_config
 from sidecar.request.call import Answer, Call
@@ -82,6 +90,7 @@ class SysMounts:
             options=options or None,
             config=config_of(Fields(fields.mapping("config")), MountConfig()),
             local=fields.boolean("local"),
+            check=self._mounts.check,
         )
         self._mounts.refresh()
 
@@ -106,6 +115,8 @@ class SysMounts:
         fields = Fields(call.data)
         check_plugin_version(fields, self._core.node.version)
         options = fields.string_mapping("options") if fields.given("options") else None
+        if fields.given("token_type"):
+            check_token_type_tunable(entry)
         config = config_of(fields, entry.config)
         if fields.given("user_lockout_config"):
             tuned = tuned_lockout(entry, Fields(fields.mapping("user_lockout_config")))

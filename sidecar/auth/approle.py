@@ -30,7 +30,7 @@ from plugin_api.request import Auth, Operation, Request, Response, list_response
 from sidecar.auth.approle_records import DEPRECATED, Role, RoleStore, SecretId, SecretIdStore
 from sidecar.auth.approle_secret_ids import SecretIds
 from sidecar.auth.cidrs import address_within
-from sidecar.auth.token_parameters import TOKEN_FIELDS
+from sidecar.auth.token_parameters import TOKEN_FIELDS, max_ttl_warning
 
 log = logging.getLogger("auth.approle")
 
@@ -160,7 +160,7 @@ class AppRole(PathEngine):
             raise NotFound
         return role
 
-    async def _write(self, request: Request, fields: Fields) -> None:
+    async def _write(self, request: Request, fields: Fields) -> Response | None:
         name = _name(fields)
         async with self._locks.hold(f"role/{name}"):
             known = await self._roles.get(name)
@@ -171,6 +171,7 @@ class AppRole(PathEngine):
             if fields["role_id"]:
                 role.role_id = fields["role_id"]
             await self._save(role, old_role_id)
+        return max_ttl_warning(role.get("token_max_ttl"), self.context.mount)
 
     async def _save(self, role: Role, old_role_id: str) -> None:
         # Role ids must be unique, so whoever takes a new one is alone in doing so.

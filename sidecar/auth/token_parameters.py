@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from plugin_api.engine import MountInfo
 from plugin_api.errors import InvalidRequest
 from plugin_api.framework import Fields, FieldSpec, FieldType
-from plugin_api.request import Auth
+from plugin_api.request import Auth, Response
 from sidecar.auth.cidrs import address_within, checked_cidrs
 
 TOKEN_TYPES = ("service", "batch", "default", "default-service", "default-batch")
@@ -82,6 +83,18 @@ class TokenParameters:
         auth.no_default_policy = self.token_no_default_policy
         auth.bound_cidrs = list(self.token_bound_cidrs)
         return auth
+
+
+def max_ttl_warning(token_max_ttl: int, mount: MountInfo) -> Response | None:
+    """The answer to a write that asks for longer lives (seconds) than the mount allows; None where it does not."""
+    if token_max_ttl <= mount.max_lease_ttl_s:
+        return None
+    return Response(
+        warnings=[
+            "token_max_ttl is greater than the backend mount's maximum TTL value; issued tokens' max TTL value will be "
+            "truncated"
+        ]
+    )
 
 
 def sanitised_policies(names: Iterable[str]) -> list[str]:

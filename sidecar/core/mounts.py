@@ -195,8 +195,9 @@ class MountTable:
         options: Mapping[str, str] | None = None,
         config: MountConfig | None = None,
         local: bool = False,
+        check: Callable[[MountEntry], None] | None = None,
     ) -> MountEntry:
-        """Add a mount. Raises InvalidRequest, ReadOnlyStorage."""
+        """Add a mount, unless ``check`` raises for it. Raises InvalidRequest, ReadOnlyStorage."""
         path = clean_mount_path(path)
         if not type_name:
             raise InvalidRequest("backend type must be specified as a string")
@@ -215,6 +216,8 @@ class MountTable:
                 config=config,
                 local=local,
             )
+            if check is not None:
+                check(entry)
             await self._store(entry)
             return entry
 
@@ -374,7 +377,9 @@ def check_config(config: MountConfig) -> None:
     if not 0 <= default_s <= SYSTEM_TTL_MAX_S or not 0 <= max_s <= SYSTEM_TTL_MAX_S:
         raise InvalidRequest("lease TTLs must not be negative or longer than ten years")
     if max_s and default_s > max_s:
-        raise InvalidRequest(f"backend max lease TTL of {max_s} would be less than the default of {default_s}")
+        raise InvalidRequest(
+            f"backend max lease TTL of {max_s} would be less than backend default lease TTL of {default_s}"
+        )
     if config.listing_visibility not in ("", "hidden", "unauth"):
         raise InvalidRequest(f'invalid value for listing_visibility: "{config.listing_visibility}"')
     if config.token_type not in ("", "default-service", "default-batch", "service", "batch"):

@@ -81,11 +81,13 @@ class ACL:
         policies = list(policies)
         self.is_root = any(policy.name == ROOT for policy in policies)
         by_path: dict[str, list[Rule]] = {}
+        self._sources: dict[str, list[tuple[str, frozenset[str]]]] = {}
         for policy in policies:
             for rule in policy.rules:
                 # A template names the caller's identity; without one it can match nothing.
                 if "{{" not in rule.path:
                     by_path.setdefault(rule.path, []).append(rule)
+                    self._sources.setdefault(rule.path, []).append((policy.name, rule.capabilities))
         rules = [merge(several) for several in by_path.values()]
         self._exact = {rule.path: rule for rule in rules if not rule.is_prefix and not rule.has_wildcard}
         patterns = [rule for rule in rules if rule.is_prefix or rule.has_wildcard]
@@ -127,6 +129,15 @@ class ACL:
         if rule is None or rule.denies or not rule.capabilities:
             return ["deny"]
         return sorted(rule.capabilities)
+
+    def granting(self, path: str, operation: Operation) -> list[str]:
+        """The policies that grant ``operation`` at ``path``, by name; for the audit log, of a call that was allowed."""
+        if self.is_root:
+            return [ROOT]
+        rule = self._list_rule(path) if operation is Operation.LIST else self._rule(path)
+        if rule is None:
+            return []
+        return sorted({name for name, granted in self._sources[rule.path] if operation.value in granted})
 
     def has_any_under(self, prefix: str) -> bool:
         """Whether anything at or below ``prefix`` (a mount's path) may be granted."""
@@ -274,6 +285,10 @@ class PolicyStore:
         if policy is not None and changes == self._changes:
             self._policies[name] = policy
         return policy
+
+    async def exists(self, name: str) -> bool:
+        """Whether there is a policy of this name, the built-in ones among them."""
+        return await self.get(name) is not None
 
     async def put(self, name: str, text: str) -> None:
         """Store a policy. Raises InvalidRequest, ReadOnlyStorage."""

@@ -155,8 +155,19 @@ def first_ttl(spec: CreateToken) -> tuple[int, list[str]]:
         ttl_s = capped("period", spec.period_s, limit_s, warnings)
     else:
         ttl_s = capped("TTL", spec.ttl_s or min(spec.default_ttl_s or limit_s, limit_s), limit_s, warnings)
-    if spec.explicit_max_ttl_s:
-        ttl_s = min(ttl_s, spec.explicit_max_ttl_s)
+    explicit_s = spec.explicit_max_ttl_s
+    if explicit_s > limit_s and not spec.period_s:
+        warnings.append(
+            f'Explicit max TTL of "{format_duration(explicit_s)}" is greater than system/mount allowed value; '
+            f'value is being capped to "{format_duration(limit_s)}"'
+        )
+    elif explicit_s and ttl_s > explicit_s:
+        if spec.ttl_s or spec.period_s:  # else nobody asked for more
+            warnings.append(
+                f'TTL of "{format_duration(ttl_s)}" exceeded the explicit max_ttl of "{format_duration(explicit_s)}"; '
+                "TTL value is capped accordingly"
+            )
+        ttl_s = explicit_s
     return ttl_s, warnings
 
 

@@ -177,6 +177,11 @@ class Replication:
 
     # ---- looking
 
+    def lag_s(self) -> float:
+        """How long ago this cluster had everything of its primaries; 0 where it has none, or none was heard of."""
+        services = [manager.secondary for manager in (self.dr, self.performance) if manager.secondary is not None]
+        return max((lag_s for one in services if (lag_s := one.applier.lag_s()) is not None), default=0.0)
+
     def gauges(self) -> dict[str, float]:
         """Each mode's state as numbers, by the names of the telemetry."""
         shown = (self.dr,) if self.mirrors else (self.dr, self.performance)

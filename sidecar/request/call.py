@@ -43,7 +43,8 @@ class Call:
     set once the token was checked, also when the request is refused later. ``headers`` are compared without case.
     ``wrap_ttl_s`` is what the client asked
     for, 0 for no wrapping. ``audited``: whether the request was entered in the audit log; None while nobody tried.
-    ``stale``: replicated data here is older than what the session has seen, so only the primary may answer."""
+    ``stale``: replicated data here is older than what the session has seen, so only the primary may answer.
+    ``allowed``: what the caller's policies say, None where they were not asked."""
 
     operation: Operation
     path: str
@@ -60,6 +61,7 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     audited: bool | None = None
     stale: bool = False
+    allowed: bool | None = None
 
     @property
     def known(self) -> Identity:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -364,6 +364,11 @@ class MountView:
         Raises InvalidRequest, and what the engine's storage raises."""
         backend = self._mounted.get(entry.uuid)
         return await backend.engine.retune(options) if isinstance(backend, EngineBackend) else []
+
+    def check(self, entry: MountEntry) -> None:
+        """Whether an engine would serve ``entry``. Raises PluginError with what the engine has against it."""
+        with suppress(PluginNotFound):  # told apart where the type is looked up
+            self._plugins.load(GROUPS[entry.table], entry.type)(self._context(entry))
 
     async def initialize(self) -> None:
         """Let engines that were made since do what they must in the background. Raises what their storage raises: to

@@ -20,6 +20,7 @@ from sidecar.core.tokens import TokenStore
 from sidecar.request import openapi
 from sidecar.request.call import Answer, Backend, Call, Identity
 from sidecar.request.errors import LoginNeedsPrimary, StateMissing, TokenRefused, UnknownMount
+from sidecar.request.help_text import help_text
 from sidecar.request.router import Match, Router
 from sidecar.request.types import ForwardedAuth
 from sidecar.version import __version__
@@ -65,7 +66,9 @@ class Pipeline:
     async def _known(self, call: Call, match: Match[Backend] | None) -> Answer:
         if match is not None and call.operation in _WRITES:
             call.operation = await _write_operation(call, match)
+        call.allowed = False
         self.authorize(call, sudo=match is not None and match.target.needs_sudo(match.rest))
+        call.allowed = True
         if match is None:
             raise UnknownMount(call.path)
         if self._audit.enabled:
@@ -162,7 +165,8 @@ def _help(match: Match[Backend]) -> Answer:
     backend = match.target
     mount = openapi.MountDescription(match.mount, backend.type_name, tuple(backend.describe()))
     document = openapi.document([openapi.matching(mount, match.rest)], __version__)
-    return Answer(raw={"help": backend.help(match.rest), "see_also": None, "openapi": document})
+    text = help_text(mount, match.rest, backend.help(match.rest))
+    return Answer(raw={"help": text, "see_also": None, "openapi": document})
 
 
 async def _write_operation(call: Call, match: Match[Backend]) -> Operation:

@@ -6,7 +6,7 @@ Tokens are local to a cluster: nothing here is ever forwarded to a primary but w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from plugin_api.errors import InvalidRequest, PermissionDenied
 from plugin_api.request import Operation
@@ -46,7 +46,7 @@ _CREATION = takes(
 
 
 class TokenPaths(RouteBackend):
-    """The backend of the ``auth/token/`` mount. TTLs in seconds."""
+    """The backend of the ``auth/token/`` mount. TTLs in seconds. ``is_policy``: whether there is a policy of a name."""
 
     def __init__(
         self,
@@ -56,9 +56,11 @@ class TokenPaths(RouteBackend):
         *,
         default_ttl_s: int = SYSTEM_MAX_TTL_S,
         max_ttl_s: int = SYSTEM_MAX_TTL_S,
+        is_policy: Callable[[str], Awaitable[bool]],
     ) -> None:
         self._tokens = tokens
-        self._roles = TokenRolePaths(roles)
+        self._roles = TokenRolePaths(roles, max_ttl_s)
+        self._is_policy = is_policy
         self._now = now
         self._default_ttl_s = default_ttl_s
         self._max_ttl_s = max_ttl_s
@@ -148,7 +150,10 @@ class TokenPaths(RouteBackend):
             raise InvalidRequest("root or sudo privileges required to create orphan token")
         spec = self._spec(fields, parent, role, sudo=sudo, orphan=orphan or no_parent, path=call.path)
         issued = await self._tokens.create(spec)
-        return Answer(auth=auth_of(issued.entry, issued.token, self._now()), warnings=list(issued.warnings))
+        # A name may be of a policy to come, so it is no error; mostly it is mistyped.
+        missing = [name for name in issued.entry.policies if not await self._is_policy(name)]
+        warnings = [*issued.warnings, *(f'Policy "{name}" does not exist' for name in missing)]
+        return Answer(auth=auth_of(issued.entry, issued.token, self._now()), warnings=warnings)
 
     def _spec(
         self, fields: Fields, parent: TokenEntry, role: TokenRole | None, *, sudo: bool, orphan: bool, path: str

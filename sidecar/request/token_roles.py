@@ -39,8 +39,9 @@ ROLE_FIELDS = {
 class TokenRolePaths:
     """Handles ``roles`` and ``roles/<name>`` below ``auth/token/``."""
 
-    def __init__(self, roles: TokenRoles) -> None:
+    def __init__(self, roles: TokenRoles, max_ttl_s: int) -> None:
         self.roles = roles
+        self._max_ttl_s = max_ttl_s
 
     async def handle(self, call: Call, name: str) -> Answer | None:
         """``name`` is empty for the list of roles."""
@@ -55,8 +56,7 @@ class TokenRolePaths:
             case Operation.READ:
                 return await self._read(name)
             case Operation.CREATE | Operation.UPDATE:
-                await self._write(call, name)
-                return None
+                return await self._write(call, name)
             case Operation.DELETE:
                 await self.roles.delete(name)
                 return None
@@ -79,11 +79,19 @@ class TokenRolePaths:
             raise NotFound
         return Answer(_shown(role))
 
-    async def _write(self, call: Call, name: str) -> None:
+    async def _write(self, call: Call, name: str) -> Answer | None:
         fields = Fields(call.data)
         role = _changed(await self.roles.get(name) or TokenRole(name), fields)
         role.check()
         await self.roles.put(role)
+        if role.explicit_max_ttl_s <= self._max_ttl_s:
+            return None
+        return Answer(
+            warnings=[
+                f"Given explicit max TTL of {role.explicit_max_ttl_s} is greater than system/mount allowed value of "
+                f"{self._max_ttl_s} seconds; tokens of this role end at that"
+            ]
+        )
 
 
 def _changed(role: TokenRole, fields: Fields) -> TokenRole:

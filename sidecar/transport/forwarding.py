@@ -133,7 +133,8 @@ class ForwardResponse(msgspec.Struct, frozen=True):
 
 
 class Echo(msgspec.Struct, frozen=True):
-    """A standby's heartbeat to the active of its cluster."""
+    """A standby's heartbeat to the active of its cluster. ``clock_ms`` is its wall clock at sending (unix, 0 from a
+    node that does not tell), ``echo_ms`` how long its last heartbeat took, there and back."""
 
     node_id: str
     api_addr: str
@@ -141,15 +142,23 @@ class Echo(msgspec.Struct, frozen=True):
     generation: str = ""
     hostname: str = ""
     version: str = ""
+    clock_ms: int = 0
+    echo_ms: int = 0
 
 
 class EchoReply(msgspec.Struct, frozen=True):
-    """``cluster_addrs`` of all nodes heard of; replication modes as in ``sys/health``; the active's head index."""
+    """``cluster_addrs`` of all nodes heard of; replication modes as in ``sys/health``; the active's head index and wall
+    clock (unix milliseconds); how far this cluster is behind its primary; and which origins' pages may call (none:
+    cross-origin requests are off), with which headers."""
 
     cluster_addrs: list[str]
     performance_mode: str
     dr_mode: str
     head_index: int = 0
+    clock_ms: int = 0
+    canary_age_ms: int = 0
+    cors_origins: tuple[str, ...] = ()
+    cors_headers: tuple[str, ...] = ()
 
 
 class KeysRequest(msgspec.Struct, frozen=True):

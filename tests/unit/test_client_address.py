@@ -94,7 +94,7 @@ async def test_bound_addresses_are_the_clients(node: Harness) -> None:
     for address, status in (("192.0.2.200", 200), ("192.0.2.1, 198.51.100.1", 403), ("198.51.100.1, 192.0.2.3", 200)):
         reply = await node.call("GET", "auth/token/lookup-self", token=token, X_Forwarded_For=address)
         assert reply.status == status
-    shown = (await node.call("GET", "sys/in-flight-req", **seen)).data
+    shown = (await node.call("GET", "sys/in-flight-req", **seen)).body
     assert [entry["client_remote_address"] for entry in shown.values()] == ["192.0.2.7"]
 
 

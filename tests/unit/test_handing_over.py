@@ -10,10 +10,12 @@ import pytest
 from consul_backend.election import LeaderInfo
 from sidecar.api.node_view import NotForwarded
 from sidecar.core.cluster import ClusterInfo
-from sidecar.forwarding import ForwardingServer, StandbyForwarder, TenureCredentials
+from sidecar.core.node_settings import Cors
+from sidecar.forwarding import ForwardingServer, Heard, StandbyForwarder, TenureCredentials, Told
 from sidecar.node import ActiveRole, Node, NodeIdentity, StandbyRole
 from sidecar.request.types import HttpRequest, HttpResponse
 from sidecar.sealing import Sealing
+from sidecar.transport.forwarding import Echo
 from sidecar.transport.listener import ClusterListener
 
 CLUSTER = ClusterInfo("cluster", "name")
@@ -51,6 +53,7 @@ class Pair:
     listener: ClusterListener
     standby: StandbyForwarder
     sni: str
+    server: ForwardingServer
 
 
 @pytest.fixture
@@ -63,8 +66,7 @@ async def pair() -> AsyncIterator[Pair]:
         cluster_id="cluster",
         own_cluster_addr="https://127.0.0.1:1",
         handle=role.run,
-        modes=lambda: ("disabled", "disabled"),
-        head_index=lambda: 1,
+        told=lambda: Told(("disabled", "disabled"), 1, 250, Cors(True, ("https://a.example",), ("X-A",))),
     )
     listener = ClusterListener("127.0.0.1", 0)
     await listener.start()
@@ -72,7 +74,7 @@ async def pair() -> AsyncIterator[Pair]:
     address = f"https://127.0.0.1:{listener.port}"
     leader = LeaderInfo("n", "http://127.0.0.1:2", address, credentials.sni)
     standby = StandbyForwarder(leader, credentials.record(CLUSTER), timeout_s=10)
-    yield Pair(role, service, listener, standby, credentials.sni)
+    yield Pair(role, service, listener, standby, credentials.sni, server)
     service.go.set()
     await standby.close()
     await listener.close()
@@ -174,3 +176,31 @@ async def test_a_request_is_not_held_for_ever() -> None:
     node = Node(identity, cast(Sealing, None), storage_type="consul", ha_enabled=True, leader_wait_s=0.05)
     with pytest.raises(NotForwarded):
         await node.dispatch(a_request())
+
+
+async def test_a_heartbeat_tells_both_ends_how_far_their_clocks_are_apart(pair: Pair) -> None:
+    """What ``sys/ha-status`` and a standby's ``sys/health`` show, and which origins a standby may answer."""
+    echo = Echo("s1", "https://s1:8200", "https://s1:8201", hostname="h", version="1", clock_ms=1, echo_ms=20)
+    role = StandbyRole()
+    role.heard(await pair.standby.echo(echo), 0.02)
+    assert abs(role.skew_ms) < 60_000, "both clocks are this machine's"
+    assert (role.canary_age_ms, role.cors) == (250, Cors(True, ("https://a.example",), ("X-A",)))
+    (heard,) = pair.server.standbys()
+    assert heard.skew_ms < -1_000_000, "its clock stands at 1970"
+    ahead = Heard(Echo("s", "a", "c", clock_ms=1_005_000, echo_ms=20), 0.0, 1_000.0)
+    assert ahead.skew_ms == 5_010
+    assert Heard(Echo("s", "a", "c"), 0.0, 1_000.0).skew_ms == 0, "of a node that does not tell its clock"
+
+
+async def test_a_standby_answers_pages_that_the_active_node_allows() -> None:
+    node = Node(
+        NodeIdentity("n", "http://127.0.0.1:1", "https://127.0.0.1:1"),
+        cast(Sealing, None),
+        storage_type="inmem",
+        ha_enabled=True,
+    )
+    assert node.cors() == Cors(), "before anything was heard"
+    role = StandbyRole(cors=Cors(True, ("https://a.example",), ()))
+    node.take_role(role)
+    assert node.cors().allows("https://a.example")
+    assert not node.cors().allows("https://b.example")

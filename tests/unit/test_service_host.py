@@ -34,7 +34,7 @@ def levels() -> Iterator[None]:
 async def test_ha_status_names_every_node_heard_of(node: Harness) -> None:
     node.node.nodes = [
         Member("one", "https://a:8200", "https://a:8201", True, "0.1.0"),
-        Member("two", "https://b:8200", "https://b:8201", False, "0.1.0", 1_700_000_000.25),
+        Member("two", "https://b:8200", "https://b:8201", False, "0.1.0", 1_700_000_000.25, 17, -1, 950),
     ]
     reply = await node.call("GET", "sys/ha-status")
     active, standby = reply.data["nodes"]
@@ -45,7 +45,12 @@ async def test_ha_status_names_every_node_heard_of(node: Harness) -> None:
         "active_node": True,
         "last_echo": None,
         "version": "0.1.0",
+        "echo_duration_ms": 0,
+        "clock_skew_ms": 0,
+        "replication_primary_canary_age_ms": 0,
     }
+    assert [standby[f"{name}_ms"] for name in ("echo_duration", "clock_skew")] == [17, -1]
+    assert standby["replication_primary_canary_age_ms"] == 950
     assert (standby["active_node"], standby["last_echo"]) == (False, "2023-11-14T22:13:20.25Z")
     assert reply.body["nodes"] == reply.data["nodes"], "repeated beside the envelope"
     assert (await node.call("GET", "sys/ha-status", token=None)).status == 403
@@ -83,14 +88,15 @@ async def test_requests_under_way_are_shown(node: Harness) -> None:
     node.store.commit = slow
     writing = asyncio.create_task(node.call("POST", "secret/data/a", {"data": {"password": "hunter2"}}))
     await reached.wait()
-    shown = (await node.call("GET", "sys/in-flight-req")).data
+    shown = (await node.call("GET", "sys/in-flight-req")).body
     go_on.set()
     assert (await writing).status == 200
     paths = {entry["request_path"]: entry for entry in shown.values()}
     assert set(paths) == {"/v1/secret/data/a", "/v1/sys/in-flight-req"}
     assert (paths["/v1/secret/data/a"]["request_method"], "hunter2" in str(shown)) == ("POST", False)
     assert paths["/v1/secret/data/a"]["client_remote_address"] == "127.0.0.1"
-    assert len((await node.call("GET", "sys/in-flight-req")).data) == 1
+    assert paths["/v1/secret/data/a"]["duration"].endswith(" microseconds")
+    assert len((await node.call("GET", "sys/in-flight-req")).body) == 1, "no envelope around it"
     assert (await node.call("GET", "sys/in-flight-req", token=None)).status == 403
 
 

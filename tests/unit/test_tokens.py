@@ -370,7 +370,11 @@ async def test_ttls_of_new_tokens():
 
     assert await ttl() == (SYSTEM_MAX_TTL_S, [])
     assert await ttl(default_ttl_s=60) == (60, [])
-    assert await ttl(ttl_s=3600, explicit_max_ttl_s=60) == (60, [])
+    assert await ttl(ttl_s=3600, explicit_max_ttl_s=60) == (
+        60,
+        ['TTL of "1h" exceeded the explicit max_ttl of "1m"; TTL value is capped accordingly'],
+    )
+    assert await ttl(explicit_max_ttl_s=60) == (60, [])
     assert await ttl(ttl_s=9999 * 3600) == (
         SYSTEM_MAX_TTL_S,
         ['TTL of "9999h" exceeded the effective max_ttl of "768h"; TTL value is capped accordingly'],
