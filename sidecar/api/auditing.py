@@ -129,18 +129,16 @@ class Auditor:
             auth = _auth(call.identity) | _policy_results(call, call.identity)
         mount, entry = self._mounts().serving(request["path"])
         about = {"mount_point": mount} if mount else {}
-        version: dict[str, str] = {}
+        running = f"v{__version__}+builtin.outrider" if entry is not None else ""
         if entry is not None:
             kind = "auth" if entry.table == AUTH else "secret"
             about |= {"mount_type": entry.type, "mount_accessor": entry.accessor, "mount_class": kind}
-            version = {"mount_running_version": f"v{__version__}+builtin.outrider"}
         if response is not None:
-            running = {"mount_running_plugin_version": text for text in version.values()}
-            response = {**about, **running, **response}
+            response = {**about, "mount_running_plugin_version": running, **response}
             auth = auth or response.get("auth")
         return Record(
             time=format_time(self._now()),
-            request={**request, **about, **version},
+            request={**request, **about, "mount_running_version": running},
             auth=auth,
             response=response,
             status=status,

@@ -35,7 +35,7 @@ def _of_path(path: PathDescription, rest: str, summary: str) -> str:
     if summary or path.help:
         lines += [summary or path.help, ""]
     fields = {name: (spec.type.value, spec.description) for name, spec in path.fields.items()}
-    fields |= {name: ("string", "Part of the path.") for name in path.parameters}
+    fields |= dict.fromkeys(path.parameters, ("string", "Part of the path."))
     if fields:
         lines += ["## PARAMETERS", ""]
         for name, (kind, description) in sorted(fields.items()):
