@@ -28,7 +28,14 @@ class MethodNotAllowed(PluginError):
 
 
 # Of these the nonce stands in the body; a body of any other DELETE is not looked at.
-_DELETED_WITH_A_BODY = frozenset({"sys/rekey/init", "sys/rekey-recovery-key/init"})
+_DELETED_WITH_A_BODY = frozenset(
+    {
+        "sys/generate-root/attempt",
+        "sys/rekey-recovery-key/init",
+        "sys/rekey/init",
+        "sys/replication/dr/secondary/generate-operation-token/attempt",
+    }
+)
 
 
 class UnsupportedMediaType(PluginError):

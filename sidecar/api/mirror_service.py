@@ -78,7 +78,7 @@ class MirrorService:
         self._policies = PolicyStore(self._sealed, lambda: False)
         self._tokens = OperationTokens(self._sealed, self._policies, now, random_bytes)
         self._routes = self._table(
-            TokenGeneration(GENERATION, self._sealed, random_bytes, self._tokens.issue, is_root=False)
+            TokenGeneration(GENERATION, self._sealed, random_bytes, self._tokens.issue, is_root=False, now=now)
         )
 
     @property

@@ -18,7 +18,13 @@ class SysSeal:
     def __init__(self, core: SysCore) -> None:
         self._core = core
         self._root_generation = TokenGeneration(
-            "generate-root", core.sealed, core.random_bytes, self._issue_root, is_root=True
+            "generate-root",
+            core.sealed,
+            core.random_bytes,
+            self._issue_root,
+            is_root=True,
+            now=core.now,
+            permitted=self._permitted,
         )
 
     def routes(self) -> list[Route]:
@@ -36,6 +42,13 @@ class SysSeal:
             ),
             *self._root_generation.routes(),
         ]
+
+    async def _permitted(self, call: Call) -> bool:
+        if not call.token:
+            return False
+        async with self._core.pipeline.identified(call):
+            self._core.pipeline.authorize(call)
+        return True
 
     async def _issue_root(self) -> str:
         return (await self._core.tokens.create_root()).token

@@ -13,6 +13,7 @@ from sidecar.api.sys_core import Params, Route
 from sidecar.core.keys import SEAL
 from sidecar.core.pgp import PgpKey, parse_key
 from sidecar.core.quorum import Quorum, Words
+from sidecar.core.rekey import CANCEL_NEEDS_NONCE_S
 from sidecar.core.seal import SealConfig, decode_share
 from sidecar.core.seal_record import SealRecord, WrongKey, open_root_key, root_fingerprint
 from sidecar.core.store_view import SealedStore
@@ -27,7 +28,8 @@ _WORDS = Words("root generation", "generation", "root generation aborted", inval
 
 class TokenGeneration:
     """Handlers below ``path`` for one tenure; an attempt in progress ends with it. ``issue`` makes the token;
-    ``is_root`` says that the answer has it in ``encoded_root_token`` too."""
+    ``is_root`` says that the answer has it in ``encoded_root_token`` too. ``permitted`` tells whether a call's token
+    may end an attempt that is not its own; raises where there is one that may not."""
 
     def __init__(
         self,
@@ -37,7 +39,11 @@ class TokenGeneration:
         issue: Callable[[], Awaitable[str]],
         *,
         is_root: bool,
+        now: Callable[[], float],
+        permitted: Callable[[Call], Awaitable[bool]] | None = None,
     ) -> None:
+        self._now = now
+        self._permitted = permitted
         self._path = path
         self._sealed = sealed
         self._random_bytes = random_bytes
@@ -74,10 +80,17 @@ class TokenGeneration:
         record = await self._record()
         if self._generation is not None:
             raise InvalidRequest("root generation already in progress")
-        self._generation = Generation(record.config, otp, key)
+        self._generation = Generation(record.config, otp, key, started_s=self._now())
         return Answer(raw={**await self._state(), "otp": made_here})
 
     async def _cancel(self, call: Call, params: Params) -> None:
+        nonce = Fields(call.data).string("nonce")
+        allowed = not nonce and self._permitted is not None and await self._permitted(call)
+        if self._generation is None:
+            return
+        if not allowed and not self._generation.may_cancel(nonce, self._now()):
+            how = "its nonce" if self._permitted is None else "its nonce, or with a token"
+            raise InvalidRequest(f"an attempt that was started within the last 10 minutes is cancelled with {how}")
         self._generation = None
 
     async def _provide(self, call: Call, params: Params) -> Answer:
@@ -135,12 +148,13 @@ class Generation:
     """One attempt: shares so far, and what hides the token from whoever only sees the answers: a one-time pad, or a PGP
     key."""
 
-    def __init__(self, config: SealConfig, otp: str, key: PgpKey | None = None) -> None:
+    def __init__(self, config: SealConfig, otp: str, key: PgpKey | None = None, *, started_s: float) -> None:
         self._quorum = Quorum(config, str(uuid.uuid4()), _WORDS)
         self.nonce = self._quorum.nonce
         self.required = config.threshold
         self._otp = otp.encode()
         self._key = key
+        self._started_s = started_s
 
     def __repr__(self) -> str:
         return f"Generation({self._quorum})"
@@ -154,6 +168,10 @@ class Generation:
     def fingerprint(self) -> str:
         """Of the PGP key; empty with a one-time pad."""
         return self._key.fingerprint if self._key else ""
+
+    def may_cancel(self, nonce: str, now_s: float) -> bool:
+        """Whether a request to cancel with this nonce, or none, counts."""
+        return nonce == self.nonce or (not nonce and now_s - self._started_s >= CANCEL_NEEDS_NONCE_S)
 
     def provide(self, share: bytes, nonce: str) -> bytes | None:
         """The share key once enough shares are held, else None. Raises InvalidRequest."""

@@ -43,7 +43,7 @@ def rekey(call: Call) -> int:
     if call.values.flag("cancel"):
         nonce = call.values.text("nonce")
         with doing("canceling rekey"):
-            client.call("DELETE", path, body={"nonce": nonce} if nonce else None, has_body=bool(nonce))
+            _canceller(call, nonce).call("DELETE", path, body={"nonce": nonce} if nonce else None, has_body=bool(nonce))
         call.say("Success! Canceled rekeying (if it was started)")
         return EXIT_OK
     with doing("getting rekey status"):
@@ -128,6 +128,11 @@ def _new_keys(body: Body, state: Body) -> str:
 # ---- generate-root
 
 
+def _canceller(call: Call, nonce: str) -> Client:
+    """With the user's token, if there is one, where no nonce shows whose ceremony it is."""
+    return call.client(token="" if nonce else None)
+
+
 def generate_root(call: Call) -> int:
     call.at_most(1)
     what = _only_one(call, "init", "status", "cancel", "generate-otp", "decode")
@@ -137,8 +142,11 @@ def generate_root(call: Call) -> int:
     client = call.client(token="")
     base = DR_TOKEN_PATH if call.values.flag("dr-token") else "sys/generate-root"
     if what == "cancel":
+        nonce = call.values.text("nonce")
         with doing("canceling root token generation"):
-            client.delete(f"{base}/attempt")
+            _canceller(call, nonce).call(
+                "DELETE", f"{base}/attempt", body={"nonce": nonce} if nonce else None, has_body=bool(nonce)
+            )
         call.say("Success! Root token generation canceled (if it was started)")
         return EXIT_OK
     if what == "init":
@@ -290,7 +298,7 @@ GENERATE_ROOT = Command(
     generate_root,
     (
         Flag("init", "Start. The answer shows the one-time password that hides the token.", "bool"),
-        Flag("cancel", "Forget the shares given so far.", "bool"),
+        Flag("cancel", "Forget the attempt; within its first ten minutes this needs -nonce, or a token.", "bool"),
         Flag("status", "Show how far it is.", "bool"),
         Flag("generate-otp", "Print a password for -init -otp.", "bool"),
         Flag("decode", "The encoded token to decode; needs -otp."),

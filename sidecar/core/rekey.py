@@ -25,7 +25,8 @@ from sidecar.core.seal_record import SealRecord, WrongKey, make_seal_record, ope
 from sidecar.core.seals import Sealer
 
 CANCEL_NEEDS_NONCE_S = 600
-"""So long after its start a rekey is only cancelled by who knows its nonce (as Vault since CVE-2025-4656)."""
+"""So long after its start a rekey or a root generation is only cancelled by who knows its nonce (a rekey also at Vault,
+since CVE-2025-4656)."""
 _OLD_SHARES = Words("rekey", "rekey", "rekey aborted")
 _NEW_SHARES = Words("verify", "verify", "rekey verification failed")
 
