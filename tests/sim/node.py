@@ -173,10 +173,13 @@ class Node:
                 )
                 self._world.recovered(self, store)
                 running = tasks.create_task(store.run(), name="store")
+                riders = await self._ride(tasks, store)
                 self.store = store
                 await self._asked.wait()
                 self._leave()
                 await self._drain()
+                for rider in riders:
+                    rider.cancel()
                 running.cancel()
                 keeping.cancel()
         except* ENDING as group:
@@ -193,6 +196,10 @@ class Node:
         error = _first(lost)
         if isinstance(error, HALTING):
             raise error
+
+    async def _ride(self, tasks: asyncio.TaskGroup, store: ReplicatedStore) -> Sequence[asyncio.Task[None]]:
+        """What else runs in a tenure, before it serves; cancelled when it ends."""
+        return ()
 
     def _leave(self) -> None:
         self._seen_index = self.knows
