@@ -157,11 +157,12 @@ class Applier:
         if complete_age_s is not None:
             self._lag.resume(complete_age_s, now_s)
 
-    async def wait_applied(self, index: int, timeout_s: float) -> bool:
-        """Whether the primary's record ``index`` is applied within the time: the stall of a forwarded write."""
+    async def wait_applied(self, index: int, timeout_s: float, *, generation: str = "") -> bool:
+        """Whether the primary's record ``index`` is applied within the time: the stall of a forwarded write.
+        ``generation`` is the primary's store: a position in another one, as after a promotion, tells nothing of it."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._position is None or self._position.index < index:
+                while not self._reached(index, generation):
                     await self._advanced.wait()
                 return True
         return False
@@ -171,6 +172,10 @@ class Applier:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._advanced.wait()
+
+    def _reached(self, index: int, generation: str) -> bool:
+        position = self._position
+        return position is not None and position.index >= index and generation in ("", position.generation)
 
     async def run(self, channel: Channel) -> Outcome:
         """Say hello and apply until the stream ends; closes the channel. ``on_event`` hears ACCEPTED and IN_STEP
@@ -185,10 +190,17 @@ class Applier:
         await channel.close(outcome.reason)
         return outcome
 
+    def look(self) -> None:
+        """A sync may have moved the stored position: from now on it is this one's too, connected or not."""
+        stored = stored_position(self._store, self._mode)
+        if stored != self._durable:
+            self._durable = stored
+            self._moved(stored)
+
     async def _take_stock(self) -> None:
         """Make the position and the durable one agree: a hello promises that nothing before it is asked for again."""
         stored = stored_position(self._store, self._mode)
-        if stored != self._durable:  # a sync, or a commit that outlived a cancelled run, moved it
+        if stored != self._durable:  # a commit that outlived a cancelled run moved it
             self._moved(stored)
         elif self._position is not None and self._position != stored:
             await commit(self._store, [], positions_at(self._mode, self._position))

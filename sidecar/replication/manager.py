@@ -257,7 +257,14 @@ class Replication:
 
     async def primary_demote(self, mode: str) -> Response:
         """Become a secondary that follows nobody yet (contract 1.4). As a DR secondary this cluster serves nobody."""
-        await self._steady(mode).demote()
+        manager = self._steady(mode)
+        if manager is not self.dr:
+            await manager.demote()
+            return Response(warnings=[DEMOTING])
+        # What performance replication still wrote here would come after the end that the demotion names.
+        async with self.performance.still():
+            await manager.demote()
+            self.performance.rest()
         return Response(warnings=[DEMOTING])
 
     async def secondary_token(

@@ -284,6 +284,16 @@ class ModeManager:
             if not self._ending:
                 self._allowed.set()
 
+    @asynccontextmanager
+    async def still(self) -> AsyncIterator[None]:
+        """Inside, this mode neither acts nor changes its role: nothing of it writes to the store."""
+        async with self.halted(), self._changing:
+            yield
+
+    def rest(self) -> None:
+        """Another mode has ended the tenure: nothing here acts or changes any more."""
+        self._ending = True
+
     async def promote(
         self, build: Callable[[Role, Position | None], Awaitable[tuple[PrimaryRole, Sequence[Write]]]]
     ) -> PrimaryRole:

@@ -177,7 +177,10 @@ class SecondaryService:
         response = await self._send(message)
         late = False
         if response.position is not None:
-            late = not await self.applier.wait_applied(response.position.index, self._options.wal_wait_s)
+            at = response.position
+            late = not await self.applier.wait_applied(
+                at.index, self._options.wal_wait_s, generation=at.generation
+            )
         return answer_of(response, late=late)
 
     @property
@@ -302,6 +305,7 @@ class SecondaryService:
             result = await syncer.run()
         finally:
             self._syncer = None
+            self.applier.look()
         self.shrink = result.shrink
         if result.event in (Event.EQUAL, Event.SYNCED):
             self._accepted_deletions = 0

@@ -12,12 +12,14 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from consul_backend.lazy_index import put_extent
 from consul_backend.memory_table import MemoryTable
 from consul_backend.merkle import Forest
 from consul_backend.merkle_pages import Extent, decode_extent, merkle_prefix, parse_extent_name, parse_partition_name
 from consul_backend.wal import record_key
+from tests.sim.fold import Fold
 from tests.sim.history import NEVER, History, Listing, Read, Write
 from tests.sim.witness import Violation, Witness
 
@@ -25,7 +27,15 @@ Version = tuple[int, int]
 """(record, 1 for the value that the record holds and 0 for one that shared the record and was overwritten in it)."""
 
 
-def landed(history: History, witness: Witness) -> tuple[dict[int, int], list[Violation]]:
+class Logged(Protocol):
+    """A log that was read."""
+
+    @property
+    def fold(self) -> Fold:
+        """What it makes true."""
+
+
+def landed(history: History, witness: Logged) -> tuple[dict[int, int], list[Violation]]:
     """P1: every acknowledged batch is in the log exactly once, failed ones never, unknown ones at most once; and each
     is there whole. Returns the record of each batch that is there, by the batch's number."""
     found: list[Violation] = []
@@ -55,7 +65,7 @@ def landed(history: History, witness: Witness) -> tuple[dict[int, int], list[Vio
     return at, found
 
 
-def _records_by_value(witness: Witness) -> dict[tuple[str, bytes | None], list[int]]:
+def _records_by_value(witness: Logged) -> dict[tuple[str, bytes | None], list[int]]:
     where: dict[tuple[str, bytes | None], list[int]] = defaultdict(list)
     for key, versions in witness.fold.versions.items():
         for index, value in versions:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sidecar.replication.modes import PERFORMANCE
 from tests.sim.clusters.cluster import Cluster, Gone
+from tests.sim.clusters.lineage import is_taken
 from tests.sim.clusters.node import MOUNT_1, MOUNT_2, Order, Told
 from tests.sim.history import Write
 from tests.sim.witness import Violation
@@ -96,7 +97,7 @@ class Client:
         position = self._cluster.witness.records[-1].header.positions.get(PERFORMANCE.name)
         if role is None or position is None or position.generation != source.generation:
             return  # it was pointed at another primary meanwhile
-        if not role.selection.takes("r", key.split("/")[1]):
+        if not is_taken(role, key):
             return
         now = len(source.witness.records)
         shown = await self._read(key)

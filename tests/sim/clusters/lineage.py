@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -24,7 +24,7 @@ from sidecar.replication.lost_writes import LostEntry, LostHead
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.protocol import is_none
 from sidecar.replication.roles import PrimaryRole, Role, SecondaryRole, decode_role
-from tests.sim.fold import Entries
+from tests.sim.fold import Entries, Fold
 from tests.sim.witness import Violation
 
 if TYPE_CHECKING:
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 Origin = tuple[str, int]
 """A record that a client's write made: the cluster it was made in, and its number there."""
+
+
+class Log(NamedTuple):
+    """What a checker of clients' writes looks at in a witness."""
+
+    fold: Fold
 
 
 @dataclass(slots=True)
@@ -64,6 +70,7 @@ class Lineage:
         self._world = world
         self._views: dict[tuple[str, str], View] = {}
         self._epochs: dict[tuple[str, str, int, str], str] = {}
+        self._received: dict[str, dict[int, tuple[str, ...]]] = {}
         self._mirrored: tuple[bool, frozenset[Origin]] = (False, frozenset())
         """What came to the performance view of a DR secondary with the record in hand."""
         self.counts: dict[str, int] = {}
@@ -74,6 +81,16 @@ class Lineage:
             self._view(cluster, mode).mixed and isinstance(self._view(cluster, mode).role, SecondaryRole)
             for mode in (PERFORMANCE, DR)
         )
+
+    def own_log(self, cluster: Cluster) -> Log:
+        """A cluster's log without what it received from another: what its own clients wrote."""
+        received = self._received.get(cluster.name, {})
+        fold = cluster.witness.fold
+        versions = {
+            key: [(at, value) for at, value in some if class_of(key) not in received.get(at, ())]
+            for key, some in fold.versions.items()
+        }
+        return Log(Fold(effects=fold.effects, versions=versions))
 
     def _view(self, cluster: Cluster, mode: Mode) -> View:
         found = self._views.get((cluster.name, mode.name))
@@ -130,11 +147,13 @@ class Lineage:
         role = view.role
         assert isinstance(role, SecondaryRole)
         new = (False, frozenset[Origin]())
+        if travels:
+            self._received.setdefault(cluster.name, {})[record.index] = mode.classes
         if position is None or is_none(position):
             if position == view.position and travels and position is not None and not view.mixed:
                 self._violated(cluster, "P6", f"record {record.index} writes what travels and has no position")
         elif position == view.position:
-            kept = [key for key in travels if self._taken(role, key) and key not in mode.keyrings]
+            kept = [key for key in travels if is_taken(role, key) and key not in mode.keyrings]
             if kept:
                 what = f"record {record.index} writes {min(kept)}, which is its primary's, and not from its primary"
                 self._violated(cluster, "P11", what)
@@ -182,12 +201,6 @@ class Lineage:
             self._mirrored = (True, self.origins(source, PERFORMANCE, position.index))
         return True, self.origins(source, mode, position.index)
 
-    def _taken(self, role: Role, key: str) -> bool:
-        if not isinstance(role, SecondaryRole):
-            return True
-        cls, partition = class_of(key), partition_of(key)
-        return role.selection.takes(cls, partition) and role.held.takes(cls, partition)
-
     def compare_all(self, cluster: Cluster, mode: Mode, source: Cluster, index: int, what: str) -> None:
         """All that travels."""
         keys = {
@@ -212,7 +225,7 @@ class Lineage:
             key
             for key in keys
             if cluster.witness.newest(key) != source.value_at(key, index)
-            and self._taken(role, key)
+            and is_taken(role, key)
             and key not in mode.keyrings
         ]
         if wrong:
@@ -304,6 +317,14 @@ class Lineage:
 
     def _count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
+
+
+def is_taken(role: Role, key: str) -> bool:
+    """Whether a key belongs to what a cluster in that role is sent and holds."""
+    if not isinstance(role, SecondaryRole):
+        return True
+    cls, partition = class_of(key), partition_of(key)
+    return role.selection.takes(cls, partition) and role.held.takes(cls, partition)
 
 
 def _all(origins: Iterable[tuple[bool, frozenset[Origin]]]) -> frozenset[Origin]:

@@ -15,7 +15,7 @@ from consul_backend.errors import BackendError
 from consul_backend.position import Position
 from plugin_api.errors import PluginError
 from sidecar.replication.modes import MODES, PERFORMANCE, Mode
-from sidecar.replication.roles import PrimaryRole, SecondaryRole
+from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
 from sidecar.replication.states import Phase
 from tests.sim.clusters.cluster import Cluster, Gone
 from tests.sim.clusters.node import KEYRINGS, SEAL_KEY, Order, SetNode
@@ -145,19 +145,20 @@ class Operator:
             self._judge_forecast(cluster, node, mode, stood, preview.data["promotion_forecast"])  # type: ignore[index]
             await node.replication.secondary_promote(mode.name, "", force=True, preview=False)
 
+        was = cluster.role(mode)
         try:
             await self._call(cluster, promote)
         finally:
-            self._chosen(cluster, mode)
+            self._chosen(cluster, mode, was)
 
-    def _chosen(self, cluster: Cluster, mode: Mode) -> None:
-        """It is to be primary, if its log says that it is one."""
-        if not isinstance(cluster.role(mode), PrimaryRole):
+    def _chosen(self, cluster: Cluster, mode: Mode, was: Role) -> None:
+        """It is to be primary, if its log says that it became one."""
+        if isinstance(was, PrimaryRole) or not isinstance(cluster.role(mode), PrimaryRole):
             return
         before = self.primary[mode.name]
         self.primary[mode.name] = cluster.name
         self._world.log(f"operator: {cluster.name} is {mode.name} primary after {before}")
-        if mode is not PERFORMANCE and isinstance(cluster.role(PERFORMANCE), PrimaryRole):
+        if mode is not PERFORMANCE and not isinstance(cluster.role(PERFORMANCE), DisabledRole):
             members = self._members.setdefault(PERFORMANCE.name, [])
             if self.primary.get(PERFORMANCE.name) == before:
                 self.primary[PERFORMANCE.name] = cluster.name
@@ -173,6 +174,7 @@ class Operator:
             assert node.replication is not None
             await node.replication.secondary_promote(mode.name, "", force=False, preview=False)
 
+        was = cluster.role(mode)
         for _ in range(10):
             try:
                 await self._call(cluster, promote)
@@ -184,7 +186,7 @@ class Operator:
                 await self._pause()
         else:
             await self._force_promote(cluster, mode)
-        self._chosen(cluster, mode)
+        self._chosen(cluster, mode, was)
         await self._pause()
         if self.primary[mode.name] == cluster.name:
             await self._point(old, mode)
@@ -319,12 +321,22 @@ class Operator:
 
     async def mend(self) -> None:
         """One round: whoever is not where it should be is put there."""
+        self._crown()
         for mode in MODES.values():
             for name in self.members(mode):
                 try:
                     await self._mend(self._world.clusters[name], mode)
                 except REFUSALS as error:
                     self._world.log(f"operator: mending {name} in mode {mode.name}: {error!r}")
+
+    def _crown(self) -> None:
+        """Where the performance primary became somebody's mirror another one is to be primary: one that is, or any."""
+        members = self.members(PERFORMANCE)
+        if not members or self.primary[PERFORMANCE.name] in members:
+            return
+        roles = [(self._world.clusters[name].role(PERFORMANCE), name) for name in members]
+        ruling = [(role.epoch.number, name) for role, name in roles if isinstance(role, PrimaryRole)]
+        self.primary[PERFORMANCE.name] = max(ruling)[1] if ruling else members[0]
 
     async def _mend(self, cluster: Cluster, mode: Mode) -> None:
         role, world = cluster.role(mode), self._world

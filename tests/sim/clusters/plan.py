@@ -131,6 +131,7 @@ def make_plan(seed: int) -> SetPlan:
     limits = Limits(
         ops_max=rnd.choice((12, 64, 128)), body_bytes_max=rnd.choice((BODY_BYTES_MIN, BODY_BYTES_MIN, 524_288))
     )
+    delay_s = rnd.choice((0.001, 0.01, 0.15))
     kinds = [kind for kind in TAMPERING if rnd.random() < 0.4]
     damage = rnd.choice((0.0, 0.0, 0.01, 0.05))
     faults = {"answer:reset": rnd.choice((0.0, 0.0, 0.01)), "request:late": rnd.choice((0.0, 0.0, 0.005))}
@@ -152,8 +153,8 @@ def make_plan(seed: int) -> SetPlan:
         limits=limits,
         store=_store(rnd),
         election=ElectionOptions(step_down_grace_s=rnd.choice((0.0, 0.5)), watch_wait_s=2.0),
-        replication=_replication(rnd, limits),
-        link=LinkPlan(rnd.choice((0.001, 0.01, 0.15)), dict.fromkeys(kinds, damage) if damage else {}),
+        replication=_replication(rnd, limits, far=delay_s > 0.1),
+        link=LinkPlan(delay_s, dict.fromkeys(kinds, damage) if damage else {}),
         events=_events(rnd, len(TOPOLOGIES[topology]) + 1, duration_s),
     )
 
@@ -172,7 +173,7 @@ def _store(rnd: random.Random) -> StoreOptions:
     )
 
 
-def _replication(rnd: random.Random, limits: Limits) -> ReplicationOptions:
+def _replication(rnd: random.Random, limits: Limits, *, far: bool) -> ReplicationOptions:
     return ReplicationOptions(
         beat_s=rnd.choice((0.25, 1.0)),
         silent_beats_max=3,
@@ -186,8 +187,8 @@ def _replication(rnd: random.Random, limits: Limits) -> ReplicationOptions:
         demote_drain_s=rnd.choice((0.2, 2.0)),
         certificate_check_s=3600.0,
         fetch_idle_timeout_s=3.0,
-        window_records=rnd.choice((2, 16, 1024)),
-        window_bytes=rnd.choice((2_000, 4 * 1024 * 1024)),
+        window_records=1024 if far else rnd.choice((2, 16, 1024)),  # or it would take minutes to catch up
+        window_bytes=4 * 1024 * 1024 if far else rnd.choice((2_000, 4 * 1024 * 1024)),
         limits=limits,
         staging=rnd.choice((Staging(), Staging(), Staging(entries_max=4, bytes_max=4_000))),
     )

@@ -146,8 +146,11 @@ class Links:
     def heal(self) -> None:
         """No trouble from here on."""
         self.tampering = {}
-        for pair in list(self._links):
+        for pair in sorted(self._links, key=sorted):
             self.mend(*sorted(pair))
+            for connection in list(self._links[pair].connections):
+                if connection.damaged:  # TCP would not keep one that lost something
+                    connection.abort()
 
     def died(self, process: Process) -> None:
         """A process was killed: its host resets what it had open."""
@@ -329,6 +332,7 @@ class Channel:
         rnd = links.random
         kind = next((kind for kind, chance in links.tampering.items() if rnd.random() < chance), "")
         before, self._swapped = self._swapped, None
+        self.connection.damaged = self.connection.damaged or bool(kind)
         if kind == "swap" and before is None:
             self._swapped = frame
             links.counts[kind] = links.counts.get(kind, 0) + 1
@@ -348,6 +352,7 @@ class Connection:
         self.links = links
         self.link = links.link(*ways)
         self.peer = peer
+        self.damaged = False
         self.client = Channel(self, client, ways[0], is_server=False)
         self.server = Channel(self, server, ways[1], is_server=True)
         self.client.peer, self.server.peer = self.server, self.client

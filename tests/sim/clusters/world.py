@@ -248,7 +248,7 @@ class SetWorld:
                 cluster.kill(node)
         found: list[Violation] = []
         for cluster in self.clusters.values():
-            _, some = landed(cluster.history, cluster.witness)
+            _, some = landed(cluster.history, self.lineage.own_log(cluster))
             some += data_is_fold(
                 cluster.witness, cluster.consul.table, cluster.generation, self.plan.store.segment_records
             )
