@@ -2,14 +2,16 @@
 
 The index, backed by the log, says what the data must be; never the other way round. So of what a check found:
 
-=========  =====================================================================================================foreign    the value is put aside (*quarantine*) and the right one restored from the log. Not in the log: stays as it is
+=========  ============================================================================================================
+foreign    the value is put aside (*quarantine*) and the right one restored from the log. Not in the log: stays as it is
            and reads of the key go on failing, until ``force`` puts it aside and deletes the entry by an ordinary commit
 extra      put aside: the index proves that the key does not exist
 lost       absence is proved; restored from the log. Not in the log: stays until ``force`` deletes the entry by a commit
 page       of the index, damaged in the store: taken from the data keys if these have exactly the digest that is known
            of the page; else only with ``force``
 extent     of the index, damaged in the store and right in memory: written anew
-=========  =====================================================================================================
+=========  ============================================================================================================
+
 What ``force`` would delete is counted first: more than the allowance goes only where the operator named the number.
 Every change is one fenced transaction that names the ModifyIndex it saw, so a commit that comes first wins. Cancelling
 between two of them leaves nothing half done; a second run finds the rest.

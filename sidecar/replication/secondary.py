@@ -178,9 +178,7 @@ class SecondaryService:
         late = False
         if response.position is not None:
             at = response.position
-            late = not await self.applier.wait_applied(
-                at.index, self._options.wal_wait_s, generation=at.generation
-            )
+            late = not await self.applier.wait_applied(at.index, self._options.wal_wait_s, generation=at.generation)
         return answer_of(response, late=late)
 
     @property
