@@ -21,8 +21,8 @@ from consul_backend.wal import GENESIS_PREV, CorruptRecord, Record, Write
 from sidecar.replication import protocol
 from sidecar.replication.intake import Batch, Budget, Intake
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
+from sidecar.replication.outgoing import frames_of
 from sidecar.replication.protocol import CHECKSUM_BYTES, Frame, ProtocolViolation, RecordFrame, Skip, encode
-from sidecar.replication.shipper import frames_of
 from tests.support.faults import rounds
 from tests.support.replication import MemoryStore
 

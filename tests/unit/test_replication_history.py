@@ -18,7 +18,7 @@ from sidecar.replication.history import HISTORY_MAX, Epoch, Parting, Promotion, 
 from sidecar.replication.intake import Budget, Intake
 from sidecar.replication.lost_writes import LostWrites
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
-from sidecar.replication.shipper import frames_of
+from sidecar.replication.outgoing import frames_of
 from tests.support.replication_cluster import Store
 
 

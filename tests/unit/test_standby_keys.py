@@ -16,8 +16,9 @@ from consul_backend.physical import GENERATION_KEY
 from consul_backend.txn import Cas
 from sidecar.api.node_view import InitOptions
 from sidecar.core.cluster import ClusterInfo
+from sidecar.core.node_settings import Cors
 from sidecar.core.seal_record import root_fingerprint
-from sidecar.forwarding import ForwardingServer, KeySource, TenureCredentials
+from sidecar.forwarding import ForwardingServer, KeySource, TenureCredentials, Told
 from sidecar.generation import Generation, read_generation
 from sidecar.sealing import Opened, Sealing
 from sidecar.transport.forwarding import KeysReply, decode, encode
@@ -115,8 +116,7 @@ def forwarding(credentials: TenureCredentials, root_key_of: Callable[[str], byte
         cluster_id="cluster",
         own_cluster_addr="https://127.0.0.1:1",
         handle=nobody,  # type: ignore[arg-type]  # is not called
-        modes=lambda: ("disabled", "disabled"),
-        head_index=lambda: 1,
+        told=lambda: Told(("disabled", "disabled"), 1, 250, Cors()),
         root_key_of=root_key_of,
     )
 
