@@ -56,6 +56,7 @@ from sidecar.replication.staging import Staging
 from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
 from sidecar.request.types import ForwardedAuth
 from sidecar.sealing import Opened
+from sidecar.shares_keeping import SharesKeeper
 from sidecar.telemetry import JSONFormatter, TextFormatter
 from sidecar.transport.forwarding import ForwardRequest, header_pairs
 from sidecar.transport.listener import ClusterListener
@@ -236,6 +237,7 @@ class ActiveScope:
             options=self._parts.replication,
         )
         await self._replication.load()
+        self._shares = SharesKeeper(sealed, lambda: not self._replication.is_primary_writable())
         self._service = self._make_service(GatedStore(store, self._writes), barrier, cluster)
         await self._service.start()
         role = ActiveRole(self._service, self, cluster, time.time(), standbys=lambda: forwarding.standbys())
@@ -251,6 +253,7 @@ class ActiveScope:
         self._listener.add(forwarding.purpose())
         self._spawn(tasks, self._service.run(), "service")
         self._spawn(tasks, self._replication.run(), "replication")
+        self._spawn(tasks, self._shares.run(), "key shares")
         self._spawn(tasks, self._drop_old_generations(), "drop old generations")
         return role
 
@@ -332,6 +335,7 @@ class ActiveScope:
 
     async def _on_applied(self, keys: Sequence[str]) -> None:
         await self._service.invalidate(keys)
+        self._shares.heard(keys)
 
     def _set_gate(self, reason: str | None) -> None:
         self._gate = reason

@@ -213,6 +213,7 @@ class Sealing:
             recovery_seal=record.auto is not None,
             migration=migrating or (self._pending is not None and self._pending.base == raw),
             warnings=warnings,
+            shares_issued_s=record.created_s,
         )
 
     async def _record_or_none(self, generation: Generation) -> tuple[bytes, SealRecord] | None:

@@ -178,6 +178,8 @@ class Front:
             "recovery_seal": status.recovery_seal,
             "storage_type": self._node.storage_type,
         }
+        if status.shares_issued_s:
+            body["shares_issued"] = format_time(status.shares_issued_s)
         if status.recovery_seal:
             # The recovery shares are Shamir's, and unseal a node whose auto seal cannot.
             body.update(recovery_seal_type=SHAMIR, unseal_recovery_enabled=True)

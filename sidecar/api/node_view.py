@@ -18,7 +18,8 @@ from sidecar.request.types import HttpRequest, HttpResponse
 class SealStatus:
     """``sys/seal-status`` (contract 4.3). ``n``, ``t`` are 0 when uninitialised, and those of the recovery shares with
     an auto seal (``recovery_seal``); ``migration``: the configured seal is to replace the cluster's. Names are empty
-    while sealed."""
+    while sealed. ``shares_issued_s``: when the key shares in force were made, in unix seconds, 0 where that is not
+    known; a secondary's are its primary's, and were made when those were."""
 
     initialized: bool
     sealed: bool
@@ -32,6 +33,7 @@ class SealStatus:
     cluster_name: str = ""
     cluster_id: str = ""
     warnings: tuple[str, ...] = ()
+    shares_issued_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)

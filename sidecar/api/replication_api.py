@@ -87,6 +87,10 @@ class ReplicationAPI(Upstream, Protocol):
     async def status(self, mode: str | None) -> dict[str, Any]:
         """The ``data`` of one mode, or ``{"dr": …, "performance": …}`` for None (contract 1.2)."""
 
+    async def lacking_record(self, index: int) -> list[str]:
+        """The known secondaries, as mode and id, that do not have record ``index`` of this primary's log. Those that
+        are connected are waited for, briefly."""
+
     def require_steady(self) -> None:
         """Raises Unavailable while a committed change of role waits for the next tenure."""
 

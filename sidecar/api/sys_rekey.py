@@ -16,7 +16,7 @@ from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, PluginError
 from plugin_api.request import Operation
 from sidecar.api.sys_core import Params, Route, SysCore
-from sidecar.core.keys import RECOVERY_KEYS_BACKUP, SEAL, UNSEAL_KEYS_BACKUP
+from sidecar.core.keys import RECOVERY_KEYS_BACKUP, SEAL, SEAL_SHARES, UNSEAL_KEYS_BACKUP
 from sidecar.core.pgp import parse_keys
 from sidecar.core.quorum import Quorum
 from sidecar.core.rekey import NewKeys, Rekey, Request, Target
@@ -30,6 +30,10 @@ log = logging.getLogger("core")
 NOT_IN_PROGRESS = "no rekey configuration found"
 UNCONFIRMED = (
     "the store did not confirm the new seal: keep the old key shares AND these until one of the two has unsealed a node"
+)
+STILL_OLD = (
+    "these secondaries have not received the new key shares, and the old ones open them until they have: {names}. Keep "
+    'the old shares until "shares_issued" in their sys/seal-status is the same as here'
 )
 
 
@@ -131,11 +135,11 @@ class SysRekey:
         """Commit the new seal record and answer with its shares. After a lost confirmation they are the only ones, or
         none: the operator gets them, and is told."""
         try:
-            await self._commit(made.record, self._backup(rekey, made))
+            warnings = await self._commit(rekey, made.record, self._backup(rekey, made))
         except OutcomeUnknown:
             log.error("rekey: %s", UNCONFIRMED)
             return _finished(rekey, made, None) | {"warnings": [UNCONFIRMED]}
-        return _finished(rekey, made, None)
+        return _finished(rekey, made, None) | warnings
 
     # -- the new shares back
 
@@ -156,20 +160,30 @@ class SysRekey:
             record = rekey.prove(share, nonce)
             if record is None:
                 return Answer(raw=_proof_state(rekey.proof()))
-            await self._commit(record, None)
-            return Answer(raw={"nonce": nonce, "complete": True})
+            warnings = await self._commit(rekey, record, None)
+            return Answer(raw={"nonce": nonce, "complete": True} | warnings)
 
-    async def _commit(self, record: SealRecord, backup: Write | None) -> None:
-        """One fenced transaction: a node that starts now reads the old record or the new one. What was certainly not
-        applied leaves the rekey where it is."""
+    async def _commit(self, rekey: Rekey, record: SealRecord, backup: Write | None) -> dict[str, Any]:
+        """One fenced transaction: a node that starts now reads the old record or the new one, and the secondaries get
+        the new one by it. What was certainly not applied leaves the rekey where it is. Returns what to add to the
+        answer: which secondaries the old shares open still."""
         writes = [Write(SEAL, record.encode()), *([backup] if backup else [])]
+        new_shares = rekey.request.target is not Target.AUTO_SEAL
+        if new_shares:
+            writes.append(Write(SEAL_SHARES, record.with_auto(None).encode()))
         try:
-            await self._core.sealed.commit(writes)
+            head = await self._core.sealed.commit(writes)
         except OutcomeUnknown:
             self._rekey = None
             raise
         self._rekey = None
         log.info("security barrier rekeyed: shares=%d threshold=%d", record.shares, record.threshold)
+        replication = self._core.replication
+        late = await replication.lacking_record(head.index) if new_shares and replication is not None else []
+        if not late:
+            return {}
+        log.warning("rekey: not received yet by these secondaries: %s", ", ".join(late))
+        return {"warnings": [STILL_OLD.format(names=", ".join(late))]}
 
     # -- PGP messages kept for those who lost theirs
 

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 SEAL = "c/core/seal"
+# What the newest rekey made of the seal record, for the secondaries: their key shares are the primary's.
+SEAL_SHARES = "r/core/seal"
 REPLICATED_KEYRING = "r/core/keyring"
 LOCAL_KEYRING = "l/core/keyring"
 PRIVATE_KEYRING = "c/core/keyring"

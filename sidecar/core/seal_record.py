@@ -87,6 +87,10 @@ class SealRecord:
         without."""
         return replace(self, auto=auto)
 
+    def same_shares(self, other: SealRecord) -> bool:
+        """Whether the same shares open both."""
+        return self.with_auto(None) == other.with_auto(None)
+
     def encode(self) -> bytes:
         """As JSON, which an operator can look at."""
         version = _WITH_AUTO if self.auto else _SHARES_ONLY

@@ -285,6 +285,11 @@ class Replication:
         """Replace the set's certificate authority, with overlap; ``force`` ends an overlap now."""
         return await enrolment.rotate_authority(self._steady(mode), overlap_s, force=force)
 
+    async def lacking_record(self, index: int) -> list[str]:
+        """Which secondaries of this primary do not have a record of its log, as mode and id."""
+        serving = [(manager.mode.name, manager.primary) for manager in (self.performance, self.dr)]
+        return [f"{mode} {name}" for mode, primary in serving if primary for name in await primary.lacking(index)]
+
     # ---- a secondary
 
     async def secondary_public_key(self, mode: str) -> Response:

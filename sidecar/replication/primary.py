@@ -68,6 +68,7 @@ BOOTSTRAP_REQUEST_BYTES_MAX = 64 * 1024
 HELLO_TIMEOUT_S = 10.0
 FAREWELL_S = 0.5
 DRAIN_POLL_S = 0.02
+LACKING_WAIT_S = 2.0
 
 
 class PrimaryService:
@@ -182,6 +183,16 @@ class PrimaryService:
         head_index = self._store.head.index
         while self.behind(head_index):  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_POLL_S)  # acknowledgements of many streams, for seconds at most
+
+    async def lacking(self, index: int) -> list[str]:
+        """The ids of all known secondaries that do not have record ``index``; connected ones get a moment for it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LACKING_WAIT_S):
+                while self.behind(index):  # noqa: ASYNC110
+                    await asyncio.sleep(DRAIN_POLL_S)
+        role = self._newest()
+        known = sorted(role.secondaries) if role is not None else []
+        return [name for name in known if name not in self.shipper.peers or self.shipper.peers[name].applied < index]
 
     def behind(self, head_index: int) -> list[str]:
         """The ids of those secondaries that do not have record ``head_index`` yet."""

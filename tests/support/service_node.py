@@ -224,6 +224,7 @@ class FakeReplication:
         self.calls: list[tuple[Any, ...]] = []
         self.filters = FakeFilters(self.calls)
         self.sessions = FakeSessions()
+        self.lacking: list[str] = []
         self.forwarded: list[tuple[HttpRequest, ForwardedAuth]] = []
 
     def is_primary_writable(self) -> bool:
@@ -233,6 +234,10 @@ class FakeReplication:
         assert self.primary is not None
         self.forwarded.append((request, auth))
         return await self.primary.handle(replace(request, forwarded_auth=auth))
+
+    async def lacking_record(self, index: int) -> list[str]:
+        self.calls.append(("lacking_record", index))
+        return self.lacking
 
     def require_steady(self) -> None:
         """Never in between."""
