@@ -106,6 +106,7 @@ def wire_of(mode: Mode, seed: int) -> Damage:
 
     # A skip names nothing that it follows: the next record and the root tell (test_applier.py).
     foreign = [encode(frame) if isinstance(frame, RecordFrame) else None for frame in frames(other.log)]
+    foreign[FORK] = None  # follows what both have: whose it is, the hello decides
     return Damage(mode, dice, store.log, [encode(frame) for frame in frames(store.log)], foreign)
 
 
