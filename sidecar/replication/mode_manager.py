@@ -48,7 +48,8 @@ _R = TypeVar("_R", bound=Role)
 
 
 class ModeManager:
-    """See the module. ``store`` is the raw replicated store, ``sealed`` the same through the barrier."""
+    """See the module. ``store`` is the raw replicated store, ``sealed`` the same through the barrier. ``mirrored``
+    waits a moment for whoever would take this cluster's place."""
 
     def __init__(
         self,
@@ -62,9 +63,11 @@ class ModeManager:
         clock: Clock,
         options: ReplicationOptions,
         restrict: Callable[[], None],
+        mirrored: Callable[[], Awaitable[None]],
     ) -> None:
         self.mode = mode
         self._restrict = restrict
+        self._mirrored = mirrored
         self.store = store
         self.clock = clock
         self.options = options
@@ -414,7 +417,11 @@ class ModeManager:
         return newest
 
     async def _change_primary(self, change: Callable[[Role], PrimaryRole]) -> PrimaryRole:
-        return await self.change(change)
+        """What a secondary relies on from now on: a DR secondary that is promoted must let it in."""
+        before, after = self._role, await self.change(change)
+        if after is not before:
+            await self._mirrored()
+        return after
 
     async def _learned(self, addresses: Sequence[str]) -> SecondaryRole | None:
         def learn(newest: Role) -> Role:
@@ -430,6 +437,8 @@ class ModeManager:
             return authorities.renew(newest, replaces, credentials, trusted_pem)
 
         after = await self.change(renew)
+        # Its first use is the end of the certificate before: a DR secondary that knew only that would be locked out.
+        await self._mirrored()
         return after if isinstance(after, SecondaryRole) else None
 
     async def _synced(self, selection: Partitions) -> SecondaryRole | None:

@@ -407,7 +407,7 @@ class SecondaryService:
             role = await self._renewal.once() if self.connected_to else None
             if role is None:
                 continue
-            same, self._role = role.certificate_pem == self._role.certificate_pem, role
+            same, self._role = role.credentials == self._known_identity().credentials, role
             self._identity = secondary_identity(self._mode, role)
             before, self._clients = self._clients, {}
             if self._channel is not None and not same:
