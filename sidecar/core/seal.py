@@ -98,8 +98,7 @@ def combine(shares: Sequence[bytes]) -> bytes:
     if length < 1 or any(len(share) != length + 1 for share in shares):
         raise InvalidShares("shares must have one length of at least two bytes")
     points = [share[-1] for share in shares]
-    if 0 in points or len(set(points)) != len(points):
-        raise InvalidShares("shares must have distinct coordinates other than zero")
+    _check_points(points)
     product = reduce(_multiply, points)
     secret = 0
     for x, share in zip(points, shares, strict=True):
@@ -108,6 +107,13 @@ def combine(shares: Sequence[bytes]) -> bytes:
         weight = _multiply(product, _invert(distances))
         secret ^= _scale(int.from_bytes(share[:-1], "big"), weight, length)
     return secret.to_bytes(length, "big")
+
+
+def _check_points(points: Sequence[int]) -> None:
+    """A share at zero would be the secret, and with it every other share counts for nothing; of two at one place one
+    could be anybody's."""
+    if 0 in points or len(set(points)) != len(points):
+        raise InvalidShares("shares must have distinct coordinates other than zero")
 
 
 @dataclass(frozen=True, slots=True)
