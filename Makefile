@@ -8,7 +8,7 @@ TARGET  ?= policy
 RUNS    ?= 1000000
 BIN     := $(VENV)/bin
 
-.PHONY: setup demo test check compatibility bench fuzz soak mutants soak-faults clean
+.PHONY: setup demo test check compatibility bench fuzz soak mutants soak-faults soak-timing clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -52,6 +52,10 @@ soak: setup
 
 mutants: setup
 	nice $(BIN)/python scripts/mutants.py $(if $(LIMIT),--limit $(LIMIT))
+
+# Whether logins can be told apart by their time, over 10,000 pairs (half an hour); see tests/support/timing.py.
+soak-timing: setup
+	OUTRIDER_TIMING_PAIRS=10000 $(BIN)/python -m pytest -q -s -o timeout=7200 tests/unit/test_timing_statement.py
 
 # The fault tests on real processes and a real Consul, each fault many times over.
 soak-faults: setup
