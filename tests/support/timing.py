@@ -60,7 +60,7 @@ async def compare(
     for _ in range(_WARM_UP):
         await one()
         await other()
-    order = random.Random(pairs)  # noqa: S311 - which of two comes first
+    order = random.Random(pairs)
     differences, total_ns = [], 0
     gc.collect()
     gc.disable()

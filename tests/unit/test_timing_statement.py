@@ -99,7 +99,7 @@ async def test_12_control_compared_by_character_it_is_told() -> None:
 
 def test_12_the_judge_lets_noise_pass_and_no_shift() -> None:
     """The test of the test: over many draws of equal and of shifted noise, with the outliers of a busy machine."""
-    draw = random.Random(12)  # noqa: S311 - noise
+    draw = random.Random(12)
 
     def noise(shift: float) -> list[int]:
         return [int(draw.gauss(shift, 1000) + (draw.random() < 0.05) * draw.uniform(-1, 1) * 1e6) for _ in range(2000)]
