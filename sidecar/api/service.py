@@ -42,6 +42,7 @@ from sidecar.core.policies import PolicyStore
 from sidecar.core.quotas import Exceeded, Quotas
 from sidecar.core.rotation import maintain_keyrings
 from sidecar.core.schedule import Schedule
+from sidecar.core.seal_rewrap import SEAL_PASS_S, rewrap
 from sidecar.core.store_view import LogicalStore, SealedStore, TrackedWrites
 from sidecar.core.token_roles import TokenRoles
 from sidecar.core.version_history import VersionHistory
@@ -239,6 +240,7 @@ class Service:
         async with contextlib.aclosing(self), asyncio.TaskGroup() as tasks:
             tasks.create_task(self._leasing.run(), name="leases")
             tasks.create_task(self._keep_keyrings(), name="keyrings")
+            tasks.create_task(self._keep_seal(), name="seal")
             tasks.create_task(self._clean_up(), name="unmounted data")
             versions = VersionHistory(self._sealed, self._core.node.version, self._now)
             tasks.create_task(self._note_version(versions), name="version history")
@@ -269,6 +271,21 @@ class Service:
         while True:
             await self._tried(lambda: maintain_keyrings(self._sealed, self._now, self._writable), "keyrings")
             await asyncio.sleep(KEYRING_PASS_S)
+
+    async def _keep_seal(self) -> None:
+        """Put the root key under the newest version of the auto seal's key. What fails now is tried again."""
+
+        async def once() -> None:
+            sealer = await self._core.node.sealer()
+            if sealer is not None:
+                await rewrap(self._sealed, sealer, self._core.seal_lock)
+
+        while True:
+            try:
+                await self._tried(once, "seal")
+            except Unavailable as error:
+                log.warning("seal: whether its key was rotated cannot be told: %s", error)
+            await asyncio.sleep(SEAL_PASS_S)
 
     async def _note_version(self, versions: VersionHistory) -> None:
         await self._tried(versions.record, "version history")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -46,7 +47,8 @@ class ServiceOptions:
 
 @dataclass(frozen=True, slots=True)
 class SysCore:
-    """The parts of one tenure. ``mounts_changed`` wakes the task that deletes what an unmount left."""
+    """The parts of one tenure. ``mounts_changed`` wakes the task that deletes what an unmount left. ``seal_lock`` is
+    held by who changes the seal record, from reading it on."""
 
     sealed: SealedStore
     tokens: TokenStore
@@ -65,3 +67,4 @@ class SysCore:
     audit: AuditRegistry
     random_bytes: Callable[[int], bytes] = os.urandom
     in_flight: InFlight = field(default_factory=InFlight)
+    seal_lock: asyncio.Lock = field(default_factory=asyncio.Lock)

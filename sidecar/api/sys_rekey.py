@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import logging
 import uuid
@@ -52,7 +51,7 @@ class SysRekey:
         self._core = core
         self._recovery = recovery
         self._rekey: Rekey | None = None
-        self._lock = asyncio.Lock()
+        self._lock = core.seal_lock
 
     def routes(self) -> list[Route]:
         """Rows of the table. A rekey is open: the key shares are the permission."""

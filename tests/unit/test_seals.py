@@ -12,11 +12,23 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from sidecar.core.keys import SEAL
 from sidecar.core.seal import SealConfig
-from sidecar.core.seal_record import BadSealRecord, SealRecord, WrongKey, make_seal_record, open_root_key
+from sidecar.core.seal_record import (
+    AutoPart,
+    BadSealRecord,
+    SealRecord,
+    WrongKey,
+    make_auto_part,
+    make_seal_record,
+    open_root_key,
+)
+from sidecar.core.seal_rewrap import is_newer, rewrap
 from sidecar.core.seals import AutoSeal, Need, SealUnavailable, Wrapped, needed, prepare, unseal_root_key
 from sidecar.core.seals.static import BadStaticKey, StaticKey, StaticSeal, load_static_key
 from sidecar.core.seals.transit import TransitSeal, TransitSettings
+from tests.support.logical_store import make_sealed
+from tests.support.service_node import running
 
 KEY = bytes(range(32))
 
@@ -150,6 +162,8 @@ class TransitServer:
     address: str = ""
     token: str = "hvs.seal"
     down: int = 0
+    version: int = 1
+    decrypts_from: int = 1
     renewable: bool = True
     ttl_s: float = 3600
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -166,11 +180,14 @@ class TransitServer:
             return web.Response(status=307, headers={"Location": f"{self.address}/v1/transit/encrypt/k"})
         data: dict[str, Any] = {}
         if request.path == "/v1/transit/encrypt/k":
-            data = {"ciphertext": "vault:v1:" + body["plaintext"][::-1]}
+            data = {"ciphertext": f"vault:v{self.version}:{body['plaintext'][::-1]}"}
         elif request.path == "/v1/transit/decrypt/k":
-            if not body["ciphertext"].startswith("vault:v1:"):
+            if not body["ciphertext"].startswith("vault:v"):
                 return web.json_response({"errors": ["invalid ciphertext: no prefix"]}, status=400)
-            data = {"plaintext": body["ciphertext"].removeprefix("vault:v1:")[::-1]}
+            _, version, text = body["ciphertext"].split(":", 2)
+            if int(version[1:]) < self.decrypts_from:
+                return web.json_response({"errors": ["ciphertext version is disallowed by policy"]}, status=400)
+            data = {"plaintext": text[::-1]}
         elif request.path == "/v1/auth/token/lookup-self":
             data = {"ttl": self.ttl_s, "renewable": self.renewable}
         elif request.path == "/v1/auth/token/renew-self":
@@ -298,3 +315,64 @@ async def test_a_token_that_cannot_be_renewed_is_tried_again(
         server.down = 0
         await server.renewed.wait()
     running.cancel()
+
+
+async def test_a_key_that_was_rotated_there_wraps_anew_here(server: TransitServer, seal_of: SealFactory) -> None:
+    """Older versions can then be given up on the other server; the shares stay what they were."""
+    seal = await seal_of(server)
+    store, sealed = make_sealed()
+    root_key, lock = sealed.barrier.root_key(), asyncio.Lock()
+    record = await sealed_record(seal, root_key)
+    store.data[SEAL] = record.encode()
+    assert not await rewrap(sealed, await prepare(seal, os.urandom), lock)
+    assert store.data[SEAL] == record.encode(), "the same version: nothing is written"
+    server.version = 3
+    assert await rewrap(sealed, await prepare(seal, os.urandom), lock)
+    server.decrypts_from = 3
+    renewed = SealRecord.decode(store.data[SEAL])
+    assert renewed.auto is not None
+    assert await unseal_root_key(seal, renewed.auto) == root_key
+    assert open_root_key(renewed, KEY) == root_key
+    with pytest.raises(SealUnavailable, match="disallowed by policy"):
+        await unseal_root_key(seal, record.auto)  # type: ignore[arg-type]  # it has one
+    assert not await rewrap(sealed, await prepare(seal, os.urandom), lock)
+
+
+async def test_only_a_newer_version_of_the_same_key_counts(server: TransitServer, seal_of: SealFactory) -> None:
+    def part(kind: str, key_id: str, blob: bytes) -> AutoPart:
+        return make_auto_part(KEY, KEY, blob, kind, key_id, os.urandom)
+
+    old = part("transit", "transit/k", b"vault:v9:x")
+    assert is_newer(part("transit", "transit/k", b"vault:v10:x"), old)
+    for other in (
+        part("transit", "transit/k", b"vault:v9:y"),
+        part("transit", "transit/k", b"vault:v2:y"),
+        part("transit", "transit/other", b"vault:v10:x"),
+        part("static", "transit/k", b"vault:v10:x"),
+        part("transit", "transit/k", b"no version at all"),
+    ):
+        assert not is_newer(other, old)
+    _, sealed = make_sealed()
+    assert not await rewrap(sealed, await prepare(await seal_of(server), os.urandom), asyncio.Lock()), "no record"
+
+
+async def test_a_tenure_puts_its_root_key_under_the_newest_version(server: TransitServer, seal_of: SealFactory) -> None:
+    seal = await seal_of(server)
+    async with running() as node:
+        stored = SealRecord.decode(node.store.entries[SEAL])
+        root_key = node.service._sealed.barrier.root_key()
+        record = stored.with_auto((await prepare(seal, os.urandom))(root_key))
+        node.store.entries[SEAL] = record.encode()
+        server.version = 2
+
+        async def sealer() -> Any:
+            return await prepare(seal, os.urandom)
+
+        node.node.sealer = sealer  # type: ignore[method-assign]  # the configured seal
+        work = asyncio.create_task(node.service.run())
+        await node.store.until(lambda: node.store.entries[SEAL] != record.encode())
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        renewed = SealRecord.decode(node.store.entries[SEAL]).auto
+        assert renewed is not None
+        assert renewed.wrapped_key.startswith(b"vault:v2:")
