@@ -7,6 +7,8 @@ which of them somebody made in the log meanwhile, and whether the others are too
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,9 @@ from sidecar.replication.modes import Mode
 from sidecar.replication.protocol import NONE_POSITION, is_none
 from sidecar.replication.store_view import SecondaryStore
 
+FLYING_MAX = 4
+"""Commits of a mix that are under way at once; the store makes one transaction at a time of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Staging:
@@ -33,7 +38,7 @@ class Staging:
 
 class Stage:
     """One sync's. ``brake`` judges what is deleted, ``progress`` is told with a closed gate. Once the brake is on,
-    nothing is staged or committed any more; what was, stays."""
+    nothing is staged or committed any more; what was, stays. However it ends, :meth:`abandon` it."""
 
     def __init__(
         self,
@@ -58,6 +63,8 @@ class Stage:
         self._pending: dict[str, Write] = {}
         self._pending_bytes = 0
         self._mixed = is_none(stored_position(store, mode))
+        self._flying: deque[tuple[asyncio.Task[None], list[str]]] = deque()
+        self._in_flight: set[str] = set()
         self.keys = 0
 
     def is_whole(self) -> bool:
@@ -65,8 +72,8 @@ class Stage:
         return not self._mixed
 
     def holds(self, key: str) -> bool:
-        """Whether a write of the key is staged."""
-        return key in self._pending
+        """Whether a write of the key is staged, or not applied yet."""
+        return key in self._pending or key in self._in_flight
 
     async def add(self, writes: Sequence[Write]) -> None:
         """Stage writes; commits what no longer fits. The keyring is committed, and loaded, before what follows it."""
@@ -80,7 +87,7 @@ class Stage:
             cost = self._cost(write)
             known = write.key in self._pending
             if self._pending and self._is_full(len(self._pending) + (not known), self._pending_bytes + cost):
-                await self.flush()
+                await self._spill()
                 cost = self._cost(write)
             self._pending.pop(write.key, None)
             self._pending[write.key] = write
@@ -136,43 +143,85 @@ class Stage:
         await self._on_applied([write.key])
 
     async def flush(self) -> None:
-        """Commit what is staged, and with it that the data is a mix from here on."""
+        """Commit what is staged, and with it that the data is a mix from here on; all of it has landed then."""
+        await self._spill()
+        while self._flying:
+            await self._land()
+
+    async def _spill(self) -> None:
+        """Send what is staged on its way. Some commits are under way at once, of different keys: the store is never
+        without one while the next arrives."""
         if not self._pending and self._mixed:
             return
         self._mixed = True
         self._gate(self._progress())
-        await self._commit(NONE_POSITION, {})
+        for piece in split_writes(self._taken(), self._budget) or [[]]:
+            keys = [write.key for write in piece]
+            while len(self._flying) >= FLYING_MAX or (self._flying and not self._in_flight.isdisjoint(keys)):
+                await self._land()
+            self._in_flight.update(keys)
+            self._flying.append((asyncio.create_task(self._commit_of_a_mix(piece)), keys))
+
+    async def _land(self) -> None:
+        """Wait for the commit that is longest under way."""
+        task, keys = self._flying[0]
+        await task
+        self._flying.popleft()
+        self._in_flight.difference_update(keys)
+        self.keys += len(keys)
+        if keys:
+            await self._on_applied(keys)
         failpoint("sync:half-way")
+
+    async def abandon(self) -> None:
+        """Nothing more is added: leave no commit behind that somebody does not know of."""
+        tasks = [task for task, _ in self._flying]
+        self._flying.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def finish(self, position: Position, source_positions: Mapping[str, Position]) -> None:
         """Commit what is staged together with the position, and open the gate."""
         if self._pending or stored_position(self._store, self._mode) != position:
             failpoint("sync:before-guard")
-            await self._commit(position, source_positions)
+            await self._commit_whole(position, source_positions)
             failpoint("sync:after-guard")
         self._mixed = False
         self._gate(None)
 
-    async def _commit(self, position: Position, source_positions: Mapping[str, Position]) -> None:
+    def _taken(self) -> list[Write]:
         writes = list(self._pending.values())
         self._pending.clear()
         self._pending_bytes = 0
-        pieces: list[list[Write]] = [writes] if not self._mixed else split_writes(writes, self._budget) or [[]]
-        while pieces:
-            piece = pieces.pop(0)
-            try:
-                at = NONE_POSITION if pieces else position
-                await commit(self._store, piece, positions_at(self._mode, at, source_positions))
-            except TooLarge:
-                if len(piece) <= 1:
-                    raise
-                pieces[:0] = [piece[: len(piece) // 2], piece[len(piece) // 2 :]]
-                self._mixed = True  # not even a large batch: its own store has smaller bounds than this
-                self._gate(self._progress())
-                continue
-            self.keys += len(piece)
-            if piece:
-                await self._on_applied([write.key for write in piece])
+        return writes
+
+    async def _commit_of_a_mix(self, piece: list[Write]) -> None:
+        try:
+            await commit(self._store, piece, positions_at(self._mode, NONE_POSITION))
+        except TooLarge:
+            if len(piece) <= 1:
+                raise
+            await self._commit_of_a_mix(piece[: len(piece) // 2])
+            await self._commit_of_a_mix(piece[len(piece) // 2 :])
+
+    async def _commit_whole(self, position: Position, source_positions: Mapping[str, Position]) -> None:
+        """What is staged and the position in one commit; where not even that fits, in parts, the position last."""
+        writes = self._taken()
+        try:
+            await commit(self._store, writes, positions_at(self._mode, position, source_positions))
+        except TooLarge:
+            if len(writes) <= 1:
+                raise
+            # Its own store has smaller bounds than this.
+            self._pending = {write.key: write for write in writes[:-1]}
+            await self.flush()
+            last = writes[-1:]
+            await commit(self._store, last, positions_at(self._mode, position, source_positions))
+            writes = last
+        self.keys += len(writes)
+        if writes:
+            await self._on_applied([write.key for write in writes])
 
 
 def _is_counted(key: str) -> bool:

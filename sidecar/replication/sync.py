@@ -185,6 +185,8 @@ class Syncer:
         except (ChannelClosed, ProtocolViolation, TooLarge, PermissionDenied, _Broken) as error:
             event, reason = Event.LOST, str(error)
             log.warning("merkle sync ended early: %s", reason)
+        finally:
+            await self._staging.abandon()
         return SyncResult(
             event=event,
             reason=reason,
