@@ -97,6 +97,18 @@ class World:
                     return state
                 await asyncio.sleep(0.02)
 
+    async def forgotten(self) -> None:
+        """Wait until the log no longer reaches back to where a secondary left."""
+        async with asyncio.timeout(60):
+            while self.store.oldest_index < self.store.head.index - 1000:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+    async def caught_up(self, thin: Child) -> None:
+        """Wait until all of them have everything."""
+        async with asyncio.timeout(60):
+            while min((await thin.do("state"))["indexes"]) < self.store.head.index:
+                await asyncio.sleep(0.05)
+
     async def fill(self, keys: int, prefix: str) -> None:
         """New keys in full transactions."""
         value = os.urandom(VALUE_BYTES)
@@ -251,8 +263,7 @@ async def catch_up(arguments: argparse.Namespace) -> dict[str, Any]:
                     made.store.unhold("performance:eu-1")
                 await made.fill(keys, "away")
                 if by == "merkle":
-                    await made.store.flush()
-                    await made.store.collect()
+                    await made.forgotten()
                 started = time.monotonic()
                 await child.do("attach")
                 state = await made.in_step(child)
@@ -293,11 +304,8 @@ async def fan_out(arguments: argparse.Namespace) -> dict[str, Any]:
             before, cpu_before = usage(), resource.getrusage(resource.RUSAGE_SELF)
             _, took_s = await steady(made.store, arguments.rate, arguments.seconds, "fan")
             after, cpu_after = usage(), resource.getrusage(resource.RUSAGE_SELF)
-            behind = 0
             if child is not None:
-                async with asyncio.timeout(60):
-                    while behind := made.store.head.index - min((await child.do("state"))["indexes"]):
-                        await asyncio.sleep(0.05)
+                await made.caught_up(child)
             writes = len(took_s)
             cpu_us = (after["cpu_s"] - before["cpu_s"]) / writes * 1e6
             share = (after["cpu_s"] - before["cpu_s"]) / (writes / arguments.rate)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from consul_backend.batching import NeedsParts, Prepared
+from consul_backend.bulk_read import read_many
 from consul_backend.chunks import Chunks, read_value
 from consul_backend.clock import Clock
 from consul_backend.digesting import keep_digested
@@ -260,6 +261,17 @@ class ReplicatedStore:
                 self._cache.put(key, value)
             if self._lease.valid():
                 return value
+
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """The values of many keys, read together and not kept in the cache. Raises as :meth:`get`."""
+        if self._lazy.cold:
+            await self._lazy.need(keys)
+
+        def at_hand(key: str) -> bool:
+            return key in self._cache or self._large.overlay.get(key) is not None
+
+        wanted = [(key, physical_key(self.generation, key)) for key in keys]
+        return await read_many(self._physical, self._lease, wanted, self.forest.digest_of, at_hand, self.get)
 
     def may_be_large(self, key: str) -> bool:
         """Whether the value may be larger than one transaction: what reads many at once reads those one by one. True of

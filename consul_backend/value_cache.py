@@ -27,6 +27,9 @@ class ValueCache:
         self.hits += 1
         return value
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
     def put(self, key: str, value: bytes | None) -> None:
         """The key now has this value (None: it was deleted)."""
         old = self._values.pop(key, None)

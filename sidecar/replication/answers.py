@@ -36,7 +36,7 @@ from sidecar.replication.store_view import PrimaryStore
 log = logging.getLogger("replication.sync")
 
 _ENTRIES_FRAME_BYTES = 256 * 1024
-_READS_AT_ONCE = 32
+_READS_AT_ONCE = 64
 _RECORDS_AT_ONCE = 16
 _STEPS_BETWEEN_TURNS = 4
 
@@ -154,7 +154,7 @@ async def _differing_entries(store: PrimaryStore, request: FetchRequest, mode: M
         prefix = f"{part.partition}/"
         wanted, extra = differing_entries(shipped, request.salt, part, extent.ids)
         for keys in _reads(store, prefix, wanted):
-            for key, value in zip(keys, await asyncio.gather(*map(store.get, keys)), strict=True):
+            for key, value in zip(keys, await store.get_many(keys), strict=True):
                 if value is None:  # deleted since the digest was read: its record follows
                     continue
                 if puts and size_bytes + len(value) > _ENTRIES_FRAME_BYTES:

@@ -90,6 +90,9 @@ class PrimaryStore(IndexedStore, Protocol):
     async def get(self, key: str) -> bytes | None:
         """The whole ciphertext of one logical key."""
 
+    async def get_many(self, keys: Sequence[str]) -> Sequence[bytes | None]:
+        """The same of many keys at once."""
+
     def may_be_large(self, key: str) -> bool:
         """Whether a value may be larger than one transaction of the store."""
 

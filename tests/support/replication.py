@@ -66,6 +66,9 @@ class MemoryStore:
         self.reading.remove(key)
         return self.data.get(key)
 
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        return list(await asyncio.gather(*[self.get(key) for key in keys]))
+
     def may_be_large(self, key: str) -> bool:
         return len(self.data.get(key, b"")) > LARGE_BYTES
 

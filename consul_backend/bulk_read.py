@@ -1,0 +1,33 @@
+"""Values of many keys in few reads, for those who read everything once: a fill would otherwise cost one request a key,
+and leave a cache full of what nobody asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from consul_backend.merkle import entry_digest
+from consul_backend.physical import PhysicalStore
+from consul_backend.read_lease import ReadLease
+
+
+async def read_many(
+    physical: PhysicalStore,
+    lease: ReadLease,
+    wanted: Sequence[tuple[str, str]],
+    digest_of: Callable[[str], bytes | None],
+    at_hand: Callable[[str], bool],
+    get: Callable[[str], Awaitable[bytes | None]],
+) -> list[bytes | None]:
+    """The value of each (key, physical key), None where there is none. What is ``at_hand``, and whatever this read does
+    not settle, because it was written meanwhile, is in chunks or is foreign, is left to ``get``. Raises as that does.
+    """
+    await lease.ensure()
+    far = [(key, where) for key, where in wanted if not at_hand(key) and digest_of(key) is not None]
+    found: dict[str, bytes] = {}
+    if far:
+        items = await physical.get_many([where for _, where in far])
+        if lease.valid():
+            for (key, _), item in zip(far, items, strict=True):
+                if item is not None and not at_hand(key) and entry_digest(key, item.value) == digest_of(key):
+                    found[key] = item.value
+    return [found[key] if key in found else await get(key) for key, _ in wanted]
