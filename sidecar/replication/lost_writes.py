@@ -17,12 +17,14 @@ from typing import Any
 import msgspec
 
 from consul_backend.large_batch import Assembly
+from consul_backend.position import Position
 from consul_backend.wal import CorruptRecord, Record, Write
 from consul_backend.wal_reader import RecordGone
 from plugin_api.errors import InvalidRequest, NotFound
 from sidecar.replication.history import Epoch, Parting
 from sidecar.replication.modes import Mode
 from sidecar.replication.parts import concerns
+from sidecar.replication.protocol import is_none
 from sidecar.replication.store_view import PrimaryStore
 from sidecar.replication.wiring import SealedEntries
 
@@ -49,7 +51,8 @@ class LostEntry(msgspec.Struct, frozen=True, array_like=True):
 class LostHead(msgspec.Struct, frozen=True):
     """One record. ``first`` to ``last`` are the records of this cluster's own log that have lost entries, 0 for none;
     ``records`` and ``entries`` count them. ``at_least``: the log began later than the histories parted. ``certain``
-    False: no common epoch was known, so everything that the log held was kept. Times in unix milliseconds."""
+    False: no common epoch was known, or a merkle sync went past the point where the histories part, and everything that
+    the log held, or the sync brought, was kept. Times in unix milliseconds."""
 
     id: str
     mode: str
@@ -87,6 +90,15 @@ class _Gathered:
     waiting_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """The own record from which to look, whether that is early enough, and whether all behind it is lost for sure."""
+
+    start: int
+    whole: bool = True
+    certain: bool = True
+
+
 class LostWrites:
     """The records of one mode."""
 
@@ -105,16 +117,12 @@ class LostWrites:
             return None
         name = f"{epoch}-{new_epoch.number}-{new_epoch.id[:8]}"
         found = _Gathered()
-        start, reaches = await self._start(parting)
-        async for record in self._records(start, self._store.head.index):
-            if not concerns(record, self._mode.classes):
-                continue
-            position = record.header.positions.get(self._mode.name)
-            if parting.known and parting.holds(record.index, position):
-                continue
-            await self._add(found, record, f"{self._root}{name}/")
+        reach = await self._start(parting)
+        async for record in self._records(reach.start, self._store.head.index):
+            if concerns(record, self._mode.classes):
+                await self._add(found, record, f"{self._root}{name}/")
         await self._flush(found, f"{self._root}{name}/")
-        if not found.records and reaches and parting.known:
+        if not found.records and reach.whole and parting.known:
             return None
         return LostHead(
             id=name,
@@ -127,8 +135,8 @@ class LostWrites:
             last=found.last,
             records=found.records,
             entries=found.entries,
-            at_least=not reaches,
-            certain=parting.known,
+            at_least=not reach.whole,
+            certain=reach.certain,
             first_ms=found.first_ms,
             last_ms=found.last_ms,
             kept_bytes=found.kept_bytes,
@@ -170,23 +178,31 @@ class LostWrites:
         for number in range(1, head.pages + 1):
             await self._sealed.delete(f"{self._root}{head.id}/page-{number:06d}")
 
-    async def _start(self, parting: Parting) -> tuple[int, bool]:
-        """The own record from which to look, and whether that is early enough: the log is walked backwards until a
-        record whose position is common, or by number where the own log tells."""
+    async def _start(self, parting: Parting) -> _Reach:
+        """The log is walked backwards until a record whose position is common, or by number where the own log tells. A
+        record of a sync that was under way has no position: it belongs to the one at which that sync ended."""
         oldest, head = self._store.oldest_index, self._store.head.index
         if not parting.known:
-            return oldest, False
+            return _Reach(oldest, whole=False, certain=False)
         if parting.own_max is not None and not parting.bounds:
             first = parting.own_max + 1
-            return max(first, oldest), first >= oldest
-        at = head
+            return _Reach(max(first, oldest), whole=first >= oldest)
+        at, certain = head, True
+        ended: Position | None = None
         while at >= oldest:
             low = max(oldest, at - _RECORDS_AT_ONCE + 1)
             for record in reversed(await self._range(low, at)):
-                if parting.holds(record.index, record.header.positions.get(self._mode.name)):
-                    return record.index + 1, True
+                position = record.header.positions.get(self._mode.name)
+                if position is not None and is_none(position):
+                    held = ended is not None and parting.holds(record.index, ended)
+                    certain = certain and held
+                else:
+                    ended = position
+                    held = parting.holds(record.index, position)
+                if held:
+                    return _Reach(record.index + 1, certain=certain)
             at = low - 1
-        return oldest, oldest <= 1
+        return _Reach(oldest, whole=oldest <= 1, certain=certain)
 
     async def _range(self, low: int, high: int) -> list[Record]:
         """Records ``low`` to ``high`` that the log still has; what was collected meanwhile is missing."""
