@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import pytest
@@ -228,9 +228,9 @@ async def test_a_fork_that_is_one_record_off_is_noticed(planted: int, mode: Mode
 async def test_a_walk_that_begins_one_record_late_is_noticed(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     start = LostWrites._start
 
-    async def late(self: LostWrites, where: Parting) -> tuple[int, bool]:
-        first, reaches = await start(self, where)
-        return first + 1, reaches
+    async def late(self: LostWrites, where: Parting) -> object:
+        reach = await start(self, where)
+        return replace(reach, start=reach.start + 1)
 
     monkeypatch.setattr(LostWrites, "_start", late)
     assert sum([not await forced_promotion(seed, mode) for seed in range(50)]) > 25
