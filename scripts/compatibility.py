@@ -1,6 +1,6 @@
 """``docs/compatibility.md`` from the routing tables and from what a run of the tests has reached.
 
-``--record`` runs the tests that talk to an API first and notes what they reach; without it the table is made from what
+``--record`` runs the tests first and notes what they reach; without it the table is made from what
 was noted last. ``--verify FOLDER`` compares a run of all tests with what the page claims.
 """
 
@@ -12,17 +12,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from sidecar.api.raw_paths import RAW_PATHS  # noqa: E402 - a script is started by its path
 from tests.support.endpoints import (  # noqa: E402 - a script is started by its path
+    CORE_GROUPS,
     FOLDER_VARIABLE,
+    Described,
     Endpoint,
     endpoints_of,
     engine_endpoints,
-    raw_endpoints,
     recorded,
 )
 
@@ -51,8 +54,7 @@ test fails when it is stale, and a full run of the tests fails when an endpoint 
 done.
 
 * **done**: served, and a test gets an answer that is no error. The files that do are named.
-* **partly**: served, with less than Vault has, or reached by no recorded test (those that start whole processes are not
-  recorded; disaster recovery is tested by them).
+* **partly**: served, with less than Vault has, or reached by no test.
 * **not**: part of Vault's API, not served here.
 
 PUT is POST everywhere, and `GET ?list=true` is LIST. Replication and the enterprise server's paths about it are served
@@ -61,23 +63,35 @@ a policy with an unknown key, a doubled attribute or a templated deny is refused
 
 """
 
-_UNRECORDED = "no recorded test; tests of whole processes are not recorded"
+_UNRECORDED = "reached by no test"
 
 Row = tuple[str, str, str, str]
 """(endpoint, state, tests, note)."""
 
 
-async def served_endpoints() -> list[Endpoint]:
-    """Every endpoint of a node with every engine mounted."""
+async def core_paths() -> Described:
+    """What the mounts of the core serve."""
     from tests.support.service_node import running
 
-    groups = {"sys/": "sys", "auth/token/": "auth/token", "cubbyhole/": "cubbyhole"}
-    found = raw_endpoints() + engine_endpoints()
+    found = []
     async with running() as node:
-        for mount, group in groups.items():
+        for mount in CORE_GROUPS:
             backend = node.service.mounts.router.get(mount)
             assert backend is not None
-            found += endpoints_of(group, backend.describe())
+            raw = (
+                [replace(one, template=one.template.removeprefix(mount)) for one in RAW_PATHS]
+                if mount == "sys/"
+                else []
+            )
+            found.append((mount, [*raw, *backend.describe()]))
+    return found
+
+
+async def served_endpoints() -> list[Endpoint]:
+    """Every endpoint of a node with every engine mounted."""
+    found = engine_endpoints()
+    for mount, descriptions in await core_paths():
+        found += endpoints_of(CORE_GROUPS[mount], descriptions)
     return sorted(set(found))
 
 
@@ -134,19 +148,19 @@ def _files(files: list[str]) -> str:
 
 
 def record() -> None:
-    """Run the tests that talk to an API, and keep what they reached."""
+    """Run the tests, and keep what they reached."""
     shutil.rmtree(FOLDER, ignore_errors=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "tests/unit"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "3", "--dist", "loadfile", "tests"]
     command.append("--ignore=tests/unit/test_compatibility_page.py")  # it fails for as long as this is not done
     environment = {**os.environ, FOLDER_VARIABLE: str(FOLDER)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    rows = [[*endpoint, files] for endpoint, files in recorded(FOLDER).items()]
+    rows = [[*endpoint, files] for endpoint, files in recorded(FOLDER, asyncio.run(core_paths())).items()]
     REACHED.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def verify(folder: Path) -> None:
     """Exits with 1 where the page claims what this run of all tests did not reach."""
-    missing = sorted(set(reached()) - set(recorded(folder)))
+    missing = sorted(set(reached()) - set(recorded(folder, asyncio.run(core_paths()))))
     if missing:
         print("docs/compatibility.md claims what no test reached; run make compatibility:", file=sys.stderr)
         for group, verb, template in missing:

@@ -2,19 +2,22 @@
 
 The endpoints come from the tables that requests are routed by. While ``OUTRIDER_ENDPOINTS`` names a folder, each
 request that an engine, a core table or the front answered without an error is noted together with the test file that
-made it. Tests that only ask everything do not count: they would say nothing about what an endpoint does.
+made it; of servers in processes of their own, what clients in the tests' process sent and were answered. Tests that
+only ask everything do not count: they would say nothing about what an endpoint does.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import http.client
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from plugin_api.description import PathDescription
 from plugin_api.framework import PathEngine
@@ -47,11 +50,27 @@ ENGINES: dict[type[PathEngine], str] = {
     AppRole: "auth/approle",
     Userpass: "auth/userpass",
 }
+_OF_METHOD = {
+    "GET": Operation.READ,
+    "HEAD": Operation.READ,
+    "LIST": Operation.LIST,
+    "PUT": Operation.UPDATE,
+    "POST": Operation.UPDATE,
+    "PATCH": Operation.PATCH,
+    "DELETE": Operation.DELETE,
+}
+_SENT = "sent"
+"""The group of what a client sent: the path is its whole path, the template is not known yet."""
+
+CORE_GROUPS = {"sys/": "sys", "auth/token/": "auth/token", "cubbyhole/": "cubbyhole"}
 _ASKS_EVERYTHING = ("test_openapi.py", "test_openapi_fuzz.py")
 _FILES_MAX = 3
 
 Endpoint = tuple[str, str, str]
 """(group, verb, template)."""
+
+Described = Sequence[tuple[str, Sequence[PathDescription]]]
+"""The paths of each mount that every server has, by the mount's path."""
 
 
 def engine_endpoints() -> list[Endpoint]:
@@ -65,12 +84,6 @@ def engine_endpoints() -> list[Endpoint]:
 def endpoints_of(group: str, descriptions: Iterable[PathDescription]) -> list[Endpoint]:
     """One for each operation."""
     return [(group, VERBS[operation], one.template) for one in descriptions for operation in one.operations]
-
-
-def raw_endpoints() -> list[Endpoint]:
-    """Those that a node of any role answers itself."""
-    without_mount = [(one.template.removeprefix("sys/"), one) for one in RAW_PATHS]
-    return [("sys", VERBS[operation], name) for name, one in without_mount for operation in one.operations]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -99,6 +112,7 @@ class Recorder:
         self._wrap(Cubbyhole, "handle", self._of_cubbyhole)
         self._wrap(PathEngine, "handle", self._of_engine)
         self._wrap(Front, "handle", self._of_front)
+        self._listen_to_clients()
         atexit.register(self.save)
 
     def _wrap(self, owner: type, name: str, note: Callable[..., None]) -> None:
@@ -112,6 +126,33 @@ class Recorder:
             return answer
 
         setattr(owner, name, noting)
+
+    def _listen_to_clients(self) -> None:
+        """urllib's, requests' and so hvac's connections are all of this one class."""
+        ask, hear = http.client.HTTPConnection.putrequest, http.client.HTTPConnection.getresponse
+        asked: dict[int, tuple[str, str]] = {}
+
+        def putrequest(connection: Any, method: str, url: str, *arguments: Any, **options: Any) -> None:
+            asked[id(connection)] = method, url
+            ask(connection, method, url, *arguments, **options)
+
+        def getresponse(connection: Any) -> http.client.HTTPResponse:
+            answer = hear(connection)
+            method, url = asked.pop(id(connection), ("", ""))
+            if answer.status < 400:
+                self._of_client(method, url)
+            return answer
+
+        for function in (putrequest, getresponse):
+            setattr(http.client.HTTPConnection, function.__name__, function)
+
+    def _of_client(self, method: str, url: str) -> None:
+        parts = urlsplit(url)
+        path, operation = unquote(parts.path).removeprefix("/v1/"), _OF_METHOD.get(method)
+        if operation is Operation.READ and parse_qs(parts.query).get("list") == ["true"]:
+            operation = Operation.LIST
+        if operation is not None and parts.path.startswith(tuple(f"/v1/{mount}" for mount in CORE_GROUPS)):
+            self._note(_SENT, operation, path)
 
     def _of_route(self, backend: RouteBackend, call: Any, rest: str) -> None:
         group = {"system": "sys", "token": "auth/token"}.get(backend.type_name)
@@ -127,9 +168,8 @@ class Recorder:
             self._note(group, request.operation, _template(engine.describe(), request.path))
 
     def _of_front(self, front: Front, request: HttpRequest) -> None:
-        operations = {"GET": Operation.READ, "HEAD": Operation.READ, "PUT": Operation.UPDATE, "POST": Operation.UPDATE}
-        if request.path in {one.template for one in RAW_PATHS} and request.method in operations:
-            self._note("sys", operations[request.method], request.path.removeprefix("sys/"))
+        if request.path in {one.template for one in RAW_PATHS} and request.method in _OF_METHOD:
+            self._note("sys", _OF_METHOD[request.method], request.path.removeprefix("sys/"))
 
     def _note(self, group: str, operation: Operation, template: str) -> None:
         file = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[0]
@@ -151,10 +191,23 @@ def install_recorder() -> None:
         Recorder(Path(folder)).install()
 
 
-def recorded(folder: Path) -> dict[Endpoint, list[str]]:
-    """What all processes of a run have noted: endpoint → test files, a few for each."""
+def recorded(folder: Path, described: Described = ()) -> dict[Endpoint, list[str]]:
+    """What all processes of a run have noted: endpoint → test files, a few for each. What clients sent counts for the
+    paths in ``described``."""
     merged: dict[Endpoint, set[str]] = {}
     for path in sorted(folder.glob("*.json")):
         for group, verb, template, files in json.loads(path.read_text()):
-            merged.setdefault((group, verb, template), set()).update(files)
+            endpoint = (group, verb, template) if group != _SENT else _endpoint_of(described, verb, template)
+            if endpoint is not None:
+                merged.setdefault(endpoint, set()).update(files)
     return {endpoint: sorted(files)[:_FILES_MAX] for endpoint, files in sorted(merged.items())}
+
+
+def _endpoint_of(described: Described, verb: str, path: str) -> Endpoint | None:
+    for mount, descriptions in described:
+        if path.startswith(mount):
+            asked = [one for one in descriptions if verb in {VERBS[operation] for operation in one.operations}]
+            template = _template(asked, path.removeprefix(mount))
+            if template:
+                return CORE_GROUPS[mount], verb, template
+    return None

@@ -26,7 +26,7 @@ def test_control_a_new_route_and_a_lost_test_change_the_page() -> None:
     try:
         page = compatibility.page(served, {served[0]: ["tests/unit/test_service.py"]})
         assert "| `GET sys/health` | done | service |  |" in page
-        assert "| `GET sys/health` | partly |  | no recorded test" in compatibility.page(served, {})
+        assert "| `GET sys/health` | partly |  | reached by no test" in compatibility.page(served, {})
         assert compatibility.page([*served, ("sys", "GET", "new")], {}) != compatibility.page(served, {})
         with pytest.raises(ValueError, match="what is served"):
             compatibility.page([("sys", "GET", "license/status")], {})
@@ -44,3 +44,20 @@ def test_control_a_claim_that_no_test_supports_is_found(tmp_path, monkeypatch: p
     recorder.save()
     compatibility.verify(tmp_path / "run")
     assert list(recorded(tmp_path / "run")) == [("sys", "GET", "health")]
+
+
+async def test_what_clients_send_to_other_processes_counts_where_it_is_served(tmp_path) -> None:
+    recorder = Recorder(tmp_path)
+    for method, url in (
+        ("PUT", "/v1/sys/replication/dr/secondary/promote"),
+        ("GET", "/v1/sys/policies/acl?list=true"),
+        ("GET", "/v1/sys/no/such/thing"),
+        ("PATCH", "/v1/sys/health"),
+        ("GET", "/v1/kv/other/server"),
+    ):
+        recorder._of_client(method, url)
+    recorder.save()
+    assert list(recorded(tmp_path, await compatibility.core_paths())) == [
+        ("sys", "LIST", "policies/acl"),
+        ("sys", "POST", "replication/dr/secondary/promote"),
+    ]
