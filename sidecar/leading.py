@@ -19,7 +19,7 @@ import msgspec
 from multidict import CIMultiDict
 
 from consul_backend.allowance import DeleteAllowance
-from consul_backend.clock import Clock
+from consul_backend.clock import Clock, SteadyTime
 from consul_backend.deadline import deadline
 from consul_backend.election import Held
 from consul_backend.errors import BackendError, Conflict, OutcomeUnknown
@@ -60,6 +60,7 @@ from sidecar.shares_keeping import SharesKeeper
 from sidecar.telemetry import JSONFormatter, TextFormatter
 from sidecar.transport.forwarding import ForwardRequest, header_pairs
 from sidecar.transport.listener import ClusterListener
+from sidecar.wall_clock import watch_wall_clock
 
 log = logging.getLogger("core")
 
@@ -237,8 +238,10 @@ class ActiveScope:
             options=self._parts.replication,
         )
         await self._replication.load()
-        self._shares = SharesKeeper(sealed, lambda: not self._replication.is_primary_writable())
+        self._time = SteadyTime(self._clock, store.head.time_ms)
         self._service = self._make_service(GatedStore(store, self._writes), barrier, cluster)
+        lock = self._service.seal_lock if isinstance(self._service, Service) else asyncio.Lock()
+        self._shares = SharesKeeper(sealed, lambda: not self._replication.is_primary_writable(), lock)
         await self._service.start()
         role = ActiveRole(self._service, self, cluster, time.time(), standbys=lambda: forwarding.standbys())
         self._role = role
@@ -254,13 +257,12 @@ class ActiveScope:
         self._spawn(tasks, self._service.run(), "service")
         self._spawn(tasks, self._replication.run(), "replication")
         self._spawn(tasks, self._shares.run(), "key shares")
+        self._spawn(tasks, watch_wall_clock(self._time), "wall clock")
         self._spawn(tasks, self._drop_old_generations(), "drop old generations")
         return role
 
     def _make_service(self, store: GatedStore, barrier: Barrier, cluster: ClusterInfo) -> Service | MirrorService:
-        def now() -> float:
-            return self._clock.time_ms() / 1000
-
+        now = self._time.now_s
         if self._replication.mirrors:
             return MirrorService(store, barrier, cluster, node=self._node, replication=self._replication, now=now)
         return Service(
@@ -271,6 +273,7 @@ class ActiveScope:
             node=self._node,
             replication=self._replication,
             now=now,
+            wall=lambda: self._clock.time_ms() / 1000,
             gate=lambda: self._gate,
         )
 

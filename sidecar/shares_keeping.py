@@ -25,10 +25,12 @@ RETRY_S = 5.0
 
 
 class SharesKeeper:
-    """One per tenure. ``follows``: whether this cluster is a secondary now."""
+    """One per tenure. ``follows``: whether this cluster is a secondary now; ``lock`` is held by whoever writes the seal
+    record of this tenure."""
 
-    def __init__(self, sealed: SealedStore, follows: Callable[[], bool]) -> None:
+    def __init__(self, sealed: SealedStore, follows: Callable[[], bool], lock: asyncio.Lock) -> None:
         self._sealed = sealed
+        self._lock = lock
         self._follows = follows
         self._due = asyncio.Event()
         self._due.set()  # what arrived in an earlier tenure may not have been taken over
@@ -52,6 +54,10 @@ class SharesKeeper:
 
     async def take(self) -> bool:
         """Bring the primary's newest shares into force here; whether that changed anything. Raises BackendError."""
+        async with self._lock:
+            return await self._take()
+
+    async def _take(self) -> bool:
         if not self._follows():
             return False
         arrived, stored = await self._sealed.get(SEAL_SHARES), await self._sealed.get_raw(SEAL)

@@ -104,7 +104,8 @@ class Service:
     """Answers requests on the active node.
 
     ``store`` holds ciphertext by logical key; ``node`` is asked to seal and to step down; ``replication`` is None where
-    the cluster cannot take part in any. ``gate`` returns a reason while data must not be read (then 503), else None.
+    the cluster cannot take part in any. ``now`` is what tokens and leases live by, ``wall`` what is shown to people and
+    other programs (None: the same). ``gate`` returns a reason while data must not be read (then 503), else None.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Service:
         node: NodeView,
         replication: ReplicationAPI | None = None,
         now: Callable[[], float] = time.time,
+        wall: Callable[[], float] | None = None,
         gate: Gate = open_gate,
         plugins: PluginRegistry | None = None,
     ) -> None:
@@ -132,12 +134,12 @@ class Service:
         )
         self._tokens = tokens = self._leasing.tokens
         self._policies = PolicyStore(sealed, self._writable)
-        self._wrapping = Wrapping(sealed, tokens, now, writable=self._writable)
+        self._wrapping = Wrapping(sealed, tokens, now, writable=self._writable, wall=wall)
         self._responder = Responder(self._wrapping, options.api_addr)
-        self._audit = AuditRegistry(sealed, self._writable, now, options.audit)
+        self._audit = AuditRegistry(sealed, self._writable, wall or now, options.audit)
         self._passwords = PasswordPolicies(sealed, self._writable, os.urandom)
         self._settings = NodeSettings(sealed, self._writable)
-        self._auditor = Auditor(self._audit.broker, lambda: self._mounts, self._settings, now)
+        self._auditor = Auditor(self._audit.broker, lambda: self._mounts, self._settings, wall or now)
         self._pipeline = Pipeline(lambda: self._mounts.router, tokens, self._policies, self._auditor)
         self._mounts = self._mount_view(plugins or PluginRegistry.installed())
         core = SysCore(
@@ -207,6 +209,11 @@ class Service:
     def mounts(self) -> MountView:
         """What is mounted."""
         return self._mounts
+
+    @property
+    def seal_lock(self) -> asyncio.Lock:
+        """Held by whoever writes the seal record."""
+        return self._core.seal_lock
 
     @property
     def cors(self) -> Cors:

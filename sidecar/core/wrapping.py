@@ -60,7 +60,8 @@ class WrapInfo:
 
 class Wrapping:
     """Wrap, look up, unwrap and rewrap. Every method that takes a token also takes its JWT form, and raises
-    InvalidRequest ``wrapping token is not valid or does not exist`` for any that cannot be redeemed."""
+    InvalidRequest ``wrapping token is not valid or does not exist`` for any that cannot be redeemed. A token lives by
+    ``now``; what a JWT says of its times is for others, whose clocks are ``wall`` clocks."""
 
     def __init__(
         self,
@@ -69,10 +70,12 @@ class Wrapping:
         now: Callable[[], float],
         *,
         writable: Callable[[], bool] = always,
+        wall: Callable[[], float] | None = None,
     ) -> None:
         self._sealed = sealed
         self._tokens = tokens
         self._now = now
+        self._wall = wall or now
         self._writable = writable
         self._key: ec.EllipticCurvePrivateKey | None = None
         self._key_lock = asyncio.Lock()
@@ -177,7 +180,7 @@ class Wrapping:
 
     async def _sign(self, token: str, info: _Info) -> str:
         key = await self._private_key()
-        issued_s = info.creation_time_s
+        issued_s = int(self._wall())
         claims = {
             **(info.jwt_claims or {}),
             "exp": issued_s + info.creation_ttl_s,
@@ -195,7 +198,7 @@ class Wrapping:
         key = await self._stored_key()
         if key is None:
             raise _invalid()
-        return await asyncio.to_thread(_verified_token, token, key.public_key(), self._now())
+        return await asyncio.to_thread(_verified_token, token, key.public_key(), self._wall())
 
     async def _private_key(self) -> ec.EllipticCurvePrivateKey:
         async with self._key_lock:

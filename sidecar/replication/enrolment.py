@@ -69,7 +69,7 @@ async def issue(
         if (primary.epoch, primary.authority_pem) != (role.epoch, role.authority_pem):
             raise InvalidRequest("replication was set up anew meanwhile; try again")
         after, before = add_secondary(
-            manager.mode, newest, secondary_id, fingerprint, now_ms=now_ms, ttl_ms=ttl_s * 1000
+            manager.mode, newest, secondary_id, fingerprint, now_ms=manager.steady.time_ms(), ttl_ms=ttl_s * 1000
         )
         replaced.extend([before] if before else [])
         return after

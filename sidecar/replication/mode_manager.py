@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from consul_backend.clock import Clock
+from consul_backend.clock import Clock, SteadyTime
 from consul_backend.failpoint import failpoint
 from consul_backend.position import Position
 from consul_backend.wal import Write
@@ -70,6 +70,7 @@ class ModeManager:
         self._mirrored = mirrored
         self.store = store
         self.clock = clock
+        self.steady = SteadyTime(clock)
         self.options = options
         self.primary: PrimaryService | None = None
         self.secondary: SecondaryService | None = None
@@ -373,6 +374,7 @@ class ModeManager:
                     self.options,
                     role,
                     newest=self._primary_of(role.epoch),
+                    steady=self.steady,
                     select=self.selected,
                     change=self._change_primary,
                     serving=self._serving,

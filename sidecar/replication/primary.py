@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
-from consul_backend.clock import Clock
+from consul_backend.clock import Clock, SteadyTime
 from consul_backend.errors import BackendError
 from consul_backend.failpoint import failpoint
 from consul_backend.position import Position
@@ -73,8 +73,9 @@ LACKING_WAIT_S = 2.0
 
 class PrimaryService:
     """Serves the secondaries of one set during one tenure. ``newest`` returns the newest committed role of that set,
-    None when there is none any more; ``change`` commits a change of the role: applied to the newest one, one change at
-    a time; ``select`` what may travel to a secondary now; ``serving`` is set while the cluster port offers this."""
+    None when there is none any more; activations live by ``steady``; ``change`` commits a change of the role: applied
+    to the newest one, one change at a time; ``select`` what may travel to a secondary now; ``serving`` is set while the
+    cluster port offers this."""
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class PrimaryService:
         role: PrimaryRole,
         *,
         newest: Callable[[], PrimaryRole | None],
+        steady: SteadyTime,
         select: Select,
         change: ChangeRole,
         serving: asyncio.Event,
@@ -98,6 +100,7 @@ class PrimaryService:
         self._node = node
         self._callbacks = callbacks
         self._clock = clock
+        self._steady = steady
         self._role = role
         self._newest = newest
         self._select = select
@@ -262,7 +265,7 @@ class PrimaryService:
         version = max(set(asked.versions) & set(VERSIONS), default=0)
         if not version:
             raise PermissionDenied("no common protocol version: upgrade the secondary first")
-        now_ms = self._clock.time_ms()
+        now_ms = self._steady.time_ms()
         try:
             role = await self._change(
                 lambda newest: claim_store(

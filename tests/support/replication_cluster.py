@@ -16,7 +16,7 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec
 from multidict import CIMultiDict
 
-from consul_backend.clock import SystemClock
+from consul_backend.clock import Clock, SystemClock
 from consul_backend.wal import Write
 from sidecar.core.write_gate import WriteGate
 from sidecar.replication.activation import ActivationResult
@@ -105,6 +105,7 @@ class Cluster:
         self.executed: list[ForwardRequest] = []
         self.execute: Callable[[ForwardRequest], Awaitable[Executed]] = self._execute
         self.kept_keys = 0
+        self.clock: Clock = SystemClock()
         self.reselections = 0
         self.tenures = 0
         self._options = options
@@ -166,7 +167,7 @@ class Cluster:
                 mounts=self._mounts,
                 reselected=self._reselected,
             ),
-            clock=SystemClock(),
+            clock=self.clock,
             options=self._options,
         )
 

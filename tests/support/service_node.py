@@ -406,8 +406,10 @@ async def running(
     plugins: PluginRegistry | None = None,
     lockout: LockoutSettings | None = None,
     header_forwarding: bool = False,
+    now: Callable[[], float] | None = None,
+    wall: Callable[[], float] | None = None,
 ) -> AsyncIterator[Harness]:
-    """A started service behind an HTTP server on a free port."""
+    """A started service behind an HTTP server on a free port. ``now`` in the place of the harness's own clock."""
     clock = SettableClock()
     genesis = genesis or build_genesis(
         shares=3, threshold=2, cluster_name="test", now_s=clock.now_s, random_bytes=os.urandom
@@ -430,7 +432,8 @@ async def running(
         ),
         node=node,
         replication=replication,
-        now=clock,
+        now=now or clock,
+        wall=wall,
         gate=lambda: gate[0] if gate else None,
         plugins=plugins,
     )

@@ -32,7 +32,7 @@ class Secondary:
 
     async def start(self) -> SharesKeeper:
         self.sealed = SealedStore(self.store, await load_barrier(self.store.get, self.root_key))
-        return SharesKeeper(self.sealed, lambda: self.follows)
+        return SharesKeeper(self.sealed, lambda: self.follows, asyncio.Lock())
 
     @property
     def record(self) -> SealRecord:
