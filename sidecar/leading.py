@@ -239,9 +239,12 @@ class ActiveScope:
         )
         await self._replication.load()
         self._time = SteadyTime(self._clock, store.head.time_ms)
-        self._service = self._make_service(GatedStore(store, self._writes), barrier, cluster)
+        gated = GatedStore(store, self._writes)
+        self._service = self._make_service(gated, barrier, cluster)
         lock = self._service.seal_lock if isinstance(self._service, Service) else asyncio.Lock()
-        self._shares = SharesKeeper(sealed, lambda: not self._replication.is_primary_writable(), lock)
+        self._shares = SharesKeeper(
+            SealedStore(gated, barrier), self.modes, self._replication.is_primary_writable, lock
+        )
         await self._service.start()
         role = ActiveRole(self._service, self, cluster, time.time(), standbys=lambda: forwarding.standbys())
         self._role = role

@@ -17,8 +17,9 @@ from plugin_api.errors import InvalidRequest
 from sidecar.replication.modes import DR, PERFORMANCE
 from sidecar.replication.sessions import ELSEWHERE, LOST, Found
 from tests.integration.test_main_job import consul_cluster
+from tests.support import disaster
 from tests.support.cluster import Cluster as Processes
-from tests.support.cluster import Node, embedded_storage, replicate
+from tests.support.cluster import Node, Reply, embedded_storage, replicate
 from tests.support.consul_server import ConsulServer
 from tests.support.proxy import FaultProxy
 from tests.support.replication_cluster import OPTIONS, Cluster, Pair, PrimaryApi, in_step, until
@@ -287,3 +288,39 @@ def test_sessions_of_real_clients_keep_their_promises_through_cuts(
     proxy.heal()
     eu.nodes[0].wait_until("be in step again", lambda: session.read("eu", nodes["eu"][0]) == 200)
     assert not violations(session.events)
+
+
+def test_a_promoted_mirror_tells_clients_what_was_lost_and_keeps_what_was_not(tmp_path: Path) -> None:
+    us, eu = (
+        Processes([Node(name, tmp_path, embedded_storage(tmp_path / f"{name}-data"), cluster_name=name, settings=FAST)])
+        for name in ("us", "eu")
+    )
+    proxy = FaultProxy(us.nodes[0].cluster_port)
+    us.nodes[0].advertised_cluster_port = proxy.port
+    try:
+        us.bootstrap()
+        eu.bootstrap()
+        assert us.call("POST", "sys/mounts/secret", {"type": "kv"}).status == 204
+        disaster.mirror(us, eu, "eu")
+        kept = us.call("POST", "secret/kept", {"n": 1})
+        disaster.wait_in_step(us, eu)
+        proxy.cut()
+        lost = us.call("POST", "secret/lost", {"n": 1})
+        us.kill()
+        promoted = disaster.promote(eu, disaster.operation_token(eu), force=True)
+        assert promoted.status == 200, promoted.errors
+
+        def read(path: str, *before: Reply) -> Reply:
+            headers = {"X-Vault-Index": ", ".join(reply.headers["x-vault-index"] for reply in before)}
+            return eu.nodes[0].call("GET", path, token=us.root_token, headers=headers)
+
+        there = read("secret/kept", kept)
+        assert (there.status, there.data, there.body["warnings"]) == (200, {"n": 1}, None)
+        warned = read("secret/kept", kept, lost)
+        assert (warned.status, warned.data, warned.body["warnings"]) == (200, {"n": 1}, [LOST])
+        after = eu.nodes[0].call("POST", "secret/new", {"n": 2}, token=us.root_token)
+        assert read("secret/new", kept, after).body["warnings"] is None
+    finally:
+        us.kill()
+        eu.kill()
+        proxy.close()

@@ -29,19 +29,20 @@ class Secondary:
         self.store = MemoryStore(self.genesis.writes)
         self.root_key = open_root_key(self.record, self.genesis.keys[0])
         self.follows = True
+        self.modes = ("secondary", "disabled")
 
     async def start(self) -> SharesKeeper:
         self.sealed = SealedStore(self.store, await load_barrier(self.store.get, self.root_key))
-        return SharesKeeper(self.sealed, lambda: self.follows, asyncio.Lock())
+        return SharesKeeper(self.sealed, lambda: self.modes, lambda: not self.follows, asyncio.Lock())
 
     @property
     def record(self) -> SealRecord:
         return SealRecord.decode(self.store.entries[SEAL])
 
-    async def receive(self) -> list[bytes]:
+    async def receive(self, created_s: int = 2000) -> list[bytes]:
         """The entry of a rekey, as replication applies it; its shares."""
         share_key = os.urandom(32)
-        record = make_seal_record(self.root_key, share_key, SealConfig(3, 2), 2000, os.urandom)
+        record = make_seal_record(self.root_key, share_key, SealConfig(3, 2), created_s, os.urandom)
         await self.sealed.put(SEAL_SHARES, record.encode())
         return split(share_key, 3, 2, os.urandom)
 
@@ -58,29 +59,55 @@ async def test_new_shares_take_the_place_of_the_old_ones_beside_an_auto_seal() -
     await secondary.sealed.commit([Write(SEAL, secondary.record.with_auto(AUTO).encode())])
     shares = await secondary.receive()
     assert not secondary.opened_by(shares[:2]), "not in force yet"
-    assert await keeper.take()
+    await keeper._once()
     assert secondary.opened_by(shares[1:])
     assert (secondary.record.auto, secondary.record.created_s) == (AUTO, 2000)
     index = secondary.store.index
-    assert not await keeper.take()
+    await keeper._once()
     assert secondary.store.index == index, "nothing is written twice"
 
 
-async def test_who_does_not_follow_keeps_what_it_has() -> None:
+@pytest.mark.parametrize("follows", [True, False])
+async def test_older_shares_count_for_who_follows_and_not_for_a_primary(follows: bool) -> None:
     secondary = Secondary()
+    secondary.follows = follows
     keeper = await secondary.start()
-    assert not await keeper.take(), "the primary was never rekeyed"
-    shares = await secondary.receive()
-    secondary.follows = False
-    assert not await keeper.take()
-    assert not secondary.opened_by(shares[:2])
+    older = await secondary.receive(created_s=500)
+    await keeper._once()
+    assert secondary.opened_by(older[:2]) == follows
+    newer = await secondary.receive(created_s=3000)
+    await keeper._once()
+    assert secondary.opened_by(newer[:2]), "promoted before it had taken them over"
+
+
+@pytest.mark.parametrize(
+    ("modes", "follows", "published"),
+    [
+        (("primary", "disabled"), False, True),
+        (("disabled", "primary"), False, True),
+        (("disabled", "disabled"), False, False),
+        (("secondary", "primary"), True, False),
+    ],
+)
+async def test_a_primary_that_was_never_rekeyed_says_which_shares_count(
+    modes: tuple[str, str], follows: bool, published: bool
+) -> None:
+    cluster = Secondary()
+    cluster.modes, cluster.follows = modes, follows
+    keeper = await cluster.start()
+    await cluster.sealed.commit([Write(SEAL, cluster.record.with_auto(AUTO).encode())])
+    await keeper._once()
+    raw = await cluster.sealed.get(SEAL_SHARES)
+    assert (raw is not None) == published
+    if raw is not None:
+        assert SealRecord.decode(raw) == cluster.record.with_auto(None), "its auto seal is nobody else's"
 
 
 async def test_what_cannot_be_read_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     secondary = Secondary()
     keeper = await secondary.start()
     await secondary.sealed.put(SEAL_SHARES, b"{}")
-    assert not await keeper.take()
+    await keeper._once()
     assert open_root_key(secondary.record, secondary.genesis.keys[0]) == secondary.root_key
     assert "stay in force" in caplog.text
 
