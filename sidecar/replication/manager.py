@@ -67,8 +67,6 @@ from sidecar.transport.listener import ClusterListener
 
 logger = logging.getLogger(__name__)
 
-MIRROR_WAIT_S = 5.0
-
 
 class Replication:
     """See the module. ``store`` is the raw replicated store, ``sealed`` the same through the barrier."""
@@ -119,22 +117,13 @@ class Replication:
             clock=self._clock,
             options=self._options,
             restrict=self._restrict,
-            mirrored=self._followed if mode is PERFORMANCE else self._alone,
+            mirrored=self._followed if mode is PERFORMANCE else None,
         )
 
     async def _followed(self) -> None:
         """Wait a moment until the DR secondaries that are there have everything."""
-        primary = self.dr.primary
-        if primary is None:
-            return
-        try:
-            async with asyncio.timeout(MIRROR_WAIT_S):
-                await primary.drained()
-        except TimeoutError:
-            logger.warning("replication: a DR secondary does not have the newest certificates of this cluster yet")
-
-    async def _alone(self) -> None:
-        """Nobody mirrors what concerns DR replication itself: a promoted cluster begins a set of certificates."""
+        if self.dr.primary is not None:
+            await self.dr.primary.followed()
 
     @property
     def mirrors(self) -> bool:

@@ -49,7 +49,7 @@ _R = TypeVar("_R", bound=Role)
 
 class ModeManager:
     """See the module. ``store`` is the raw replicated store, ``sealed`` the same through the barrier. ``mirrored``
-    waits a moment for whoever would take this cluster's place."""
+    waits a moment for whoever would take this cluster's place; None where its roles are not mirrored."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ModeManager:
         clock: Clock,
         options: ReplicationOptions,
         restrict: Callable[[], None],
-        mirrored: Callable[[], Awaitable[None]],
+        mirrored: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.mode = mode
         self._restrict = restrict
@@ -421,7 +421,7 @@ class ModeManager:
     async def _change_primary(self, change: Callable[[Role], PrimaryRole]) -> PrimaryRole:
         """What a secondary relies on from now on: a DR secondary that is promoted must let it in."""
         before, after = self._role, await self.change(change)
-        if after is not before:
+        if after is not before and self._mirrored is not None:
             await self._mirrored()
         return after
 
@@ -440,7 +440,8 @@ class ModeManager:
 
         after = await self.change(renew)
         # Its first use is the end of the certificate before: a DR secondary that knew only that would be locked out.
-        await self._mirrored()
+        if self._mirrored is not None:
+            await self._mirrored()
         return after if isinstance(after, SecondaryRole) else None
 
     async def _synced(self, selection: Partitions) -> SecondaryRole | None:

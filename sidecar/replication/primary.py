@@ -68,6 +68,7 @@ BOOTSTRAP_REQUEST_BYTES_MAX = 64 * 1024
 HELLO_TIMEOUT_S = 10.0
 FAREWELL_S = 0.5
 DRAIN_POLL_S = 0.02
+FOLLOWED_WAIT_S = 5.0
 LACKING_WAIT_S = 2.0
 
 
@@ -196,6 +197,15 @@ class PrimaryService:
         role = self._newest()
         known = sorted(role.secondaries) if role is not None else []
         return [name for name in known if name not in self.shipper.peers or self.shipper.peers[name].applied < index]
+
+    async def followed(self) -> None:
+        """:meth:`drained`, for a moment: those that are there should know what is relied upon next."""
+        try:
+            async with asyncio.timeout(FOLLOWED_WAIT_S):
+                await self.drained()
+        except TimeoutError:
+            late = ", ".join(self.behind(self._store.head.index))
+            logger.warning("replication: %s secondaries do not have the newest role yet: %s", self._mode.name, late)
 
     def behind(self, head_index: int) -> list[str]:
         """The ids of those secondaries that do not have record ``head_index`` yet."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.replication import manager as manager_module
+from sidecar.replication import primary as primary_module
 from sidecar.replication.modes import DR, PERFORMANCE
 from sidecar.replication.roles import SecondaryRole
 from sidecar.transport import certificates
@@ -124,7 +124,7 @@ async def test_a_certificate_is_used_when_the_secondarys_mirror_has_it(pair: Pai
 
 async def test_the_control_who_does_not_wait_is_locked_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mirror is cut off, and nobody waits for it: promoted, it shows a certificate that nobody knows any more."""
-    monkeypatch.setattr(manager_module, "MIRROR_WAIT_S", 0.0)
+    monkeypatch.setattr(primary_module, "FOLLOWED_WAIT_S", 0.0)
     us = pair.primary
     eu, _, eu_dr = await with_mirrors(pair)
     first = shown(eu)
