@@ -23,7 +23,7 @@ import pytest
 from tests.integration.test_main_job import alice, read, with_secrets
 from tests.support import disaster
 from tests.support.cluster import Cluster, ClusterError, Node, embedded_storage, performance, replicate
-from tests.support.faults import MOUNT, Client, mount_load
+from tests.support.faults import MOUNT, Client, mount_load, rounds
 from tests.support.proxy import FaultProxy, Link
 from tests.support.wrong_clock import WrongClock
 
@@ -333,11 +333,12 @@ def test_secondaries_that_take_nearly_nothing_cost_the_primary_bounded_memory(li
 def test_bytes_changed_below_tls_apply_nothing_wrong(links: Links) -> None:
     client, before = alice(links.far.nodes[0]), links.proxy.connections
     links.proxy.shape(Link(corrupt_every=12))
-    until_s = time.monotonic() + 20
-    while links.proxy.corrupted < 12 and time.monotonic() < until_s:
+    wanted = 12 * rounds()
+    until_s = time.monotonic() + 20 * rounds()
+    while links.proxy.corrupted < wanted and time.monotonic() < until_s:
         links.write(5)
         time.sleep(0.05)
-    assert links.proxy.corrupted >= 12
+    assert links.proxy.corrupted >= wanted
     assert links.proxy.connections > before, "each such connection ends"
     for view in links.views():
         assert not view.secondary["alarm"], "TLS refused it; nothing above it ever saw it"
