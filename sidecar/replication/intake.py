@@ -140,6 +140,8 @@ class Intake:
     def _skip(self, frame: Skip) -> Step:
         if frame.first != self._last.index + 1 or frame.last < frame.first:
             raise ProtocolViolation(f"skip of {frame.first} to {frame.last} after record {self._last.index}")
+        if frame.prev_hash != self._last.chain_hash:
+            raise ProtocolViolation(f"skip of {frame.first} to {frame.last}: the hash chain is broken")
         return Step((), self._moved_to(frame.last, frame.chain_hash))
 
     def _record(self, frame: RecordFrame) -> Step:

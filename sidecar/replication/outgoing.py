@@ -20,9 +20,9 @@ SELECTIONS_MAX = 256
 
 
 class Run(NamedTuple):
-    """Records ``first``..``last.index``: one that travels, or those of which nothing does."""
+    """Records ``first``..``last``: one that travels, or those of which nothing does."""
 
-    first: int
+    first: Record
     last: Record
     travels: bool
 
@@ -35,9 +35,9 @@ def runs_of(records: Sequence[Record], travels: Callable[[Record], bool]) -> Ite
             if skipped is not None:
                 yield skipped
             skipped = None
-            yield Run(record.index, record, True)
+            yield Run(record, record, True)
         else:
-            skipped = Run(skipped.first if skipped is not None else record.index, record, False)
+            skipped = Run(skipped.first if skipped is not None else record, record, False)
     if skipped is not None:
         yield skipped
 
@@ -55,8 +55,8 @@ def frames_of(
     return frames
 
 
-def _skip(first: int, last: Record) -> Skip:
-    return Skip(first, last.index, last.chain_hash)
+def _skip(first: Record, last: Record) -> Skip:
+    return Skip(first.index, last.index, first.header.prev_hash, last.chain_hash)
 
 
 class Outgoing(NamedTuple):

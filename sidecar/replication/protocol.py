@@ -22,7 +22,7 @@ from consul_backend.position import Position
 from sidecar.replication.history import Promotion
 from sidecar.replication.selection import EVERYTHING, Partitions
 
-PROTOCOL_VERSIONS = (6,)
+PROTOCOL_VERSIONS = (7,)
 """Versions of this protocol that this program speaks. A change of any frame is a new version."""
 
 FRAME_BYTES_MAX = 2 * 1024 * 1024
@@ -121,10 +121,12 @@ class RecordFrame(Frame, frozen=True, tag=3):
 
 
 class Skip(Frame, frozen=True, tag=4):
-    """Records ``first``..``last`` hold nothing for this secondary; ``chain_hash`` is that of ``last``."""
+    """Records ``first``..``last`` hold nothing for this secondary; ``prev_hash`` is the chain hash that ``first``
+    follows, ``chain_hash`` that of ``last``."""
 
     first: Index
     last: Index
+    prev_hash: Hash
     chain_hash: Hash
 
 

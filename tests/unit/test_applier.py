@@ -96,7 +96,8 @@ def test_intake_refuses_duplicates_gaps_reorder_and_other_histories():
     for value in (b"1", b"2", b"3"):
         store.write(("r/p/a", value))
         other.write(("r/p/a", value))
-    skips = (Skip(3, 3, bytes(32)), Skip(2, 1, bytes(32)))
+    here = store.log[0].chain_hash
+    skips = (Skip(3, 3, here, bytes(32)), Skip(2, 1, here, bytes(32)), Skip(2, 2, bytes(32), bytes(32)))
     for bad in (frame_at(store, 1), frame_at(store, 3), frame_at(other, 3), *skips):
         intake = intake_for(store)
         with pytest.raises(ProtocolViolation):
@@ -115,7 +116,7 @@ def test_a_false_skip_breaks_the_chain_at_the_next_record():
     for value in (b"1", b"2", b"3"):
         store.write(("r/p/a", value))
     intake = intake_for(store)
-    intake.accept(Skip(2, 3, bytes(32)))
+    intake.accept(Skip(2, 3, store.log[0].chain_hash, bytes(32)))
     with pytest.raises(ProtocolViolation, match="chain"):
         intake.accept(frame_at(store, 4))
 

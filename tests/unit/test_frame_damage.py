@@ -104,8 +104,7 @@ def wire_of(mode: Mode, seed: int) -> Damage:
     def frames(log: list[Record]) -> list[Frame]:
         return [frames_of([record], mode.classes)[0][0] for record in log]
 
-    # A skip names nothing that it follows: the next record and the root tell (test_applier.py).
-    foreign = [encode(frame) if isinstance(frame, RecordFrame) else None for frame in frames(other.log)]
+    foreign: list[bytes | None] = [encode(frame) for frame in frames(other.log)]
     foreign[FORK] = None  # follows what both have: whose it is, the hello decides
     return Damage(mode, dice, store.log, [encode(frame) for frame in frames(store.log)], foreign)
 

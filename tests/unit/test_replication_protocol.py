@@ -22,7 +22,7 @@ SOURCE = Source("cluster", "set", "generation", 3, "epoch-id")
 
 FROM_PRIMARY = [
     wire.RecordFrame(b"raw"),
-    wire.Skip(4, 9, HASH),
+    wire.Skip(4, 9, HASH, HASH),
     wire.CompleteUpTo(9, HASH, DIGEST, 1_700_000_000_000),
     wire.Heartbeat(1, 2, 3, 4, "https://a:8200", ("https://a:8201",)),
     wire.Bye("closing", "why"),
@@ -132,8 +132,9 @@ def test_frames_over_the_limit_are_refused():
 
 def test_fields_have_bounds():
     for frame in (
-        wire.Skip(-1, 2, HASH),
-        wire.Skip(1, 2, b"short"),
+        wire.Skip(-1, 2, HASH, HASH),
+        wire.Skip(1, 2, HASH, b"short"),
+        wire.Skip(1, 2, b"short", HASH),
         wire.CompleteUpTo(1, HASH, b"", 1),
         wire.Heartbeat(1, 0, 0, 1, "x" * 2000, ()),
         wire.Heartbeat(1, 0, 0, 1, "", ("x",) * 65),
