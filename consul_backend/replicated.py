@@ -264,14 +264,11 @@ class ReplicatedStore:
 
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """The values of many keys, read together and not kept in the cache. Raises as :meth:`get`."""
-        if self._lazy.cold:
-            await self._lazy.need(keys)
-
-        def at_hand(key: str) -> bool:
-            return key in self._cache or self._large.overlay.get(key) is not None
-
         wanted = [(key, physical_key(self.generation, key)) for key in keys]
-        return await read_many(self._physical, self._lease, wanted, self.forest.digest_of, at_hand, self.get)
+        return await read_many(self._physical, self._lease, self._lazy, self.forest, wanted, self._is_far, self.get)
+
+    def _is_far(self, key: str) -> bool:
+        return key not in self._cache and self._large.overlay.get(key) is None
 
     def may_be_large(self, key: str) -> bool:
         """Whether the value may be larger than one transaction: what reads many at once reads those one by one. True of
