@@ -20,9 +20,9 @@ async def read_many(
     is_far: Callable[[str], bool],
     get: Callable[[str], Awaitable[bytes | None]],
 ) -> list[bytes | None]:
-    """The value of each (key, physical key), None where there is none. What ``is_far`` from memory is read together; the
-    rest, and whatever this read does not settle, because it was written meanwhile, is in chunks or is foreign, is left
-    to ``get``. Raises as that does."""
+    """The value of each (key, physical key), None where there is none. What ``is_far`` from memory is read together;
+    the rest, and whatever this read does not settle, because it was written meanwhile, is in chunks or is foreign, is
+    left to ``get``. Raises as that does."""
     if lazy.cold:
         await lazy.need([key for key, _ in wanted])
     await lease.ensure()

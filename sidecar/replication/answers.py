@@ -154,6 +154,7 @@ async def _differing_entries(store: PrimaryStore, request: FetchRequest, mode: M
         prefix = f"{part.partition}/"
         wanted, extra = differing_entries(shipped, request.salt, part, extent.ids)
         for keys in _reads(store, prefix, wanted):
+            await asyncio.sleep(0)  # what is in memory is read without a pause
             for key, value in zip(keys, await store.get_many(keys), strict=True):
                 if value is None:  # deleted since the digest was read: its record follows
                     continue

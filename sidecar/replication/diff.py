@@ -45,6 +45,7 @@ FINGERPRINTS_MAX = 3_000_000
 
 GROUP_ENTRIES = 256
 CELL_ENTRIES = 16
+PIECE_ENTRIES = 1024
 GROUP_DEPTH_MAX = 12
 DEPTH_MAX = 16
 _PAGE_DEPTH = 8
@@ -72,6 +73,12 @@ class Range:
 def depth_for(entries: int, each: int, depth_max: int) -> int:
     """How deep to divide a partition so that a range holds about ``each`` entries."""
     return min(depth_max, max(0, (entries - 1) // each).bit_length())
+
+
+def ranges_of(partition: str, entries: int) -> list[Range]:
+    """A whole partition as ranges that are each read, and sent, in one turn of an event loop."""
+    depth = depth_for(entries, PIECE_ENTRIES, DEPTH_MAX)
+    return [Range(partition, depth, prefix) for prefix in range(1 << depth)]
 
 
 def fingerprint(salt: bytes, forest: Shipped, part: Range) -> bytes:
@@ -180,7 +187,7 @@ class SyncPlan:
         """The plan that follows from the primary's answer and this cluster's own forest. Raises ProtocolViolation."""
         for name in (*reply.whole, *reply.gone):
             forest.resolve(name)  # refuses what does not travel: a deletion could follow from it
-        ranges = [Range(partition) for partition in reply.whole]
+        ranges = [part for partition in reply.whole for part in ranges_of(partition, reply.counts.get(partition, 0))]
         for partition, cells in reply.cells.items():
             asked = request.partitions.get(partition)
             if asked is None:
@@ -189,9 +196,12 @@ class SyncPlan:
         ranges.sort(key=lambda part: not _holds_keyring(part))
         return cls(request.salt, tuple(ranges), tuple(reply.gone))
 
-    def deletions(self, forest: Shipped) -> list[str]:
-        """The keys of every entry in the partitions that the primary does not have."""
-        return [f"{partition}/{path}" for partition in self.gone for path, _ in forest.keys(partition)]
+    def deletions(self, forest: Shipped) -> Iterator[list[str]]:
+        """The keys of every entry in the partitions that the primary does not have, in pieces. Each is read when it is
+        asked for; those before may have been deleted by then."""
+        for partition in self.gone:
+            for part in ranges_of(partition, forest.count(partition)):
+                yield [f"{partition}/{path}" for path, _ in entries_in(forest, part)]
 
     def requests(self, forest: Shipped, bytes_max: int) -> Iterator[tuple[list[str], list[Extent]]]:
         """Partition names and the ranges as extents with ids of this cluster's entries, in as few requests of about

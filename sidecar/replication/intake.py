@@ -14,7 +14,7 @@ Past :meth:`Intake.accept` this holds:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from consul_backend.keys import split_key
@@ -223,15 +223,16 @@ def checked_writes(
     return tuple(writes)
 
 
-def split_writes(writes: Sequence[Write], budget: Budget) -> list[list[Write]]:
+def split_writes(writes: Sequence[Write], budget: Budget) -> Iterator[list[Write]]:
     """Writes with distinct keys, in order, cut into pieces that each fit one commit. None is empty."""
-    pieces: list[list[Write]] = []
+    piece: list[Write] = []
     size_bytes = 0
     for write in writes:
         cost = budget.cost_bytes(write)
-        if not pieces or len(pieces[-1]) >= budget.writes_max or size_bytes + cost > budget.bytes_max:
-            pieces.append([])
-            size_bytes = 0
-        pieces[-1].append(write)
+        if piece and (len(piece) >= budget.writes_max or size_bytes + cost > budget.bytes_max):
+            yield piece
+            piece, size_bytes = [], 0
+        piece.append(write)
         size_bytes += cost
-    return pieces
+    if piece:
+        yield piece

@@ -18,6 +18,7 @@ from consul_backend.position import Position
 from consul_backend.wal import Write
 from sidecar.replication.brake import COUNTED_CLASS, Brake
 from sidecar.replication.committer import commit, positions_at, stored_position
+from sidecar.replication.diff import PIECE_ENTRIES
 from sidecar.replication.filling import SyncProgress
 from sidecar.replication.intake import Budget, split_writes
 from sidecar.replication.modes import Mode
@@ -114,7 +115,9 @@ class Stage:
         after it, unless it is too much."""
         held = list(self._held)
         self._count_held()
-        await self.add([Write(key, None) for key in held])
+        for start in range(0, len(held), PIECE_ENTRIES):
+            await self.add([Write(key, None) for key in held[start : start + PIECE_ENTRIES]])
+            await asyncio.sleep(0)
 
     def _count_held(self) -> None:
         self._brake.count(len(self._held))
@@ -155,7 +158,7 @@ class Stage:
             return
         self._mixed = True
         self._gate(self._progress())
-        for piece in split_writes(self._taken(), self._budget) or [[]]:
+        for piece in split_writes(self._taken(), self._budget):
             keys = [write.key for write in piece]
             while len(self._flying) >= FLYING_MAX or (self._flying and not self._in_flight.isdisjoint(keys)):
                 await self._land()

@@ -20,6 +20,7 @@ than lost is counted when everything was received, because the records since the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -220,9 +221,11 @@ class Syncer:
         plan = SyncPlan.of(request, reply, self._shipped)
         log.info("starting merkle sync: %d extents differ, %d partitions are gone", len(plan.ranges), len(plan.gone))
         self._measure(plan, reply)
-        await self._staging.drop(plan.deletions(self._shipped))
         if self._brake.on:
             raise _Braked(self._brake.shrink())
+        for keys in plan.deletions(self._shipped):
+            await self._staging.drop(keys)
+            await asyncio.sleep(0)
         guard = await self._fetch_all(plan, base)
         await self._staging.settle()
         if self._brake.on:

@@ -77,7 +77,7 @@ class DiffMachine(RuleBasedStateMachine):
         )
         plan = SyncPlan.of(request, reply, self.shipped[False])
         puts: dict[str, bytes] = {}
-        drops = set(plan.deletions(self.shipped[False]))
+        drops = {key for keys in plan.deletions(self.shipped[False]) for key in keys}
         fetches = list(plan.requests(self.shipped[False], bytes_max))
         assert len(fetches) == 1 or bytes_max == 200, "one request holds it, so two round trips are enough"
         for names, extents in fetches:

@@ -24,6 +24,7 @@ from sidecar.replication.shipped import Shipped
 from sidecar.replication.states import Event
 from sidecar.replication.sync import Syncer, SyncRefused
 from tests.support.replication import LARGE_BYTES, Crash, FakeClock, MemoryStore
+from tests.support.turns import watched_turns
 
 KEYRING_KEY = "r/core/keyring"
 SALT = bytes(range(16))
@@ -400,7 +401,7 @@ def test_the_plan_names_exactly_the_cells_that_differ(seed):
     reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, found.whole, found.gone, found.cells, {})
     plan = SyncPlan.of(request, reply, shipped(theirs))
     named = {key for part in plan.ranges for key in _keys_in(ours, part) | _keys_in(theirs, part)}
-    named |= set(plan.deletions(shipped(theirs)))
+    named |= {key for keys in plan.deletions(shipped(theirs)) for key in keys}
     keys = ours.data.keys() | theirs.data.keys()
     differing = {key for key in keys if ours.data.get(key) != theirs.data.get(key)}
     assert differing <= named
@@ -498,3 +499,26 @@ async def test_large_values_are_read_one_by_one_and_small_ones_together():
     together = pair.primary.read_together
     assert max(map(len, together)) > 1
     assert all(len(names) == 1 for names in together if set(names) & set(large))
+
+
+async def longest_turns_s() -> tuple[float, float]:
+    """Of a sync with its commits, and of the primary's answer alone."""
+    pair = Pair()
+    fill(pair.primary, 20_000)
+    fill(pair.secondary, 20_000, partition="gone")
+    async with watched_turns() as turns:
+        result = await pair.sync(allowance=DeleteAllowance(share=1.0))
+    assert (result.event, result.keys) == (Event.SYNCED, 40_000)
+    pair.assert_in_step(pair.primary.head.index)
+    async with watched_turns() as answering:
+        async for _ in answer_fetch(pair.primary, pair.requests[-1], mode=PERFORMANCE):
+            pass
+    return turns.longest_s, answering.longest_s
+
+
+async def test_neither_end_holds_up_its_event_loop(monkeypatch):
+    """Whole partitions are read, sent and deleted in pieces. The control takes them whole."""
+    sync_s, answer_s = await longest_turns_s()
+    assert max(sync_s, answer_s) < 0.05
+    monkeypatch.setattr(diffing, "PIECE_ENTRIES", 10**9)
+    assert (await longest_turns_s())[1] > 2 * answer_s
