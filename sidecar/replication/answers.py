@@ -36,6 +36,8 @@ from sidecar.replication.store_view import PrimaryStore
 log = logging.getLogger("replication.sync")
 
 _ENTRIES_FRAME_BYTES = 256 * 1024
+_ENTRIES_FRAME_MAX = 512
+"""What the other end checks and stages in one turn of its event loop."""
 _READS_AT_ONCE = 64
 _RECORDS_AT_ONCE = 16
 _STEPS_BETWEEN_TURNS = 4
@@ -158,7 +160,7 @@ async def _differing_entries(store: PrimaryStore, request: FetchRequest, mode: M
             for key, value in zip(keys, await store.get_many(keys), strict=True):
                 if value is None:  # deleted since the digest was read: its record follows
                     continue
-                if puts and size_bytes + len(value) > _ENTRIES_FRAME_BYTES:
+                if puts and (size_bytes + len(value) > _ENTRIES_FRAME_BYTES or len(puts) >= _ENTRIES_FRAME_MAX):
                     yield Entries(puts, dropped, done)
                     puts, dropped, size_bytes = [], [], 0
                 puts.append((key, value))
