@@ -128,12 +128,18 @@ class Narrowed:
         self._left = after
         self._narrow = narrow
 
-    async def list(self, prefix: str, *, consistent: bool = False) -> list[str]:
+    async def list(self, prefix: str, *, consistent: bool = False) -> Any:
+        self._count()
+        return await self._inner.list(prefix, consistent=consistent)
+
+    async def names_below(self, prefix: str, limit: int, *, consistent: bool = False) -> Any:
+        self._count()
+        return await self._inner.names_below(prefix, limit, consistent=consistent)
+
+    def _count(self) -> None:
         self._left -= 1
         if self._left == 0:
             self._narrow()
-        names: list[str] = await self._inner.list(prefix, consistent=consistent)
-        return names
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
