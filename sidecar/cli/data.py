@@ -50,6 +50,21 @@ def write(call: Call) -> int:
     return call.show_secret(reply)
 
 
+def patch(call: Call) -> int:
+    path = call.path()
+    data = parse_data(call.arguments[1:], call.read_stdin)
+    if not call.arguments[1:] and not call.values.flag("force"):
+        raise UsageError("must supply data or use -force")
+    client = call.client()
+    with doing(f"writing data to {path}"):
+        reply = client.patch(path, data)
+    if reply.body is None:
+        if not call.values.text("field") and call.format == "table":
+            call.say(f"Success! Data written to: {path}")
+        return EXIT_OK
+    return call.show_secret(reply)
+
+
 def list_names(call: Call) -> int:
     path = call.path()
     call.at_most(1)
@@ -92,6 +107,13 @@ WRITE = Command(
     "  a lone - or @file is a whole JSON object.",
     write,
     (Flag("force", "Write nothing: call the endpoint with an empty body.", "bool", aliases=("f",)),),
+    field=True,
+)
+PATCH = Command(
+    "patch [flags] PATH [KEY=VALUE...]",
+    "Change some fields of what is at a path, where it can be patched; the others stay.",
+    patch,
+    (Flag("force", "Patch with nothing.", "bool", aliases=("f",)),),
     field=True,
 )
 LIST = Command("list [flags] PATH", "List the names below a path.", list_names)

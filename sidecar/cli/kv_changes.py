@@ -1,10 +1,11 @@
-"""``outrider kv``: patch, rollback, metadata put and enable-versioning."""
+"""``outrider kv``: patch, rollback, metadata put and patch, and enable-versioning."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from sidecar.cli.client import Reply
+from sidecar.cli.client import Client, Reply
 from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
 from sidecar.cli.data import found
 from sidecar.cli.flags import Flag, UsageError
@@ -49,6 +50,14 @@ def _version(reply: Reply) -> int:
 
 
 def metadata_put(call: Call) -> int:
+    return _change_metadata(call, lambda client, path, request: client.put(path, request))
+
+
+def metadata_patch(call: Call) -> int:
+    return _change_metadata(call, lambda client, path, request: client.patch(path, request))
+
+
+def _change_metadata(call: Call, send: Callable[[Client, str, dict[str, Any]], Reply]) -> int:
     call.at_most(1)
     values = call.values
     request: dict[str, Any] = {}
@@ -61,12 +70,15 @@ def metadata_put(call: Call) -> int:
     custom = [text.partition("=") for text in values.texts("custom-metadata")]
     if any(not (name and equals) for name, equals, _ in custom):
         raise UsageError("-custom-metadata must be key=value")
-    if custom:
-        request["custom_metadata"] = {name: value for name, _, value in custom}
+    # None in a merge patch takes a member away.
+    metadata: dict[str, str | None] = dict.fromkeys(values.texts("remove-custom-metadata"))
+    metadata |= {name: value for name, _, value in custom}
+    if metadata:
+        request["custom_metadata"] = metadata
     client = call.client()
     path = versioned(call, client).path("metadata")
     with doing(f"writing metadata to {path}"):
-        client.put(path, request)
+        send(client, path, request)
     if call.format == "table":
         call.say(f"Success! Data written to: {path}")
     return EXIT_OK
@@ -97,17 +109,24 @@ ROLLBACK = Command(
     (Flag("version", "The version to bring back.", "int"), MOUNT_FLAG),
     field=True,
 )
+_METADATA_FLAGS = (
+    Flag("max-versions", "How many versions to keep; 0: as many as the mount says.", "int"),
+    Flag("cas-required", "Refuse writes that do not name the current version.", "bool"),
+    Flag("delete-version-after", "Delete each version after this time, as 768h."),
+    Flag("custom-metadata", "key=value; may be repeated.", "texts"),
+    MOUNT_FLAG,
+)
 METADATA_PUT = Command(
     "kv metadata put [flags] PATH",
     "Set how many versions of a secret are kept, for how long, and what people know of it.",
     metadata_put,
-    (
-        Flag("max-versions", "How many versions to keep; 0: as many as the mount says.", "int"),
-        Flag("cas-required", "Refuse writes that do not name the current version.", "bool"),
-        Flag("delete-version-after", "Delete each version after this time, as 768h."),
-        Flag("custom-metadata", "key=value; may be repeated.", "texts"),
-        MOUNT_FLAG,
-    ),
+    _METADATA_FLAGS,
+)
+METADATA_PATCH = Command(
+    "kv metadata patch [flags] PATH",
+    "Change what is given of a secret's settings; the others stay.",
+    metadata_patch,
+    (*_METADATA_FLAGS, Flag("remove-custom-metadata", "A key to take away; may be repeated.", "texts")),
 )
 ENABLE_VERSIONING = Command(
     "kv enable-versioning [flags] PATH", "Upgrade a kv mount to version 2.", enable_versioning, formats=False

@@ -1,4 +1,4 @@
-"""``outrider token capabilities``, ``path-help``, ``print token``, ``plugin list`` and ``monitor``: look, change
+"""``token capabilities``, ``path-help``, ``print token``, ``plugin``, ``version-history`` and ``monitor``: look, change
 nothing."""
 
 from __future__ import annotations
@@ -51,6 +51,28 @@ def plugins(call: Call) -> int:
     return call.show_value({kind: data.get(kind) or [] for kind in kinds}, output.table(("Name", "Type"), rows))
 
 
+def plugin_info(call: Call) -> int:
+    call.at_most(2)
+    kind, name = call.path(0, "TYPE"), call.path(1, "NAME")
+    client = call.client()
+    path = f"sys/plugins/catalog/{kind}/{name}"
+    data = (found(call, "reading plugin", path, lambda: client.get(path)).body or {}).get("data") or {}
+    return call.show_value(data, output.pairs(sorted(data.items())))
+
+
+def version_history(call: Call) -> int:
+    call.at_most(0)
+    client = call.client()
+    with doing("reading the version history"):
+        data = (client.list("sys/version-history").body or {}).get("data") or {}
+    info = data.get("key_info") or {}
+    rows = [
+        (name, (info.get(name) or {}).get("timestamp_installed") or "", (info.get(name) or {}).get("build_date") or "")
+        for name in data.get("keys") or []
+    ]
+    return call.show_value(data, output.table(("Version", "Installation Time", "Build Date"), rows))
+
+
 def monitor(call: Call) -> int:
     """Until interrupted."""
     call.at_most(0)
@@ -72,6 +94,12 @@ CAPABILITIES = Command(
 PATH_HELP = Command("path-help [flags] PATH", "Show the help text of an endpoint.", path_help)
 PRINT_TOKEN = Command("print token", "Print the token in use.", print_token, http=False, formats=False)
 PLUGIN_LIST = Command("plugin list [flags] [TYPE]", "List what can be mounted: auth, database or secret.", plugins)
+PLUGIN_INFO = Command(
+    "plugin info [flags] TYPE NAME", "Show what is known of something that can be mounted.", plugin_info
+)
+VERSION_HISTORY = Command(
+    "version-history [flags]", "List the versions of the server that have led the cluster.", version_history
+)
 MONITOR = Command(
     "monitor [flags]",
     "Follow the server's log.",

@@ -9,6 +9,7 @@ from sidecar.cli.command import EXIT_OK, Call, Command, doing
 from sidecar.cli.flags import Flag
 
 PATH_FLAG = Flag("path", "Where to mount it.", default="the type's name")
+DETAILED_FLAG = Flag("detailed", "Show their settings too.", "bool")
 COMMON_FLAGS = (
     PATH_FLAG,
     Flag("description", "A line for people."),
@@ -63,11 +64,47 @@ def _list(call: Call, base: str, what: str) -> int:
     with doing(f"listing the {what}s"):
         body = client.get(base).body or {}
     mounts = {path: mount for path, mount in sorted((body.get("data") or {}).items()) if isinstance(mount, dict)}
+    if call.values.flag("detailed"):
+        return call.show_value(mounts, _detailed(mounts, auth=base == "sys/auth"))
     rows = [
         (path, mount.get("type", ""), mount.get("accessor", ""), mount.get("description", ""))
         for path, mount in mounts.items()
     ]
     return call.show_value(mounts, output.table(("Path", "Type", "Accessor", "Description"), rows))
+
+
+def _detailed(mounts: dict[str, dict[str, Any]], *, auth: bool) -> str:
+    """Vault's columns, of which this server has something to say."""
+
+    def row(path: str, mount: dict[str, Any]) -> tuple[Any, ...]:
+        config = mount.get("config") or {}
+        ttls = [config.get(f"{name}_lease_ttl") or "system" for name in ("default", "max")]
+        own = config.get("token_type", "") if auth else str(bool(config.get("force_no_cache"))).lower()
+        options = " ".join(f"{name}={value}" for name, value in sorted((mount.get("options") or {}).items()))
+        return (
+            path,
+            mount.get("type", ""),
+            mount.get("accessor", ""),
+            *map(str, ttls),
+            own,
+            "local" if mount.get("local") else "replicated",
+            f"map[{options}]",
+            mount.get("description", ""),
+            mount.get("uuid", ""),
+            mount.get("running_plugin_version", ""),
+            mount.get("deprecation_status", ""),
+        )
+
+    header: tuple[str, ...] = (
+        "Path",
+        "Plugin",
+        "Accessor",
+        "Default TTL",
+        "Max TTL",
+        "Token Type" if auth else "Force No Cache",
+    )
+    header += ("Replication", "Options", "Description", "UUID", "Running Version", "Deprecation Status")
+    return output.table(header, [row(path, mount) for path, mount in mounts.items()])
 
 
 SECRETS_ENABLE = Command(
@@ -87,6 +124,7 @@ SECRETS_LIST = Command(
     "secrets list [flags]",
     "List the secrets engines.",
     lambda call: _list(call, "sys/mounts", "secrets engine"),
+    (DETAILED_FLAG,),
 )
 AUTH_ENABLE = Command(
     "auth enable [flags] TYPE",
@@ -105,4 +143,5 @@ AUTH_LIST = Command(
     "auth list [flags]",
     "List the auth methods.",
     lambda call: _list(call, "sys/auth", "auth method"),
+    (DETAILED_FLAG,),
 )

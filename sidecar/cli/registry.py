@@ -21,6 +21,7 @@ GROUPS = {
     "replication": "Enable, watch, move and end replication, performance and DR",
     "secrets": "Turn secrets engines on and off",
     "token": "Create, look up, renew and revoke tokens",
+    "transit": "Bring keys into the transit engine",
 }
 
 
@@ -37,6 +38,7 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("write",): Entry("Write data, or call an endpoint", "data", "WRITE"),
     ("list",): Entry("List names", "data", "LIST"),
     ("delete",): Entry("Delete data", "data", "DELETE"),
+    ("patch",): Entry("Change some fields of data", "data", "PATCH"),
     ("login",): Entry("Get a token and keep it", "login", "LOGIN"),
     ("monitor",): Entry("Follow the server's log", "looking", "MONITOR"),
     ("path-help",): Entry("Show the help text of an endpoint", "looking", "PATH_HELP"),
@@ -44,6 +46,7 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("status",): Entry("Seal and leader status of a node", "status", "STATUS"),
     ("unwrap",): Entry("Redeem a wrapping token", "token", "UNWRAP"),
     ("version",): Entry("Print the version", "version", "VERSION"),
+    ("version-history",): Entry("Versions that have led the cluster", "looking", "VERSION_HISTORY"),
     ("audit", "enable"): Entry("Turn an audit device on", "audit", "ENABLE"),
     ("audit", "disable"): Entry("Turn an audit device off", "audit", "DISABLE"),
     ("audit", "list"): Entry("List audit devices", "audit", "LIST"),
@@ -63,6 +66,7 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("kv", "destroy"): Entry("Remove versions for good", "kv", "DESTROY"),
     ("kv", "metadata", "get"): Entry("Show a secret's versions and settings", "kv", "METADATA_GET"),
     ("kv", "metadata", "put"): Entry("Change a secret's settings", "kv_changes", "METADATA_PUT"),
+    ("kv", "metadata", "patch"): Entry("Change some of a secret's settings", "kv_changes", "METADATA_PATCH"),
     ("kv", "metadata", "delete"): Entry("Remove a secret with all its versions", "kv", "METADATA_DELETE"),
     ("lease", "lookup"): Entry("Show a lease", "lease", "LOOKUP"),
     ("lease", "renew"): Entry("Let a secret live longer", "lease", "RENEW"),
@@ -80,6 +84,7 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("policy", "read"): Entry("Print a policy", "policy", "READ"),
     ("policy", "list"): Entry("List policies", "policy", "LIST"),
     ("policy", "delete"): Entry("Delete a policy", "policy", "DELETE"),
+    ("plugin", "info"): Entry("Show what can be mounted", "looking", "PLUGIN_INFO"),
     ("plugin", "list"): Entry("List what can be mounted", "looking", "PLUGIN_LIST"),
     ("print", "token"): Entry("Print the token in use", "looking", "PRINT_TOKEN"),
     ("replication", "status"): Entry("Roles, positions and connections", "replication", "STATUS"),
@@ -105,6 +110,8 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("token", "renew"): Entry("Let a token live longer", "token", "RENEW"),
     ("token", "revoke"): Entry("Revoke a token", "token", "REVOKE"),
     ("token", "capabilities"): Entry("Show what a token may do at a path", "looking", "CAPABILITIES"),
+    ("transit", "import"): Entry("Bring a key of one's own", "transit", "IMPORT"),
+    ("transit", "import-version"): Entry("Bring another version of it", "transit", "IMPORT_VERSION"),
 }
 
 

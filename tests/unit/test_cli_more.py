@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.keywrap import aes_key_unwrap_with_padding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.unit.test_cli import envelope, run, server
 
@@ -141,3 +146,69 @@ def test_monitor_prints_lines_as_they_come(server, run):
     server.answer("GET", "sys/monitor", (400, {"errors": ["unknown log level"]}))
     code, _, err = run("monitor", "-log-level=x")
     assert (code, "unknown log level" in err) == (2, True)
+
+
+def test_metadata_is_patched(server, run):
+    versioned(server)
+    server.answer("PATCH", "secret/metadata/a", (204, None))
+    code, out, _ = run(
+        "kv", "metadata", "patch", "-max-versions=3", "-custom-metadata=owner=me", "-remove-custom-metadata=old",
+        "secret/a",
+    )  # fmt: skip
+    assert (code, out) == (0, "Success! Data written to: secret/metadata/a\n")
+    assert server.last["body"] == {"max_versions": 3, "custom_metadata": {"old": None, "owner": "me"}}
+    assert server.last["headers"]["Content-Type"] == "application/merge-patch+json"
+
+
+def test_patch_at_any_path(server, run):
+    server.answer("PATCH", "some/thing", (204, None))
+    assert run("patch", "some/thing", "a=b")[:2] == (0, "Success! Data written to: some/thing\n")
+    assert (server.last["method"], server.last["body"]) == ("PATCH", {"a": "b"})
+    assert run("patch", "some/thing")[0] == 1
+
+
+def test_mounts_in_detail(server, run):
+    mount = {
+        "type": "kv", "accessor": "kv_1", "description": "", "local": True, "options": {"version": "2"}, "uuid": "u-1",
+        "config": {"default_lease_ttl": 60, "max_lease_ttl": 0, "force_no_cache": False, "token_type": "batch"},
+        "running_plugin_version": "v1", "deprecation_status": "supported",
+    }  # fmt: skip
+    server.answer("GET", "sys/mounts", (200, envelope({"kv/": mount})))
+    lines = run("secrets", "list", "-detailed")[1].splitlines()
+    assert lines[0].split("    ")[:3] == ["Path", "Plugin", "Accessor"]
+    assert lines[2].split() == (
+        ["kv/", "kv", "kv_1", "60", "system", "false", "local", "map[version=2]", "n/a", "u-1", "v1", "supported"]
+    )
+    server.answer("GET", "sys/auth", (200, envelope({"a/": mount})))
+    header, _, row = run("auth", "list", "-detailed")[1].splitlines()
+    assert ("Token Type" in header, row.split()[5]) == (True, "batch")
+
+
+def test_what_is_known_of_a_plugin_and_of_versions(server, run):
+    server.answer("GET", "sys/plugins/catalog/secret/kv", (200, envelope({"name": "kv", "builtin": True})))
+    assert run("plugin", "info", "secret", "kv")[1].splitlines()[2:] == ["builtin    true", "name       kv"]
+    server.answer("GET", "sys/plugins/catalog/secret/no", (404, {"errors": []}))
+    assert run("plugin", "info", "secret", "no")[0] == 2
+    history = {"keys": ["1.0"], "key_info": {"1.0": {"timestamp_installed": "2024-01-02T00:00:00Z"}}}
+    server.answer("GET", "sys/version-history", (200, envelope(history)))
+    assert run("version-history")[1].splitlines()[-1] == "1.0        2024-01-02T00:00:00Z    n/a"
+
+
+def test_a_key_is_wrapped_for_the_engine_alone(server, run, tmp_path):
+    private = rsa.generate_private_key(public_exponent=65537, key_size=4096)
+    public = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    server.answer("GET", "transit/wrapping_key", (200, envelope({"public_key": public})))
+    server.answer("POST", "transit/keys/mine/import", (204, None))
+    key = bytes(range(32))
+    (tmp_path / "key").write_text(base64.b64encode(key).decode() + "\n")
+    code, out, _ = run("transit", "import", "transit/keys/mine", f"@{tmp_path / 'key'}", "type=aes256-gcm96")
+    assert (code, out) == (0, "Success! Imported the key to: transit/keys/mine\n")
+    body = server.last["body"]
+    assert (body["type"], body["hash_function"]) == ("aes256-gcm96", "SHA256")
+    raw = base64.b64decode(body["ciphertext"])
+    ephemeral = private.decrypt(raw[:512], padding.OAEP(padding.MGF1(SHA256()), SHA256(), None))
+    assert aes_key_unwrap_with_padding(ephemeral, raw[512:]) == key
+    for wrong in (("transit/mine", "aGk="), ("transit/keys/mine", "not base64!"), ("transit/keys/mine", "@/nowhere")):
+        assert run("transit", "import", *wrong)[0] == 1
+    server.answer("POST", "transit/keys/mine/import_version", (204, None))
+    assert run("transit", "import-version", "transit/keys/mine", base64.b64encode(key).decode())[0] == 0
