@@ -59,6 +59,7 @@ from sidecar.measured_store import MeasuredStore
 from sidecar.mesh.registration import NoRegistration, Registrar, ServiceRegistration
 from sidecar.node import Node, NodeIdentity
 from sidecar.roles import RoleOptions, Roles
+from sidecar.runtime_metrics import measured_collections, runtime_gauges, runtime_totals
 from sidecar.sealing import Sealing
 from sidecar.telemetry import configure_logging, set_level
 from sidecar.transport.listener import ClusterListener
@@ -119,6 +120,8 @@ async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tup
             header_forwarding=config.replication.allow_forwarding_via_header,
         )
         stack.enter_context(METRICS.source(node.gauges, node.totals))
+        stack.enter_context(METRICS.source(runtime_gauges, runtime_totals))
+        stack.enter_context(measured_collections())
         cluster_listener = ClusterListener(*split_address(config.listeners[0].cluster_address))
         await cluster_listener.start()
         stack.push_async_callback(cluster_listener.close)

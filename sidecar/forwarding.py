@@ -25,6 +25,7 @@ from plugin_api.errors import PluginError
 from sidecar.api.node_view import NotForwarded
 from sidecar.core.barrier import load_barrier
 from sidecar.core.cluster import ClusterInfo
+from sidecar.core.metrics import METRICS
 from sidecar.core.node_settings import Cors
 from sidecar.request.types import HttpRequest, HttpResponse
 from sidecar.sealing import Opened
@@ -253,7 +254,11 @@ class StandbyForwarder:
             raise NotForwarded(f"the active node {self.leader.node_id} is being left")
         self._in_flight += 1
         try:
-            return await self._forward(request)
+            with METRICS.timer("ha.rpc.client.forward"):
+                return await self._forward(request)
+        except (PluginError, NotForwarded):
+            METRICS.increment("ha.rpc.client.forward.errors")
+            raise
         finally:
             self._in_flight -= 1
             if self._in_flight == 0:
@@ -276,7 +281,12 @@ class StandbyForwarder:
 
     async def echo(self, echo: Echo) -> EchoReply:
         """One heartbeat. Raises ForwardNotSent."""
-        return await send_echo(self._client, echo)
+        try:
+            with METRICS.timer("ha.rpc.client.echo"):
+                return await send_echo(self._client, echo)
+        except ForwardNotSent:
+            METRICS.increment("ha.rpc.client.echo.errors")
+            raise
 
     async def retire(self, linger_s: float) -> None:
         """Forward nothing more, wait for the answers under way, but not longer than ``linger_s``, and close."""

@@ -24,6 +24,7 @@ from sidecar.api.node_view import (
     SealStatus,
 )
 from sidecar.core.cluster import ClusterInfo
+from sidecar.core.metrics import METRICS
 from sidecar.core.node_settings import Cors
 from sidecar.core.seals import Sealer
 from sidecar.forwarding import PEER_TTL_S, Heard, StandbyForwarder
@@ -318,7 +319,8 @@ class Node:
         return await self.sealing.sealer()
 
     async def unseal(self, key: bytes, *, migrate: bool) -> SealStatus:
-        await self.sealing.unseal(key, migrate=migrate)
+        with METRICS.timer("core.unseal"):
+            await self.sealing.unseal(key, migrate=migrate)
         return await self.seal_status()
 
     async def reset_unseal(self) -> SealStatus:
@@ -326,11 +328,13 @@ class Node:
         return await self.seal_status()
 
     async def seal(self) -> None:
-        self.sealing.seal()
+        with METRICS.timer("core.seal"):
+            self.sealing.seal()
 
     async def step_down(self) -> None:
         if self._ha_enabled and self.is_active():
-            self.step_down_asked.set()
+            with METRICS.timer("core.step_down"):
+                self.step_down_asked.set()
 
     async def dispatch(self, request: HttpRequest) -> HttpResponse:
         deadline = time.monotonic() + self._leader_wait_s

@@ -31,6 +31,7 @@ from consul_backend.physical import GENERATION_KEY, PhysicalStore
 from consul_backend.replicated import StoreOptions
 from sidecar.core.barrier import BarrierMissing, DecryptionFailed
 from sidecar.core.keyring import BadKeyring
+from sidecar.core.metrics import METRICS
 from sidecar.core.seal_record import WrongKey
 from sidecar.forwarding import KeySource, StandbyForwarder, TenureCredentials, read_leader_record
 from sidecar.leading import ActiveScope, ScopeParts
@@ -333,14 +334,18 @@ class Roles:
         role = await scope.start(tasks)
         failpoint("lead:before-serving")
         self._node.take_role(role)
-        log.info("active operation, %.2f s after the lock", time.monotonic() - started)
+        took_s = time.monotonic() - started
+        METRICS.sample("core.post_unseal", took_s * 1000)
+        log.info("active operation, %.2f s after the lock", took_s)
         try:
             performance, disaster = scope.modes()
             await self._registration.update(active=True, performance_mode=performance, dr_mode=disaster)
             return await self._until_asked_to_leave(opened, scope)
         finally:
-            await self._wind_down(role)
-            await scope.stop()
+            with METRICS.timer("core.pre_seal"):
+                await self._wind_down(role)
+                await scope.stop()
+            METRICS.sample("core.leadership_lost", (time.monotonic() - started) * 1000)
 
     async def _until_asked_to_leave(self, opened: Opened, scope: ActiveScope) -> _Left:
         """A step-down by the operator, a seal, or a change of generation."""

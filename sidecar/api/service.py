@@ -12,6 +12,7 @@ import logging
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ from sidecar.core.barrier import Barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.keys import REPLICATED_KEYRING
 from sidecar.core.leasing import Leasing
-from sidecar.core.metrics import METRICS
+from sidecar.core.metrics import METRICS, Labelled
 from sidecar.core.mounts import AUTH, SECRETS, MountTable
 from sidecar.core.node_settings import Cors, NodeSettings
 from sidecar.core.password_policies import PasswordPolicies
@@ -262,13 +263,18 @@ class Service:
 
     def gauges(self) -> dict[str, float]:
         """Values of this moment, by the names of the telemetry."""
-        tables = {"logical": SECRETS, "auth": AUTH}
-        mounted = {name: len(self._mounts.table.entries(table)) for name, table in tables.items()}
-        return self._leasing.gauges() | {
+        mounted = Counter(
+            (kind, str(entry.local).lower())
+            for kind, table in (("logical", SECRETS), ("auth", AUTH))
+            for entry in self._mounts.table.entries(table)
+        )
+        own: dict[str, float] = {
             "barrier.estimated_encryptions": float(self._sealed.barrier.encryptions("r")),
             "core.in_flight_requests": float(len(self._core.in_flight)),
-            **{f"core.mount_table.num_entries.{name}": float(count) for name, count in mounted.items()},
         }
+        for (kind, local), count in mounted.items():
+            own[Labelled("core.mount_table.num_entries", type=kind, local=local)] = float(count)
+        return self._leasing.gauges() | own
 
     def audit_blocked(self) -> bool:
         """Whether requests fail because no audit device works."""
@@ -382,7 +388,7 @@ class Service:
         in_flight = self._core.in_flight
         in_flight.begin(exchange.id, RequestUnderWay(request.method, request.path, request.remote_address, self._now()))
         try:
-            with TrackedWrites() as writes, METRICS.timer("core.handle_request"):
+            with TrackedWrites() as writes, METRICS.timer(_timed_as(request.path)):
                 response = await self._handled(exchange)
                 if self._auditor.enabled:
                     response = await self._audited(exchange, response)
@@ -456,6 +462,12 @@ class Service:
                 call, envelope, call.wrap_ttl_s, accessor=str(auth.get("accessor", ""))
             )
         return response
+
+
+def _timed_as(path: str) -> str:
+    """Logins have a time of their own: what they cost is meant to be much."""
+    is_login = path.startswith("auth/") and ("/login/" in path or path.endswith("/login"))
+    return "core.handle_login_request" if is_login else "core.handle_request"
 
 
 def _is_own_clusters(path: str) -> bool:

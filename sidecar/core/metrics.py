@@ -24,6 +24,22 @@ _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 Labels = tuple[tuple[str, str], ...]
 Gauges = Callable[[], Mapping[str, float]]
+"""By name; one with labels is a :class:`Labelled`."""
+
+
+class Labelled(str):
+    """The name of a gauge with labels: as a text it is unique, and sorts next to its like."""
+
+    __slots__ = ("labels", "name")
+
+    name: str
+    labels: Labels
+
+    def __new__(cls, name: str, /, **labels: str) -> Labelled:
+        ordered = tuple(sorted(labels.items()))
+        self = super().__new__(cls, name + _labels(ordered))
+        self.name, self.labels = name, ordered
+        return self
 
 
 @dataclass(slots=True)
@@ -147,7 +163,7 @@ class Metrics:
         return {
             "Timestamp": f"{moment:%Y-%m-%d %H:%M:%S} +0000 UTC",
             "Gauges": [
-                {"Name": f"vault.{name}", "Value": value, "Labels": {}}
+                {"Name": f"vault.{_name(name)}", "Value": value, "Labels": dict(_labels_of(name))}
                 for name, value in sorted((_asked(self._sources) | _asked(self._totals)).items())
             ],
             "Points": [],
@@ -158,9 +174,14 @@ class Metrics:
     def as_prometheus(self) -> str:
         """Text format 0.0.4: totals since the process started; quantiles of the newest samples."""
         lines: list[str] = []
+        announced = ""
         for kind, sources in (("gauge", self._sources), ("counter", self._totals)):
-            for name, value in sorted(_asked(sources).items()):
-                lines += [f"# TYPE {_flat(name)} {kind}", f"{_flat(name)} {_number(value)}"]
+            for gauge, value in sorted(_asked(sources).items()):
+                flat = _flat(_name(gauge))
+                if flat != announced:
+                    lines.append(f"# TYPE {flat} {kind}")
+                announced = flat
+                lines.append(f"{flat}{_labels(_labels_of(gauge))} {_number(value)}")
         announced = ""
         for (name, labels), series in sorted(self._counters.items()):
             if name != announced:
@@ -205,6 +226,14 @@ def _asked(sources: list[Gauges]) -> dict[str, float]:
     for source in sources:
         found.update(source())
     return found
+
+
+def _name(gauge: str) -> str:
+    return gauge.name if isinstance(gauge, Labelled) else gauge
+
+
+def _labels_of(gauge: str) -> Labels:
+    return gauge.labels if isinstance(gauge, Labelled) else ()
 
 
 def _flat(name: str) -> str:

@@ -11,6 +11,7 @@ from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, ReadOnlyStorage
 from plugin_api.request import Operation
 from sidecar.core.keys import POLICIES
+from sidecar.core.metrics import METRICS
 from sidecar.core.policy_rules import Policy, Rule, merge, path_order, pattern_matches
 from sidecar.core.store_view import SealedStore
 
@@ -280,7 +281,8 @@ class PolicyStore:
         if name in self._policies:
             return self._policies[name]
         changes = self._changes
-        raw = await self._sealed.get(POLICIES + name)
+        with METRICS.timer("policy.get_policy"):
+            raw = await self._sealed.get(POLICIES + name)
         policy = None if raw is None else Policy.parse(name, raw.decode())
         if policy is not None and changes == self._changes:
             self._policies[name] = policy
@@ -299,7 +301,8 @@ class PolicyStore:
             raise InvalidRequest("'policy' parameter not supplied or empty")
         policy = Policy.parse(name, text)
         self._require_writable()
-        await self._sealed.commit([Write(POLICIES + name, text.encode())])
+        with METRICS.timer("policy.set_policy"):
+            await self._sealed.commit([Write(POLICIES + name, text.encode())])
         self.invalidate(name)
         self._policies[name] = policy
 
@@ -309,12 +312,14 @@ class PolicyStore:
         if name in self._builtin or name == DEFAULT:
             raise InvalidRequest(f'cannot delete "{name}" policy')
         self._require_writable()
-        await self._sealed.commit([Write(POLICIES + name, None)])
+        with METRICS.timer("policy.delete_policy"):
+            await self._sealed.commit([Write(POLICIES + name, None)])
         self.invalidate(name)
 
     async def list(self) -> list[str]:
         """Sorted names, with root and without those that only the server itself hands out."""
-        stored = {name for name in await _names(self._sealed, POLICIES) if name not in _HIDDEN}
+        with METRICS.timer("policy.list_policies"):
+            stored = {name for name in await _names(self._sealed, POLICIES) if name not in _HIDDEN}
         return sorted({ROOT, DEFAULT, *stored})
 
     async def acl(self, names: Sequence[str]) -> ACL:

@@ -102,7 +102,8 @@ class SealedStore:
 
     async def commit(self, writes: Sequence[Write]) -> CommitHead:
         """Seal and commit ``writes``, all or none."""
-        with METRICS.timer("barrier.put"):
+        deletes = all(write.value is None for write in writes)
+        with METRICS.timer("barrier.delete" if deletes else "barrier.put"):
             encoded: list[Write] = []
             for number, write in enumerate(writes, 1):
                 encoded.append(await self._encode_value(write))

@@ -203,7 +203,8 @@ class TokenPaths(RouteBackend):
         token = fields.string("token")
         if not token or token == call.known.token:
             return await self._lookup_self(call, params)
-        entry = await self._tokens.lookup(token)
+        with METRICS.timer("expire.fetch-lease-times-by-token"):
+            entry = await self._tokens.lookup(token)
         if entry is None:
             raise PermissionDenied("bad token")
         return Answer(lookup_of(entry, token, self._now()))

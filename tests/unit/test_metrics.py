@@ -1,6 +1,7 @@
 """The registry, both its forms, and what feeds it."""
 
 import asyncio
+import gc
 import math
 
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 
 from consul_backend.embedded import EmbeddedStore
 from consul_backend.txn import Set
-from sidecar.core.metrics import INTERVAL_S, Metrics
+from sidecar.core.metrics import INTERVAL_S, Labelled, Metrics
 from sidecar.gauges import role_gauges, store_gauges, store_totals
 from sidecar.loop_lag import NAME, watch_loop_lag
 from sidecar.measured_store import MeasuredStore
+from sidecar.runtime_metrics import measured_collections, runtime_gauges, runtime_totals
 
 
 class Time:
@@ -167,3 +169,43 @@ def test_gauges_have_the_names_of_the_telemetry() -> None:
     assert store_gauges(statistics, ("secondary", "disabled"), 6)["replication.fsm.last_remote_wal"] == 6
     assert "replication.fsm.last_remote_wal" not in store_gauges(statistics, ("secondary", "disabled"), None)
     assert store_totals(statistics) == {"cache.hit": 8}
+
+
+def test_gauges_can_have_labels() -> None:
+    _, metrics = make()
+
+    def gauges() -> dict[str, float]:
+        kinds = ("logical", "auth")
+        entries = {Labelled("core.mount_table.num_entries", type=kind, local="false"): 2.0 for kind in kinds}
+        return {**entries, "core.active": 1.0}
+
+    with metrics.source(gauges):
+        shown = metrics.as_json()["Gauges"]
+        text = metrics.as_prometheus()
+    assert [(gauge["Name"], gauge["Labels"]) for gauge in shown] == [
+        ("vault.core.active", {}),
+        ("vault.core.mount_table.num_entries", {"local": "false", "type": "auth"}),
+        ("vault.core.mount_table.num_entries", {"local": "false", "type": "logical"}),
+    ]
+    assert text.splitlines()[2:] == [
+        "# TYPE vault_core_mount_table_num_entries gauge",
+        'vault_core_mount_table_num_entries{local="false",type="auth"} 2',
+        'vault_core_mount_table_num_entries{local="false",type="logical"} 2',
+    ]
+
+
+async def test_what_the_process_costs() -> None:
+    waiting = asyncio.create_task(asyncio.sleep(60))
+    before = runtime_gauges()
+    assert before["runtime.num_goroutines"] >= 3, "this test, the one that waits, and a thread"
+    assert before["runtime.sys_bytes"] > before["runtime.alloc_bytes"] > 2**20
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert runtime_gauges()["runtime.num_goroutines"] == before["runtime.num_goroutines"] - 1
+    _, metrics = make()
+    runs = runtime_totals()["runtime.total_gc_runs"]
+    with measured_collections(metrics):
+        gc.collect()
+    gc.collect()
+    assert runtime_totals()["runtime.total_gc_runs"] >= runs + 2
+    assert named(metrics.as_json()["Samples"], "vault.runtime.gc_pause_ns")["Count"] >= 1

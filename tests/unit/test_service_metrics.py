@@ -9,7 +9,7 @@ import pytest
 from sidecar.api.server import ServerLimits
 from sidecar.config import ConfigError, load_text
 from sidecar.core.metrics import METRICS
-from tests.support.service_node import Harness, running, with_kv
+from tests.support.service_node import Harness, log_in, running, with_bob, with_kv
 
 
 async def scrape(node: Harness, query: str = "", token: str | None = "root") -> tuple[int, str, str]:
@@ -92,3 +92,46 @@ def test_what_the_configuration_says() -> None:
     ):
         with pytest.raises(ConfigError):
             config(listener, top)
+
+
+async def test_the_names_that_dashboards_of_vault_ask_for() -> None:
+    """Contract 8.2 and 8.3: each after what it counts was done once."""
+    async with running() as node:
+        await with_kv(node, "1")
+        await with_bob(node)
+        await log_in(node)
+        await node.call("POST", "secret/a", {"x": "y"})
+        await node.call("DELETE", "secret/a")
+        await node.call("PUT", "sys/policies/acl/p", {"policy": 'path "a" { capabilities = ["read"] }'})
+        token = (await node.call("POST", "auth/token/create", {"policies": ["p"]})).body["auth"]["client_token"]
+        await node.call("POST", "auth/token/lookup", {"token": token})
+        await node.call("GET", "secret/a", token=token)
+        await node.call("LIST", "sys/policies/acl")
+        await node.call("DELETE", "sys/policies/acl/p")
+        await node.call("POST", "auth/token/revoke", {"token": token})
+        with METRICS.source(node.service.gauges):
+            body = METRICS.as_json()
+            text = METRICS.as_prometheus()
+    for name in (
+        "barrier.delete",
+        "core.check_token",
+        "core.fetch_acl_and_token",
+        "core.handle_login_request",
+        "core.handle_request",
+        "core.mount_table.num_entries",
+        "expire.fetch-lease-times-by-token",
+        "policy.delete_policy",
+        "policy.get_policy",
+        "policy.list_policies",
+        "policy.set_policy",
+        "route.create.secret-",
+        "route.delete.secret-",
+        "route.update.sys-",
+        "token.create",
+        "token.lookup",
+        "token.revoke",
+    ):
+        assert f"vault.{name}" in names(body), name
+    assert 'vault_core_mount_table_num_entries{local="false",type="logical"} 2' in text
+    assert 'vault_core_mount_table_num_entries{local="true",type="logical"} 1' in text
+    assert "vault_route_delete_secret_" in text
