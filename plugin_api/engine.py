@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from plugin_api.description import PathDescription
 from plugin_api.errors import Irrevocable, NotFound
@@ -100,6 +100,12 @@ class Engine(ABC):
         or a change of the active node: a secret that is gone already is no failure. Raises PluginError, whose text
         operators see; :class:`~plugin_api.errors.Irrevocable` where trying again has no use."""
         raise Irrevocable(f"a {self.type_name} engine cannot revoke")
+
+    async def undo(self, data: Mapping[str, Any]) -> None:
+        """What ``data`` notes (:mod:`plugin_api.pending`) was begun and never finished, or finished without anybody
+        knowing: take it back. Called again after a failure or a crash; what is gone already is no failure. Raises
+        PluginError: it is tried again later."""
+        return
 
     async def login_identity(self, request: Request) -> str:
         """Whom a login claims to be, in one spelling for every way to write it; empty where it says nothing. Must not

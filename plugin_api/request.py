@@ -68,12 +68,14 @@ class Auth:
 class Lease:
     """An answer that holds a secret which must be taken back: the sidecar keeps a lease of it and calls
     :meth:`~plugin_api.engine.Engine.revoke` in time. TTLs in seconds, 0 means the mount's. ``internal`` (JSON values,
-    never shown to anybody) is what the engine needs to know the secret again."""
+    never shown to anybody) is what the engine needs to know the secret again. ``pending`` is a note of
+    :mod:`plugin_api.pending`, which ends in the commit that keeps the lease."""
 
     ttl_s: int = 0
     max_ttl_s: int = 0
     renewable: bool = True
     internal: dict[str, Any] = field(default_factory=dict, repr=False)
+    pending: str = ""
 
 
 @dataclass(frozen=True, slots=True)

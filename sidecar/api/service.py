@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -55,6 +56,7 @@ from sidecar.request.in_flight import RequestUnderWay
 from sidecar.request.leasing import guarded, keep_lease
 from sidecar.request.login import log_in
 from sidecar.request.mount_view import GROUPS, Hooks, MountView, TtlDefaults
+from sidecar.request.pending_work import PASS_S, can_undo, undo_left_over
 from sidecar.request.pipeline import Pipeline
 from sidecar.request.plugins import PluginRegistry
 from sidecar.request.token_paths import TokenPaths
@@ -249,6 +251,7 @@ class Service:
             tasks.create_task(self._leasing.run(), name="leases")
             tasks.create_task(self._keep_keyrings(), name="keyrings")
             tasks.create_task(self._keep_seal(), name="seal")
+            tasks.create_task(self._undo_pending(), name="rollback")
             tasks.create_task(self._clean_up(), name="unmounted data")
             versions = VersionHistory(self._sealed, self._core.node.version, self._now)
             tasks.create_task(self._note_version(versions), name="version history")
@@ -286,19 +289,18 @@ class Service:
             await asyncio.sleep(KEYRING_PASS_S)
 
     async def _keep_seal(self) -> None:
-        """Put the root key under the newest version of the auto seal's key. What fails now is tried again."""
-
-        async def once() -> None:
-            sealer = await self._core.node.sealer()
-            if sealer is not None:
-                await rewrap(self._sealed, sealer, self._core.seal_lock)
-
+        """Put the root key under the newest version of the auto seal's key."""
         while True:
-            try:
-                await self._tried(once, "seal")
-            except Unavailable as error:
-                log.warning("seal: whether its key was rotated cannot be told: %s", error)
+            await self._tried(lambda: rewrap(self._sealed, self._core.node.sealer, self._core.seal_lock), "seal")
             await asyncio.sleep(SEAL_PASS_S)
+
+    async def _undo_pending(self) -> None:
+        """Have engines undo what they have begun outside and did not finish."""
+        while True:
+            for engine in self._mounts.engines():
+                if can_undo(engine):
+                    await self._tried(functools.partial(undo_left_over, engine), "rollback")
+            await asyncio.sleep(PASS_S)
 
     async def _note_version(self, versions: VersionHistory) -> None:
         await self._tried(versions.record, "version history")

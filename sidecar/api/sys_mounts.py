@@ -25,6 +25,7 @@ from sidecar.core.mounts import AUTH, SECRETS, MountConfig, MountEntry, check_co
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
 from sidecar.request.mount_view import BUILT_IN
+from sidecar.request.pending_work import can_undo, undo_left_over
 
 _KV_ALIASES = {"kv-v1": "1", "kv-v2": "2", "generic": "1"}
 
@@ -196,7 +197,21 @@ async def emptied(core: SysCore, entry: MountEntry, *, force: bool = False) -> A
         raise ReadOnlyStorage
     async with core.mounts.closed(entry):
         await core.leasing.revocation.revoke_prefix(entry.full_path, force=force)
+        await _undone(core, entry, force=force)
         yield
+
+
+async def _undone(core: SysCore, entry: MountEntry, *, force: bool) -> None:
+    """Have the engine undo what it has begun outside. Raises InvalidRequest where it cannot, unless with ``force``."""
+    engine = core.mounts.engine(entry.uuid)
+    if engine is None or not can_undo(engine):
+        return
+    failed = await undo_left_over(engine, min_age_s=0, force=force)
+    if failed and not force:
+        raise InvalidRequest(
+            f"the engine at {entry.full_path} could not undo all that it has begun: see the log, repair what is in its "
+            "way and try again, or say force to leave it as it is"
+        )
 
 
 def _place(params: Params) -> tuple[str, str]:

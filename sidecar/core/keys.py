@@ -46,12 +46,21 @@ LOCKED_USERS = "l/lockout/"
 
 CUBBYHOLES = "l/cubbyhole/"
 
+MAIN_FOLDER, LOCAL_FOLDER = "main/", "local/"
+"""Of a local mount."""
+
 AUDIT_TABLES = ("r/core/audit/", "l/core/audit/")
 
 
 def keyring(storage_class: str) -> str:
     """Where the ring of ``storage_class`` is kept; that of ``c`` need not exist."""
     return {"r": REPLICATED_KEYRING, "c": PRIVATE_KEYRING}.get(storage_class, LOCAL_KEYRING)
+
+
+def local_key(mount_uuid: str, path: str, *, local_mount: bool) -> str:
+    """The entry at ``path`` of a mount's local storage. Both storages of a local mount are of one class: folders keep
+    them apart."""
+    return f"l/{mount_uuid}/{LOCAL_FOLDER if local_mount else ''}{path}"
 
 
 def partition_of(key: str) -> str:

@@ -19,8 +19,9 @@ import msgspec
 from consul_backend.wal import Write
 from plugin_api.engine import Engine, MountInfo
 from plugin_api.errors import InvalidRequest, PermissionDenied, PluginError
+from plugin_api.pending import FOLDER
 from plugin_api.request import Lease
-from sidecar.core.keys import LEASES
+from sidecar.core.keys import LEASES, local_key
 from sidecar.core.lease_entry import (
     ID_LENGTH,
     LeaseEntry,
@@ -128,7 +129,7 @@ class Leases:
             try:
                 if holder is None:
                     raise InvalidRequest(NO_HOLDER)
-                if ttl_s <= 0 or not await self._tokens.attach(holder, creation(entry)):
+                if ttl_s <= 0 or not await self._tokens.attach(holder, [*creation(entry), *_ended(mount, lease)]):
                     raise InvalidRequest(ONE_USE_LEFT) if holder.spent else PermissionDenied()
             except BaseException:
                 await self.take_back(entry, mount.path)
@@ -280,3 +281,12 @@ class Leases:
     async def remove(self, entry: LeaseEntry) -> None:
         """Commit the end of a lease that the caller holds."""
         await self._sealed.commit(removal(entry))
+
+
+def _ended(mount: MountInfo, lease: Lease) -> list[Write]:
+    """The end of the note that the engine made before it began: from here on the lease sees to it."""
+    if not lease.pending:
+        return []
+    if not lease.pending.isalnum():
+        raise ValueError("a lease names no note of plugin_api.pending")
+    return [Write(local_key(mount.uuid, FOLDER + lease.pending, local_mount=mount.local), None)]

@@ -7,8 +7,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Awaitable, Callable
 
 from consul_backend.wal import Write
+from plugin_api.errors import Unavailable
 from sidecar.core.keys import SEAL
 from sidecar.core.seal_record import AutoPart, SealRecord
 from sidecar.core.seals import Sealer
@@ -18,6 +20,7 @@ log = logging.getLogger("core.seal")
 
 SEAL_PASS_S = 3600.0
 """How often the active node looks whether its seal's key was rotated."""
+SealerOf = Callable[[], Awaitable[Sealer | None]]
 _VERSION = re.compile(rb"vault:v(\d{1,9}):")
 
 
@@ -34,9 +37,17 @@ def _version(wrapped: bytes) -> int:
     return int(found[1]) if found else 0
 
 
-async def rewrap(sealed: SealedStore, sealer: Sealer, lock: asyncio.Lock) -> bool:
-    """Replace the auto seal's part where ``sealer`` makes a newer one; whether it did. ``lock`` is held by whoever
-    writes the seal record of this tenure. Raises what the store raises."""
+async def rewrap(sealed: SealedStore, sealer_of: SealerOf, lock: asyncio.Lock) -> bool:
+    """Replace the auto seal's part where a newer one can be made; whether it was. ``sealer_of`` gives the configured
+    seal, None without one; one that cannot be used now can be at the next pass. ``lock`` is held by whoever writes the
+    seal record of this tenure. Raises what the store raises."""
+    try:
+        sealer = await sealer_of()
+    except Unavailable as error:
+        log.warning("whether the seal's key was rotated cannot be told: %s", error)
+        return False
+    if sealer is None:
+        return False
     fresh = sealer(sealed.barrier.root_key())
     async with lock:
         raw = await sealed.get_raw(SEAL)

@@ -18,6 +18,7 @@ from plugin_api.description import PathDescription
 from plugin_api.engine import Engine, EngineContext, MountInfo
 from plugin_api.errors import PluginError, Unavailable
 from plugin_api.request import Auth, Caller, Lease, Operation, Request, Response
+from sidecar.core.keys import LOCAL_FOLDER, MAIN_FOLDER
 from sidecar.core.leases import Granted
 from sidecar.core.mounts import AUTH, SECRETS, MountEntry, MountTable
 from sidecar.core.store_view import SealedStore, View
@@ -389,6 +390,10 @@ class MountView:
                 del self._mounted[mount_uuid]
         self.refresh()
 
+    def engines(self) -> list[Engine]:
+        """Those that are loaded now."""
+        return [backend.engine for backend in self._mounted.values() if isinstance(backend, EngineBackend)]
+
     def engine(self, mount_uuid: str) -> Engine | None:
         """The engine of a mount, None where none is mounted or it could not be loaded."""
         backend = self._mounted.get(mount_uuid)
@@ -434,8 +439,7 @@ class MountView:
 
     def _context(self, entry: MountEntry) -> EngineContext:
         if entry.local:
-            # Both storages of a local mount are of one class: folders keep them apart.
-            main, local = (View(self._sealed, "l", entry.uuid, folder) for folder in ("main/", "local/"))
+            main, local = (View(self._sealed, "l", entry.uuid, folder) for folder in (MAIN_FOLDER, LOCAL_FOLDER))
             return EngineContext(
                 mount_info(entry, self.defaults), main, local, self._now, generate_password=self._generate_password
             )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from plugin_api.errors import Unavailable
 from sidecar.core.keys import SEAL
 from sidecar.core.seal import SealConfig
 from sidecar.core.seal_record import (
@@ -324,10 +325,10 @@ async def test_a_key_that_was_rotated_there_wraps_anew_here(server: TransitServe
     root_key, lock = sealed.barrier.root_key(), asyncio.Lock()
     record = await sealed_record(seal, root_key)
     store.data[SEAL] = record.encode()
-    assert not await rewrap(sealed, await prepare(seal, os.urandom), lock)
+    assert not await rewrap(sealed, lambda: prepare(seal, os.urandom), lock)
     assert store.data[SEAL] == record.encode(), "the same version: nothing is written"
     server.version = 3
-    assert await rewrap(sealed, await prepare(seal, os.urandom), lock)
+    assert await rewrap(sealed, lambda: prepare(seal, os.urandom), lock)
     server.decrypts_from = 3
     renewed = SealRecord.decode(store.data[SEAL])
     assert renewed.auto is not None
@@ -335,7 +336,7 @@ async def test_a_key_that_was_rotated_there_wraps_anew_here(server: TransitServe
     assert open_root_key(renewed, KEY) == root_key
     with pytest.raises(SealUnavailable, match="disallowed by policy"):
         await unseal_root_key(seal, record.auto)  # type: ignore[arg-type]  # it has one
-    assert not await rewrap(sealed, await prepare(seal, os.urandom), lock)
+    assert not await rewrap(sealed, lambda: prepare(seal, os.urandom), lock)
 
 
 async def test_only_a_newer_version_of_the_same_key_counts(server: TransitServer, seal_of: SealFactory) -> None:
@@ -353,7 +354,17 @@ async def test_only_a_newer_version_of_the_same_key_counts(server: TransitServer
     ):
         assert not is_newer(other, old)
     _, sealed = make_sealed()
-    assert not await rewrap(sealed, await prepare(await seal_of(server), os.urandom), asyncio.Lock()), "no record"
+    seal, lock = await seal_of(server), asyncio.Lock()
+    assert not await rewrap(sealed, lambda: prepare(seal, os.urandom), lock), "there is no record"
+
+    async def none() -> None:
+        return None
+
+    async def unreachable() -> Any:
+        raise Unavailable("the transit server is away")
+
+    assert not await rewrap(sealed, none, lock)
+    assert not await rewrap(sealed, unreachable, lock), "it is for the next pass"
 
 
 async def test_a_tenure_puts_its_root_key_under_the_newest_version(server: TransitServer, seal_of: SealFactory) -> None:
