@@ -110,7 +110,9 @@ class Client:
         allowed |= {value for at, value in source.witness.fold.versions.get(key, ()) if told.index < at}
         self._world.count("own write read")
         if shown.value not in allowed:
-            what = f"{self.name} wrote {key} as record {told.index} of {source.name} ({now} now), and reads another value"
+            what = (
+                f"{self.name} wrote {key} as record {told.index} of {source.name} ({now} now), and reads another value"
+            )
             self._cluster.report(Violation("P9", what))
 
     def _entries(self, number: int) -> dict[str, bytes | None]:

@@ -176,7 +176,9 @@ class Lineage:
             return False, frozenset()
         there = source.witness.records[position.index - 1] if position.index <= source.head else None
         if there is None or there.chain_hash != position.chain_hash:
-            self._violated(cluster, "P5", f"record {record.index} is at {position.index} of {source.name}, no such record")
+            self._violated(
+                cluster, "P5", f"record {record.index} is at {position.index} of {source.name}, no such record"
+            )
             return False, frozenset()
         last = view.position
         follows = last is not None and not view.mixed and last.generation == position.generation
@@ -203,12 +205,7 @@ class Lineage:
 
     def compare_all(self, cluster: Cluster, mode: Mode, source: Cluster, index: int, what: str) -> None:
         """All that travels."""
-        keys = {
-            key
-            for one in (cluster, source)
-            for key in one.witness.fold.versions
-            if class_of(key) in mode.classes
-        }
+        keys = {key for one in (cluster, source) for key in one.witness.fold.versions if class_of(key) in mode.classes}
         self._compare(cluster, mode, self._view(cluster, mode).role, source, index, keys, what)
 
     def _compare(
@@ -235,9 +232,7 @@ class Lineage:
 
     # -- roles
 
-    def _became(
-        self, cluster: Cluster, mode: Mode, view: View, before: Role, record: Record, effects: Entries
-    ) -> None:
+    def _became(self, cluster: Cluster, mode: Mode, view: View, before: Role, record: Record, effects: Entries) -> None:
         role = view.role
         if self._is_mirrored(cluster, mode):
             return
@@ -273,7 +268,9 @@ class Lineage:
         head_key = next((key for key in effects if key.startswith(f"c/replication/lost/{mode.name}/")), None)
         if head_key is None:
             if lost:
-                what = f"{len(lost)} records exist here and not on {primary.name}, first {min(lost)}, and none is reported"
+                what = (
+                    f"{len(lost)} records exist here and not on {primary.name}, first {min(lost)}, and none is reported"
+                )
                 self._violated(cluster, "P10", what)
             return
         raw = effects[head_key]

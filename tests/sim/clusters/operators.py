@@ -107,7 +107,9 @@ class Operator:
             "filter": self._filter,
             "keyring": self._keyring,
         }
-        followers = [(cluster, mode) for mode in MODES.values() for cluster in (one, other) if self._is_member(cluster, mode)]
+        followers = [
+            (cluster, mode) for mode in MODES.values() for cluster in (one, other) if self._is_member(cluster, mode)
+        ]
         followers = [(cluster, mode) for cluster, mode in followers if self.primary[mode.name] != cluster.name]
         if self.busy or not followers:
             return

@@ -483,9 +483,7 @@ class Port:
             connection.abort(by=connection.server)
         return len(doomed)
 
-    def admit(
-        self, links: Links, identity: PeerIdentity, client: Process, ways: tuple[str, str]
-    ) -> Connection | str:
+    def admit(self, links: Links, identity: PeerIdentity, client: Process, ways: tuple[str, str]) -> Connection | str:
         """What the handshake and the allow list say to whoever dials."""
         entry = self._entries.get(identity.sni)
         if entry is None or entry.purpose.alpn != identity.alpn:
