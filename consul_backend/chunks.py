@@ -22,12 +22,12 @@ import msgspec
 from consul_backend.batching import MANIFEST_MAGIC
 from consul_backend.errors import Corrupt, OutcomeUnknown, PermissionDenied, Unavailable
 from consul_backend.failpoint import failpoint
-from consul_backend.fenced import fenced_idempotent
+from consul_backend.fenced import Newest, fenced_idempotent
 from consul_backend.lazy_index import LazyIndex
 from consul_backend.limits import Limits
 from consul_backend.physical import PhysicalStore
 from consul_backend.tenure import Tenure
-from consul_backend.txn import CheckIndex, DeleteTree, Set
+from consul_backend.txn import DeleteTree, Set
 
 log = logging.getLogger("core.chunks")
 
@@ -116,7 +116,7 @@ class Chunks:
         tenure: Tenure,
         lazy: LazyIndex,
         digest_of: Callable[[str], bytes | None],
-        newest: Callable[[], CheckIndex],
+        newest: Newest,
     ) -> None:
         self._physical = physical
         self._generation = generation
@@ -194,7 +194,7 @@ class Chunks:
             self.swept = True
         while self._doomed:
             doomed = DeleteTree(chunk_prefix(self._generation, self._doomed[0]))
-            await fenced_idempotent(self._physical, self._tenure, [doomed], self._newest())
+            await fenced_idempotent(self._physical, self._tenure, [doomed], self._newest)
             self._doomed.popleft()
 
     async def _sweep(self) -> None:

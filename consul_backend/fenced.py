@@ -8,12 +8,15 @@ log also checks a record that it has committed: a store put back to a moment of 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from consul_backend.errors import Conflict, FenceLost, OpFailure, OutcomeUnknown, StoreWentBack
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, PhysicalStore, TxnResult
 from consul_backend.tenure import Tenure
 from consul_backend.txn import CheckIndex, CheckSession, Op
+
+Newest = Callable[[], CheckIndex]
+"""Checks the newest record as this tenure wrote it: as of the moment when it is called."""
 
 GUARD_OPS = 3
 """At most."""
@@ -28,20 +31,23 @@ def guards(tenure: Tenure) -> list[Op]:
 
 
 async def fenced_txn(
-    physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: CheckIndex | None = None
+    physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: Newest | None = None
 ) -> TxnResult:
-    """Apply ``ops`` if ``tenure`` still leads and the log still has the record that ``newest`` checks.
+    """Apply ``ops`` if ``tenure`` still leads and the log still has the record that ``newest()`` checks. One that was
+    newest when this was sent may be collected when it arrives: if the log went on meanwhile, it is sent anew.
 
     Raises FenceLost when the tenure has ended, StoreWentBack when only the record is gone or another; Conflict, whose
     positions count from ``ops[0]``, when another check failed; and what :meth:`PhysicalStore.txn` raises."""
     fence = guards(tenure)
-    before = [*fence, *([newest] if newest is not None else ())]
+    before = fence if newest is None else [*fence, newest()]
     try:
         return await physical.txn([*before, *ops])
     except Conflict as refusal:
         failed = min((failure.op_index for failure in refusal.failures), default=len(before))
         if failed < len(fence):
             raise FenceLost("the store refused a fenced transaction: this node's tenure has ended") from None
+        if failed < len(before) and newest is not None and newest() != before[-1]:
+            return await fenced_txn(physical, tenure, ops, newest)
         if failed < len(before):
             raise StoreWentBack(
                 "the newest record is not in the log as it was written: the store was restored or changed underneath"
@@ -62,7 +68,7 @@ async def require_tenure(physical: PhysicalStore, tenure: Tenure) -> None:
 
 
 async def fenced_idempotent(
-    physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: CheckIndex | None = None
+    physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: Newest | None = None
 ) -> None:
     """:func:`fenced_txn` for deletions: a lost answer is followed by the same again, a few times.
 

@@ -16,7 +16,7 @@ from enum import Enum
 
 from consul_backend.chunks import Chunks
 from consul_backend.errors import Corrupt
-from consul_backend.fenced import require_tenure
+from consul_backend.fenced import Newest, require_tenure
 from consul_backend.keys import decode_path, decode_segment, encode_partition, encode_path
 from consul_backend.lazy_index import LazyIndex, Name
 from consul_backend.merkle import BUCKETS, SUBPAGES, Forest, bucket_of, count_entries, entry_digest, unpack_entries
@@ -30,7 +30,6 @@ from consul_backend.merkle_pages import (
 )
 from consul_backend.physical import Item, PhysicalStore
 from consul_backend.tenure import Tenure
-from consul_backend.txn import CheckIndex
 from consul_backend.wal import Head, Record, Write
 
 READ_AT_ONCE = 64
@@ -79,7 +78,7 @@ class Inspected:
     lazy: LazyIndex
     head: Callable[[], Head]
     oldest: Callable[[], int]
-    newest: Callable[[], CheckIndex]
+    newest: Newest
     stored: Callable[[int], Awaitable[None]]
     records: Callable[[int, int], Awaitable[list[Record]]]
     commit: Callable[[Sequence[Write]], Awaitable[Head]]

@@ -20,7 +20,7 @@ from msgspec.structs import replace as replace_fields
 from consul_backend.checkpoint import DIRTY_MAX, Checkpoint, CheckpointLeaf, checkpoint_key, encode_checkpoint
 from consul_backend.errors import Conflict, OutcomeUnknown, PermissionDenied, StoreWentBack, TooLarge, Unavailable
 from consul_backend.failpoint import failpoint
-from consul_backend.fenced import GUARD_OPS, fenced_txn, require_tenure
+from consul_backend.fenced import GUARD_OPS, Newest, fenced_txn, require_tenure
 from consul_backend.heads import HEADS_BYTES_MAX, HeadsTable, encode_heads, heads_key, heads_sum
 from consul_backend.limits import base64_bytes
 from consul_backend.merkle import Forest
@@ -28,7 +28,7 @@ from consul_backend.merkle_pages import ExtentTable, FlushPlan
 from consul_backend.physical import PhysicalStore
 from consul_backend.position import Position
 from consul_backend.tenure import Tenure
-from consul_backend.txn import Cas, CheckIndex, Delete, Op, Set
+from consul_backend.txn import Cas, Delete, Op, Set
 from consul_backend.wal import Head
 
 log = logging.getLogger("core.flush")
@@ -73,7 +73,7 @@ class Flusher:
         *,
         heads: HeadsTable,
         view: Callable[[], FlushView],
-        newest: Callable[[], CheckIndex],
+        newest: Newest,
         checkpoint: Checkpoint | None,
         checkpoint_index: int,
         interval_s: float,
@@ -120,7 +120,7 @@ class Flusher:
             return 0
         failpoint("flush:before-send")
         try:
-            result = await fenced_txn(self._physical, self._tenure, flush.ops, self._newest())
+            result = await fenced_txn(self._physical, self._tenure, flush.ops, self._newest)
             index = result.modify_index
         except Conflict:
             self._unresolved = flush

@@ -235,7 +235,7 @@ async def _put_aside(parts: Inspected, key: str, item: Item) -> None:
             CheckIndex(item.key, item.modify_index),
             Set(f"{name}-{number:04d}" if number else name, aside),
         ]
-        await fenced_txn(parts.physical, parts.tenure, ops, parts.newest())
+        await fenced_txn(parts.physical, parts.tenure, ops, parts.newest)
 
 
 async def _put_right(parts: Inspected, finding: Finding, item: Item | None, value: bytes | None) -> None:
@@ -253,7 +253,7 @@ async def _put_right(parts: Inspected, finding: Finding, item: Item | None, valu
     else:
         change = Set(where, value)
     try:
-        await fenced_txn(parts.physical, parts.tenure, [seen, change], parts.newest())
+        await fenced_txn(parts.physical, parts.tenure, [seen, change], parts.newest)
     except OutcomeUnknown:
         raise  # the data key may name the chunks: the sweep of the next tenure judges them
     except BaseException:

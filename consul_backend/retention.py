@@ -16,10 +16,10 @@ from typing import NoReturn
 
 from consul_backend.errors import OutcomeUnknown, PermissionDenied, Unavailable
 from consul_backend.failpoint import failpoint
-from consul_backend.fenced import fenced_idempotent
+from consul_backend.fenced import Newest, fenced_idempotent
 from consul_backend.physical import PhysicalStore
 from consul_backend.tenure import Tenure
-from consul_backend.txn import CheckIndex, DeleteTree
+from consul_backend.txn import DeleteTree
 from consul_backend.wal import segment_prefix
 
 log = logging.getLogger("core.retention")
@@ -85,7 +85,7 @@ class Collector:
         *,
         facts: Callable[[], RetentionFacts],
         gone: Callable[[int], None],
-        newest: Callable[[], CheckIndex],
+        newest: Newest,
         interval_s: float,
     ) -> None:
         self._physical = physical
@@ -110,7 +110,7 @@ class Collector:
             # In order and one after the other: a hole in the log would be damage to whoever recovers next.
             failpoint("collect:before-send")
             prefix = segment_prefix(self._generation, self._doomed[0])
-            await fenced_idempotent(self._physical, self._tenure, [DeleteTree(prefix)], self._newest())
+            await fenced_idempotent(self._physical, self._tenure, [DeleteTree(prefix)], self._newest)
             failpoint("collect:after-reply")
             self._doomed.popleft()
             self.collected += 1

@@ -23,6 +23,7 @@ from consul_backend import (
 from consul_backend.batching import Packing
 from consul_backend.checkpoint import Checkpoint
 from consul_backend.errors import Conflict
+from consul_backend.fenced import Newest
 from consul_backend.group_commit import GroupCommit
 from consul_backend.index_check import Inspected
 from consul_backend.merkle import Forest, bucket_of
@@ -33,7 +34,7 @@ from consul_backend.replicated import ReplicatedStore
 from consul_backend.roll_forward import LargeBatches
 from consul_backend.tenure import Tenure
 from consul_backend.testing import SimulatedStore
-from consul_backend.txn import CheckIndex, Op
+from consul_backend.txn import Op
 from consul_backend.value_cache import ValueCache
 from consul_backend.wal_reader import RecordRing
 from tests.sim.bugs import bug
@@ -216,7 +217,7 @@ def check_of_a_deposed_node(stack: ExitStack) -> None:
         """Whoever asks leads."""
 
     async def not_fenced(
-        physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: CheckIndex | None = None
+        physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: Newest | None = None
     ) -> TxnResult:
         raise Conflict("not now")
 

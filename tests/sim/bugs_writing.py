@@ -11,6 +11,7 @@ from consul_backend import lease as lease_table
 from consul_backend import merkle_flush, retention
 from consul_backend.delivery import Delivery
 from consul_backend.errors import BackendError, Conflict, OutcomeUnknown, Unavailable
+from consul_backend.fenced import Newest
 from consul_backend.group_commit import GroupCommit
 from consul_backend.lease import Action, Event, Phase
 from consul_backend.merkle_flush import Flusher
@@ -18,7 +19,7 @@ from consul_backend.physical import PhysicalStore, TxnResult
 from consul_backend.read_lease import ReadLease
 from consul_backend.tenure import Tenure
 from consul_backend.testing import SimulatedStore
-from consul_backend.txn import Cas, CheckIndex, CheckNotExists, Op, Set
+from consul_backend.txn import Cas, CheckNotExists, Op, Set
 from consul_backend.wal import Head
 from tests.sim.bugs import bug
 from tests.sim.focus import (
@@ -220,7 +221,7 @@ def flush_forgets_lost_answer(stack: ExitStack) -> None:
 
 
 async def _unguarded(
-    physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: CheckIndex | None = None
+    physical: PhysicalStore, tenure: Tenure, ops: Sequence[Op], newest: Newest | None = None
 ) -> TxnResult:
     return await physical.txn(list(ops))
 

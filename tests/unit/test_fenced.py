@@ -49,7 +49,7 @@ def refused(*positions):
 async def test_the_guards_go_first(newest):
     done = TxnResult(7)
     store = Store(done)
-    assert await fenced_txn(store, TENURE, OPS, newest) is done
+    assert await fenced_txn(store, TENURE, OPS, newest and (lambda: newest)) is done
     fence = [CheckSession(LOCK_KEY, SESSION), CheckIndex(EPOCH_KEY, 41)]
     assert guards(TENURE) == fence
     assert store.sent == [[*fence, *([newest] if newest else []), *OPS]]
@@ -73,14 +73,36 @@ async def test_the_guards_go_first(newest):
 )
 async def test_which_guard_was_refused_says_why(newest, positions, error):
     with pytest.raises(error) as caught:
-        await fenced_txn(Store(refused(*positions)), TENURE, OPS, newest)
+        await fenced_txn(Store(refused(*positions)), TENURE, OPS, newest and (lambda: newest))
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("went_back", [False, True])
+async def test_a_record_that_was_newest_when_this_was_sent_may_be_collected(went_back):
+    """Then the log has gone on, and the newest of now is asked about; a store that went back has no such one."""
+    later = CheckIndex("g/1/wal/9", 48)
+    told = iter([NEWEST, later, later, later])
+    store = Store(refused(2), refused(2) if went_back else TxnResult(5))
+    if went_back:
+        with pytest.raises(StoreWentBack):
+            await fenced_txn(store, TENURE, OPS, lambda: next(told))
+    else:
+        assert await fenced_txn(store, TENURE, OPS, lambda: next(told)) == TxnResult(5)
+    assert [ops[2] for ops in store.sent] == [NEWEST, later]
+
+
+async def test_a_repeated_deletion_asks_about_the_newest_record_of_its_moment():
+    later = CheckIndex("g/1/wal/9", 48)
+    told = iter([NEWEST, later])
+    store = Store(OutcomeUnknown("lost"), TxnResult(1))
+    await fenced_idempotent(store, TENURE, OPS, lambda: next(told))
+    assert [ops[2] for ops in store.sent] == [NEWEST, later]
 
 
 @pytest.mark.parametrize(("newest", "first"), [(None, 2), (NEWEST, 3)])
 async def test_positions_of_a_refusal_count_from_the_operations(newest, first):
     with pytest.raises(Conflict) as caught:
-        await fenced_txn(Store(refused(first, first + 1)), TENURE, OPS, newest)
+        await fenced_txn(Store(refused(first, first + 1)), TENURE, OPS, newest and (lambda: newest))
     assert caught.value.failures == (OpFailure(0, f"failure {first}"), OpFailure(1, f"failure {first + 1}"))
 
 
@@ -109,7 +131,7 @@ async def test_a_tenure_that_ended_is_found_to_have_ended(items):
 
 async def test_a_deletion_without_an_answer_is_sent_again_five_times_at_most():
     store = Store(OutcomeUnknown("lost"), OutcomeUnknown("lost"), TxnResult(1))
-    await fenced_idempotent(store, TENURE, OPS, NEWEST)
+    await fenced_idempotent(store, TENURE, OPS, lambda: NEWEST)
     assert len(store.sent) == 3
     assert store.sent[0] == store.sent[2]
     assert NEWEST in store.sent[0]
