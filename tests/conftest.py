@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from consul_backend.config import ConsulConfig
 from consul_backend.errors import BackendError
@@ -17,6 +18,10 @@ from tests.support.endpoints import install_recorder
 ConsulStoreFactory = Callable[..., Awaitable[ConsulStore]]
 
 install_recorder()
+
+# How long an example takes says how loaded the machine is.
+settings.register_profile("timeless", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("timeless")
 
 
 @pytest.fixture(scope="session")
