@@ -102,7 +102,7 @@ class Links:
     def wait(self, what: str, condition: Callable[[View], bool], timeout_s: float) -> float:
         """Until both modes are so; returns how long that took."""
         started_s = time.monotonic()
-        while not all(condition(view) for view in self.views()):
+        while not all([condition(view) for view in self.views()]):
             if time.monotonic() > started_s + timeout_s:
                 tails = "\n".join(
                     f"--- {node.name}\n{node.log_tail()}" for node in (self.near.nodes[0], *self.followers.values())
@@ -169,7 +169,7 @@ def assert_not_slowed(links: Links, took_s: list[float], what: str) -> None:
     usual_p99, under_p99 = (sorted(times)[-max(1, len(times) // 100)] for times in (links.before_s, took_s))
     print(f"\n{what}: writes p50 {under * 1000:.1f} ms, p99 {under_p99 * 1000:.1f} ms; without a secondary", end=" ")
     print(f"{usual * 1000:.1f} and {usual_p99 * 1000:.1f} ms")
-    assert under < 3 * usual + 0.02
+    assert under < 3 * usual + 0.08
     assert under_p99 < 5 * usual_p99 + 0.25
 
 
@@ -230,7 +230,13 @@ def test_connections_that_are_half_open_are_given_up_and_made_anew(links: Links)
     """Neither end is told anything, and the link is not healed: what is open is dead, what is new works."""
     before = links.proxy.connections
     links.proxy.lose_connections()
-    links.wait("shown as down on both ends", lambda view: view.up == (False, False), 2 * BEAT_S + SLACK_S)
+    said: set[tuple[str, bool]] = set()
+
+    def everybody_said_so(view: View) -> bool:  # none of them for long: each is looked at by itself
+        said.update((view.secondary["secondary_id"], end) for end in (False, True) if not view.up[end])
+        return len(said) == 4
+
+    links.wait("shown as down on both ends", everybody_said_so, 2 * BEAT_S + SLACK_S)
     assert_not_slowed(links, links.write(), "half-open")
     # Three silent beats, a pause, and a handshake.
     took_s = links.wait("connected again", lambda view: view.up == (True, True), 3 * BEAT_S + 3 + 2 * SLACK_S)
@@ -248,9 +254,14 @@ def test_300_ms_round_trip_with_1_percent_loss(links: Links) -> None:
         return all(int(side["last_heartbeat_duration_ms"]) >= 300 for side in sides)
 
     links.wait("known to be that long", measured, 2 * BEAT_S + SLACK_S)
-    started_s = time.monotonic()
-    client.secrets.kv.v2.create_or_update_secret("over", secret={"the": "ocean"})
-    assert time.monotonic() - started_s > 0.29, "the control: the link is that long"
+    waited_s = []
+    for number in range(2):
+        started_s = time.monotonic()
+        client.secrets.kv.v2.create_or_update_secret("over", secret={"the": f"ocean {number}"})
+        waited_s.append(time.monotonic() - started_s)
+    assert min(waited_s) > 0.29, "the control: the link is that long"
+    with pytest.raises(AssertionError):
+        assert_not_slowed(links, waited_s, "the control, writes that wait for the link")
     until_s = time.monotonic() + 2 * BEAT_S
     took_s: list[float] = []
     while time.monotonic() < until_s or len(took_s) < WRITES:
