@@ -102,7 +102,7 @@ class Links:
     def wait(self, what: str, condition: Callable[[View], bool], timeout_s: float) -> float:
         """Until both modes are so; returns how long that took."""
         started_s = time.monotonic()
-        while not all([condition(view) for view in self.views()]):
+        while not all(list(map(condition, self.views()))):
             if time.monotonic() > started_s + timeout_s:
                 tails = "\n".join(
                     f"--- {node.name}\n{node.log_tail()}" for node in (self.near.nodes[0], *self.followers.values())
