@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import uuid
 from datetime import timedelta
@@ -12,14 +13,15 @@ from consul_backend.failpoint import failpoint
 from plugin_api.errors import InvalidRequest
 from plugin_api.request import Response
 from sidecar.replication import authorities, roles, sealed_token
-from sidecar.replication.activation import build_bundle
+from sidecar.replication.activation import ActivationResult, activate, build_bundle
 from sidecar.replication.allow_list import add_secondary, check_new, revoke
 from sidecar.replication.mode_manager import ModeManager
 from sidecar.replication.modes import Mode
+from sidecar.replication.preflight import Asked, Here, Result, preflight
 from sidecar.replication.roles import PrimaryRole, Role
 from sidecar.replication.sealed_token import ActivationKey
-from sidecar.replication.texts import AUTHORITY_ENDED, ROTATING_AUTHORITY
-from sidecar.replication.wiring import SealedEntries
+from sidecar.replication.texts import AUTHORITY_ENDED, OTHER_ROOT_KEY, ROTATING_AUTHORITY
+from sidecar.replication.wiring import Callbacks, SealedEntries
 from sidecar.transport import certificates
 from sidecar.transport.listener import ClusterListener
 
@@ -141,6 +143,52 @@ async def make_public_key(manager: ModeManager, sealed: SealedEntries) -> Respon
 async def key_of(manager: ModeManager, sealed: SealedEntries) -> ActivationKey | None:
     """This cluster's activation key of that mode, if it made one. Raises Corrupt."""
     return sealed_token.decode_key(await sealed.get(sealed_token.key_entry(manager.mode)))
+
+
+async def activated(
+    manager: ModeManager,
+    sealed: SealedEntries,
+    token: str,
+    *,
+    primary_api_addr: str,
+    ca_file: str,
+    ca_path: str,
+    set_id: str = "",
+) -> ActivationResult:
+    """What the issuer of ``token`` gives a new secondary; see :func:`activate`. Raises InvalidRequest, Unavailable."""
+    return await activate(
+        manager.mode,
+        token,
+        primary_api_addr=primary_api_addr,
+        ca_file=ca_file,
+        ca_path=ca_path,
+        store_id=str(uuid.uuid4()),
+        now_s=manager.clock.time_ms() / 1000,
+        timeout_s=manager.options.activation_timeout_s,
+        set_id=set_id,
+        key=await key_of(manager, sealed),
+    )
+
+
+async def checked(manager: ModeManager, sealed: SealedEntries, asked: Asked, refusal: str) -> Response:
+    """What a preflight saw; ``refusal``: why this cluster may not become a secondary as it is, or empty."""
+    here = Here(refusal, manager.options.limits, manager.clock, await key_of(manager, sealed))
+    checks = await preflight(manager.mode, asked, here)
+    ready = all(check.result is not Result.FAILED for check in checks)
+    return Response(data={"ready": ready, "checks": [check.shown() for check in checks]})
+
+
+async def point_at(
+    manager: ModeManager, sealed: SealedEntries, callbacks: Callbacks, token: str, result: ActivationResult
+) -> None:
+    """Commit that this secondary follows who issued ``token``. Raises InvalidRequest if that has another root key."""
+    if not hmac.compare_digest(result.root_key, callbacks.root_key()):
+        raise InvalidRequest(OTHER_ROOT_KEY)
+    await callbacks.keep_keys()
+    failpoint("update-primary:before-commit")
+    await manager.change(lambda newest: roles.point_at(manager.mode, newest, result.role))
+    failpoint("update-primary:after-commit")
+    await forget_key(manager, sealed, token)
 
 
 async def forget_key(manager: ModeManager, sealed: SealedEntries, token: str) -> None:

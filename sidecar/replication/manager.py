@@ -8,7 +8,6 @@ in mode dr; a DR secondary mirrors everything, the performance role of its prima
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,6 @@ from plugin_api.errors import InvalidRequest, Unavailable
 from plugin_api.request import Response
 from sidecar.replication import enrolment, roles
 from sidecar.replication import status as statuses
-from sidecar.replication.activation import activate
 from sidecar.replication.filters import Filters
 from sidecar.replication.forecast import forecast, objections, require_safe
 from sidecar.replication.history import Promotion
@@ -32,7 +30,7 @@ from sidecar.replication.lost_writes import page_number, shown_entries, summary
 from sidecar.replication.mode_manager import ModeManager
 from sidecar.replication.mode_status import gauges_of, status_of
 from sidecar.replication.modes import DR, PERFORMANCE, Mode, mode_named
-from sidecar.replication.preflight import Asked, Here, Result, preflight
+from sidecar.replication.preflight import Asked
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
 from sidecar.replication.sessions import Sessions
 from sidecar.replication.texts import (
@@ -44,7 +42,6 @@ from sidecar.replication.texts import (
     ENABLING_SECONDARY,
     FORCED,
     FORGETTING,
-    OTHER_ROOT_KEY,
     PLAIN_HTTP,
     PROMOTING,
     RECOVERING,
@@ -312,11 +309,7 @@ class Replication:
             refusal = ""
         except (InvalidRequest, Unavailable) as error:
             refusal = str(error)
-        asked = Asked(token, primary_api_addr, ca_file, ca_path)
-        here = Here(refusal, self._options.limits, self._clock, await enrolment.key_of(manager, self._sealed))
-        checks = await preflight(manager.mode, asked, here)
-        ready = all(check.result is not Result.FAILED for check in checks)
-        return Response(data={"ready": ready, "checks": [check.shown() for check in checks]})
+        return await enrolment.checked(manager, self._sealed, Asked(token, primary_api_addr, ca_file, ca_path), refusal)
 
     def _enabled_by(self, manager: ModeManager) -> None:
         """Raises InvalidRequest unless this cluster may become a secondary in that mode."""
@@ -343,16 +336,8 @@ class Replication:
             self._bootstrapping = manager.mode
             flipped = False
             try:
-                result = await activate(
-                    manager.mode,
-                    token,
-                    primary_api_addr=primary_api_addr,
-                    ca_file=ca_file,
-                    ca_path=ca_path,
-                    store_id=str(uuid.uuid4()),
-                    now_s=self._clock.time_ms() / 1000,
-                    timeout_s=self._options.activation_timeout_s,
-                    key=await enrolment.key_of(manager, self._sealed),
+                result = await enrolment.activated(
+                    manager, self._sealed, token, primary_api_addr=primary_api_addr, ca_file=ca_file, ca_path=ca_path
                 )
                 failpoint("activation:after-bootstrap")
                 await self._callbacks.flip(result)
@@ -445,25 +430,16 @@ class Replication:
             await manager.turn()
             return Response(warnings=[FORGETTING])
         async with self._activating:
-            result = await activate(
-                manager.mode,
+            result = await enrolment.activated(
+                manager,
+                self._sealed,
                 token,
                 primary_api_addr=primary_api_addr,
                 ca_file=ca_file,
                 ca_path=ca_path,
-                store_id=str(uuid.uuid4()),
-                now_s=self._clock.time_ms() / 1000,
-                timeout_s=self._options.activation_timeout_s,
                 set_id=role.set_id,
-                key=await enrolment.key_of(manager, self._sealed),
             )
-            if not hmac.compare_digest(result.root_key, self._callbacks.root_key()):
-                raise InvalidRequest(OTHER_ROOT_KEY)
-            await self._callbacks.keep_keys()
-            failpoint("update-primary:before-commit")
-            await manager.change(lambda newest: roles.point_at(manager.mode, newest, result.role))
-            failpoint("update-primary:after-commit")
-            await enrolment.forget_key(manager, self._sealed, token)
+            await enrolment.point_at(manager, self._sealed, self._callbacks, token, result)
             await manager.turn()
         return Response(warnings=[UPDATING_PRIMARY] if result.protected else [UPDATING_PRIMARY, PLAIN_HTTP])
 
