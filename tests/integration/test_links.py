@@ -22,7 +22,16 @@ import pytest
 
 from tests.integration.test_main_job import alice, read, with_secrets
 from tests.support import disaster
-from tests.support.cluster import Cluster, ClusterError, Node, embedded_storage, performance, replicate
+from tests.support.cluster import (
+    Cluster,
+    ClusterError,
+    Node,
+    activation_token,
+    embedded_storage,
+    in_step,
+    performance,
+    replicate,
+)
 from tests.support.faults import MOUNT, Client, mount_load, rounds
 from tests.support.proxy import FaultProxy, Link
 from tests.support.wrong_clock import WrongClock
@@ -74,7 +83,7 @@ class Links:
     def view(self, mode: str) -> View:
         ours = disaster.status(self.near.nodes[0], mode)
         theirs = disaster.status(self.followers[mode], mode)
-        (entry,) = ours["secondaries"]
+        (entry,) = [one for one in ours["secondaries"] if one["node_id"] == theirs["secondary_id"]]
         return View(theirs, entry, time.monotonic())
 
     def views(self) -> list[View]:
@@ -356,6 +365,39 @@ def test_bytes_changed_below_tls_apply_nothing_wrong(links: Links) -> None:
     links.proxy.heal()
     links.wait_in_step()
     assert read(client, f"n/{links.written}") == {"n": links.written, "v": "v"}
+
+
+def test_a_first_fill_is_cut_and_goes_on_by_itself(links: Links, tmp_path: Path) -> None:
+    """Until all is there it serves nothing rather than a part."""
+    late = Cluster([Node("late", tmp_path, embedded_storage(tmp_path / "late-data"), "late", SETTINGS, warm=True)])
+    links.write(30, "v" * 50_000)
+    try:
+        late.bootstrap()
+        links.proxy.shape(Link(delay_s=0.02, loss=0.01, bytes_per_s=400_000))
+        token = activation_token(links.near, "late")
+        path = "sys/replication/performance/secondary/enable"
+        assert late.call("POST", path, {"token": token}, timeout_s=60).status == 200
+        node, late.keys = late.nodes[0], links.near.keys
+
+        def filling() -> bool:
+            return performance(node).get("state") == "merkle-sync"
+
+        node.wait_until("be filled", filling)
+        links.proxy.cut()
+        node.wait_until("notice", lambda: performance(node).get("connection_state") == "transient_failure")
+        assert performance(node)["merkle_root"] != performance(links.near.nodes[0])["merkle_root"]
+        login = node.call("POST", "auth/userpass/login/alice", {"password": "wonderland"})
+        assert (login.status, "primary's data" in login.errors[0] or "merkle sync" in login.errors[0]) == (503, True)
+        links.proxy.heal()
+        node.wait_until("be in step", lambda: in_step(links.near.nodes[0], node), 60)
+        client = alice(node)
+        assert {number: read(client, f"n/{number}")["n"] for number in (1, 2, links.written)} == {
+            number: number for number in (1, 2, links.written)
+        }
+    finally:
+        late.kill()
+        revoke = "sys/replication/performance/primary/revoke-secondary"
+        assert links.near.call("POST", revoke, {"id": "late"}).status == 204
 
 
 @pytest.mark.parametrize("skew_s", [300, -300])
