@@ -33,6 +33,7 @@ bench: setup
 	$(BIN)/python bench/write_path.py
 	$(BIN)/python bench/api.py
 	$(BIN)/python bench/replication_lag.py
+	$(BIN)/python bench/replication.py
 	$(BIN)/python bench/failover.py
 	$(BIN)/python bench/disaster.py
 	$(BIN)/python bench/index.py

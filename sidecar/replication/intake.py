@@ -96,6 +96,7 @@ class Intake:
 
     def __init__(self, mode: Mode, position: Position, budget: Budget, selection: Partitions = EVERYTHING) -> None:
         self._mode = mode
+        self._keyrings = mode.keyrings
         self._selection = selection
         self._last = position
         self._tenure = 0
@@ -165,7 +166,7 @@ class Intake:
         found = self._parts.take(record) if header.kind == "commit" else record.writes()
         writes = checked_writes(found, self._mode.classes, self._selection)
         self._tenure = header.epoch
-        keyring = any(write.key in self._mode.keyrings for write in writes)
+        keyring = any(write.key in self._keyrings for write in writes)
         return Step(writes, self._moved_to(header.index, record.chain_hash), keyring, header.positions)
 
     def _moved_to(self, index: int, chain_hash: bytes) -> Position:

@@ -53,6 +53,7 @@ class Stage:
         brake: Brake,
     ) -> None:
         self._mode = mode
+        self._keyrings = mode.keyrings
         self._store = store
         self._budget = budget
         self._bounds = bounds
@@ -82,7 +83,7 @@ class Stage:
             return
         for write in writes:
             self._held.pop(write.key, None)
-            if write.key in self._mode.keyrings and not self._mixed:
+            if write.key in self._keyrings and not self._mixed:
                 await self._commit_keyring(write)
                 continue
             cost = self._cost(write)
@@ -93,7 +94,7 @@ class Stage:
             self._pending.pop(write.key, None)
             self._pending[write.key] = write
             self._pending_bytes += cost
-            if write.key in self._mode.keyrings:
+            if write.key in self._keyrings:
                 await self.flush()
 
     async def drop(self, keys: Collection[str]) -> None:
