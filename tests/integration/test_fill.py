@@ -74,3 +74,26 @@ async def test_a_fill_cut_twice_goes_on_and_tells_how_far_it_is(pair: Pair) -> N
     assert service.last_sync is not None
     assert service.last_sync.keys <= ENTRIES - kept + 100, "what was here did not travel again"
     assert service.last_sync.bytes < 400 * (ENTRIES - kept + 200)
+
+
+@pytest.mark.parametrize("log_reaches", [True, False])
+async def test_one_that_was_away_for_longer_than_the_log_reaches_compares(pair: Pair, log_reaches: bool) -> None:
+    store = pair.primary.store
+    for start in range(0, 1_000, 50):
+        store.write(*((f"r/m/{number}", b"v") for number in range(start, start + 50)))
+    secondary = await pair.activate()
+    await until(lambda: in_step(pair.primary, secondary))
+    await secondary.stop()
+    for start in range(0, 300, 50):
+        store.write(*((f"r/m/{number}", b"changed") for number in range(start, start + 50)))
+    store.write(*((f"r/m/{number}", None) for number in range(900, 960)))
+    if not log_reaches:
+        store.oldest_index = store.head.index
+    again = await pair.start("eu", secondary.store)
+    await until(lambda: in_step(pair.primary, again))
+    service = again.manager.performance.secondary
+    assert service is not None
+    await until(lambda: service.last_sync is not None)
+    last = service.last_sync
+    assert last is not None
+    assert (last.by, last.round_trips, last.keys) == (("wal", 1, 360) if log_reaches else ("merkle", 2, 360))
