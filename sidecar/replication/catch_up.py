@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from sidecar.replication.channel import Channel
+from sidecar.replication.status import SyncFacts
+
+logger = logging.getLogger(__name__)
 
 
 class Counted:
@@ -37,3 +41,17 @@ class CatchUp:
     started_s: float
     index: int
     keys: int = 0
+
+    def done(self, index: int, now_s: float) -> SyncFacts | None:
+        """It is in step, at the primary's record ``index``; None when there was nothing to catch up with."""
+        if index == self.index:
+            return None
+        facts = SyncFacts("wal", 1, self.channel.received_bytes, self.keys, now_s - self.started_s)
+        logger.info(
+            "replication: in step again by the write-ahead log: %d records, %d keys, %d bytes, %.3f s",
+            index - self.index,
+            facts.keys,
+            facts.bytes,
+            facts.seconds,
+        )
+        return facts

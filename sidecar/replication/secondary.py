@@ -305,6 +305,8 @@ class SecondaryService:
             self._syncer = None
             self.applier.look()
         self.shrink = result.shrink
+        if result.shrink is not None and is_none(result.position):
+            self._callbacks.set_gate(f"replication: {result.reason}")
         if result.event in (Event.EQUAL, Event.SYNCED):
             self._accepted_deletions = 0
             if self._mode is PERFORMANCE:
@@ -356,23 +358,9 @@ class SecondaryService:
         if event is not Event.IN_STEP:
             return
         self._in_step.set()
-        if self._catch_up is not None:
-            self._caught_up(self._catch_up)
+        if self._catch_up is not None and self.applier.position is not None:
+            self.last_sync = self._catch_up.done(self.applier.position.index, self._clock.monotonic()) or self.last_sync
             self._catch_up = None
-
-    def _caught_up(self, caught: CatchUp) -> None:
-        position = self.applier.position
-        if position is None or position.index == caught.index:
-            return
-        seconds = self._clock.monotonic() - caught.started_s
-        self.last_sync = SyncFacts("wal", 1, caught.channel.received_bytes, caught.keys, seconds)
-        logger.info(
-            "replication: in step again by the write-ahead log: %d records, %d keys, %d bytes, %.3f s",
-            position.index - caught.index,
-            caught.keys,
-            caught.channel.received_bytes,
-            seconds,
-        )
 
     async def _on_applied(self, keys: Sequence[str]) -> None:
         if self._catch_up is not None:
