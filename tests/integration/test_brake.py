@@ -4,6 +4,7 @@ in the middle of a scan; and a mass delete that somebody did make goes through."
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest
 from sidecar.replication.modes import PERFORMANCE
 from sidecar.replication.secondary import SecondaryService
+from sidecar.replication.staging import Staging
 from sidecar.replication.states import Phase
 from tests.contract.test_consul_store import SESSIONS, keys
 from tests.support.consul_server import ConsulServer
+from tests.support.replication_cluster import OPTIONS, Pair, PrimaryApi, Store, in_step, until
 from tests.support.replication_cluster import Cluster as Site
-from tests.support.replication_cluster import Pair, PrimaryApi, Store, in_step, until
 from tests.support.store import GENERATION, Cluster, key
 
 STILL = StoreOptions(segment_records=64, flush_interval_s=3600, collect_interval_s=3600, cache_bytes_max=0)
@@ -105,6 +107,28 @@ async def test_a_primary_rebuilt_empty_is_never_followed_by_deletes(pair: Pair) 
     assert service.shrink is None
     with pytest.raises(InvalidRequest, match="stopped nothing"):
         await secondary.manager.accept_deletions("performance", 10)
+
+
+async def test_a_mix_that_the_brake_stopped_is_shown_to_nobody(pair: Pair) -> None:
+    """As many entries as before and all of them others, more than fits the staging bound: some are here already when
+    the brake stops the deletion of the old ones."""
+    fill(pair.primary.store)
+    small = replace(OPTIONS, staging=Staging(entries_max=50))
+    secondary = await pair.activate(options=small)
+    await until(lambda: in_step(pair.primary, secondary))
+    rebuilt = await rebuilt_empty(pair)
+    for start in range(0, ENTRIES, 50):
+        rebuilt.store.write(*((f"r/m/other-{number}", b"value") for number in range(start, start + 50)))
+    await secondary.manager.secondary_update_primary("performance", "", addresses=[rebuilt.address])
+    service = await braked(secondary)
+    assert service.shrink is not None
+    assert service.shrink.deletions == ENTRIES
+    assert "mass-delete brake" in str(secondary.gates[-1])
+    here = [name for name in secondary.store.data if name.startswith("r/m/")]
+    assert sum("other" not in name for name in here) == ENTRIES < len(here)
+    await secondary.manager.accept_deletions("performance", ENTRIES)
+    await until(lambda: in_step(rebuilt, secondary))
+    assert secondary.gates[-1] is None
 
 
 async def test_a_mass_delete_in_the_log_is_not_braked(pair: Pair) -> None:
