@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: tuple[str, ...], tokens: list[str]) -> int:
     from sidecar.cli import flags
-    from sidecar.cli.command import EXIT_LOCAL, Call, Failed
+    from sidecar.cli.command import EXIT_LOCAL, Call, Failed, NotSent
 
     command = registry.load(name)
     try:
@@ -46,6 +46,9 @@ def _run(name: tuple[str, ...], tokens: list[str]) -> int:
     except flags.UsageError as error:
         print(f"{error}\n\nUsage: outrider {command.usage}", file=sys.stderr)
         return EXIT_LOCAL
+    except NotSent as request:
+        print(request)
+        return 0
     except Failed as error:
         print(error, file=sys.stderr)
         return error.code

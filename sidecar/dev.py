@@ -44,8 +44,9 @@ class DevServer:
         outcome = await sealing.init(InitOptions(shares=1, threshold=1), root_token=dev.root_token_id)
         await sealing.unseal(outcome.keys[0])
         token = outcome.root_token
-        options = {"type": "kv", "options": {"version": "2"}, "description": "key/value secret storage"}
-        await self._post("sys/mounts/secret", token, options)
+        if dev.kv_version:
+            about = {"options": {"version": dev.kv_version}, "description": "key/value secret storage"}
+            await self._post("sys/mounts/secret", token, {"type": "kv", **about})
         return DevSecrets(base64.b64encode(outcome.keys[0]).decode(), token)
 
     async def _post(self, path: str, token: str, body: dict[str, Any]) -> None:

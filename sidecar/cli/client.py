@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import shlex
 import socket
 import ssl
 import time
@@ -13,8 +14,12 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
+from sidecar.cli.command import NotSent, program
+
 ATTEMPT_WAIT_S = (1.0, 1.5)
 BODY_BYTES_MAX = 64 * 2**20
+# What a command asks on its way to the request that -output-curl-string is about.
+_PREFLIGHT = "sys/internal/ui/mounts/"
 REDIRECTS = (301, 302, 307, 308)
 
 
@@ -74,7 +79,10 @@ class ClientOptions:
         timeout_s: float = 60.0,
         retries_max: int = 2,
         wrap_ttl: str = "",
+        headers: Mapping[str, str] | None = None,
+        as_curl: bool = False,
     ) -> None:
+        self.headers, self.as_curl = dict(headers or {}), as_curl
         self.address, self.token, self.namespace, self.wrap_ttl = address, token, namespace, wrap_ttl
         self.ca_file, self.ca_path, self.client_cert, self.client_key = ca_file, ca_path, client_cert, client_key
         self.tls_server_name, self.tls_skip_verify = tls_server_name, tls_skip_verify
@@ -154,6 +162,8 @@ class Client:
         if query:
             url += f"?{urlencode(query)}"
         payload = json.dumps(body).encode() if has_body else None
+        if self.options.as_curl and not path.startswith(_PREFLIGHT):
+            raise NotSent(self._curl(method, url, payload))
         reply = self._send(method, url, payload)
         for _ in range(self.options.retries_max):
             if not _worth_retrying(reply.status):
@@ -205,7 +215,26 @@ class Client:
             "X-Vault-Namespace": self.options.namespace,
             "X-Vault-Wrap-TTL": self.options.wrap_ttl,
         }
-        return headers | {name: value for name, value in optional.items() if value}
+        return headers | {name: value for name, value in optional.items() if value} | self.options.headers
+
+    def _curl(self, method: str, url: str, payload: bytes | None) -> str:
+        """The request for people to repeat; the token is asked for when it runs, and stands nowhere."""
+        options = self.options
+        words = ["curl"] if method == "GET" else ["curl", "-X", method]
+        for flag, value in (("--cacert", options.ca_file), ("--capath", options.ca_path)):
+            words += [flag, shlex.quote(value)] if value else []
+        for flag, value in (("--cert", options.client_cert), ("--key", options.client_key)):
+            words += [flag, shlex.quote(value)] if value else []
+        words += ["--insecure"] if options.tls_skip_verify else []
+        for name, value in self._headers(method, payload).items():
+            if name == "X-Vault-Token":
+                words += ["-H", f'"{name}: $({program()} print token)"']
+            elif name not in ("Accept", "Content-Type"):
+                words += ["-H", shlex.quote(f"{name}: {value}")]
+        if method == "PATCH":
+            words += ["-H", "'Content-Type: application/merge-patch+json'"]
+        words += ["-d", shlex.quote(payload.decode())] if payload is not None else []
+        return " ".join([*words, shlex.quote(url)])
 
     def _connection(self, scheme: str, host: str) -> http.client.HTTPConnection:
         parts = urlsplit(f"//{host}")

@@ -26,6 +26,16 @@ class Failed(Exception):
         self.code = code
 
 
+class NotSent(Exception):
+    """The request was asked for as text, which this is."""
+
+
+def program() -> str:
+    """The name this command line was called by, where it is one of its names."""
+    name = os.path.basename(sys.argv[0])
+    return name if name == "vault" else "outrider"
+
+
 @contextmanager
 def doing(what: str, code: int = EXIT_SERVER) -> Iterator[None]:
     """Name the action in the error of any call within: ``Error reading secret/a: ...``. As in Vault, a server that
@@ -48,6 +58,8 @@ HTTP_FLAGS = (
     Flag("tls-skip-verify", "Do not verify the server's certificate. VAULT_SKIP_VERIFY.", "bool"),
     Flag("namespace", "Namespace of the request. VAULT_NAMESPACE.", aliases=("ns",)),
     Flag("wrap-ttl", "Wrap the answer in a single-use token with this TTL. VAULT_WRAP_TTL."),
+    Flag("header", "name=value header to send too; may be repeated.", "texts"),
+    Flag("output-curl-string", "Print the request as a call of curl, and send nothing.", "bool"),
 )
 FORMAT_FLAG = Flag("format", "table, json, yaml or raw. VAULT_FORMAT.", default="table")
 FIELD_FLAG = Flag("field", "Print only this field, without a newline where the output is no terminal.")
@@ -123,11 +135,24 @@ class Call:
             timeout_s=self._number("CLIENT_TIMEOUT", 60.0),
             retries_max=int(self._number("MAX_RETRIES", 2)),
             wrap_ttl=self.option("wrap-ttl", "WRAP_TTL", wrap_ttl),
+            headers=self._headers(),
+            as_curl=self.values.flag("output-curl-string"),
         )
         try:
             return Client(options)
         except LocalError as error:
             raise UsageError(str(error)) from error
+
+    def _headers(self) -> dict[str, str]:
+        found = {}
+        for text in self.values.texts("header"):
+            name, equals, value = text.partition("=")
+            if not equals or not name.strip():
+                raise UsageError("-header must be name=value")
+            if name.strip().lower().startswith("x-vault-"):
+                raise UsageError("-header sets no header that begins with X-Vault-")
+            found[name.strip()] = value.strip()
+        return found
 
     def path(self, number: int = 0, what: str = "PATH") -> str:
         """An argument that is a path, without slashes around it."""

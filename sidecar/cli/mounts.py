@@ -6,8 +6,14 @@ from typing import Any
 
 from sidecar.cli import output
 from sidecar.cli.command import EXIT_OK, Call, Command, doing
-from sidecar.cli.flags import Flag
+from sidecar.cli.flags import Flag, UsageError
 
+LISTS = (
+    "allowed-response-headers",
+    "audit-non-hmac-request-keys",
+    "audit-non-hmac-response-keys",
+    "passthrough-request-headers",
+)
 PATH_FLAG = Flag("path", "Where to mount it.", default="the type's name")
 DETAILED_FLAG = Flag("detailed", "Show their settings too.", "bool")
 COMMON_FLAGS = (
@@ -16,23 +22,32 @@ COMMON_FLAGS = (
     Flag("local", "Do not replicate its data to performance secondaries.", "bool"),
     Flag("default-lease-ttl", "Default TTL of its leases, as 1h."),
     Flag("max-lease-ttl", "Longest TTL of its leases, as 24h."),
+    Flag("listing-visibility", "unauth: shown before login; hidden."),
+    Flag("options", "key=value option of the mount; may be repeated.", "texts"),
+    Flag("plugin-version", "The version of its plugin: only the server's own."),
+    Flag("force-no-cache", "Accepted; nothing of a mount is cached that could be stale.", "bool"),
+    Flag("seal-wrap", "Accepted; everything is encrypted by the barrier alike.", "bool"),
+    *(Flag(name, "Header or field, as tune takes it; may be repeated.", "texts") for name in LISTS),
 )
 
 
 def _enable(call: Call, base: str, what: str) -> int:
     call.at_most(1)
     kind = call.path(0, "TYPE")
-    options: dict[str, str] = {}
+    options = option_pairs(call.values.texts("options"))
     if kind in ("kv-v1", "kv-v2"):
-        kind, options = "kv", {"version": kind[-1]}
+        kind, options = "kv", {"version": kind[-1], **options}
     if "version" in call.values:
         options["version"] = call.values.text("version")
     mount = call.values.text("path", kind).strip("/")
-    config = {
+    config: dict[str, Any] = {
         name.replace("-", "_"): call.values.text(name)
-        for name in ("default-lease-ttl", "max-lease-ttl")
+        for name in ("default-lease-ttl", "max-lease-ttl", "listing-visibility", "token-type")
         if name in call.values
     }
+    config |= {name.replace("-", "_"): call.values.texts(name) for name in LISTS if name in call.values}
+    if call.values.flag("force-no-cache"):
+        config["force_no_cache"] = True
     request: dict[str, Any] = {
         "type": kind,
         "description": call.values.text("description"),
@@ -41,11 +56,26 @@ def _enable(call: Call, base: str, what: str) -> int:
     }
     if options:
         request["options"] = options
+    if "plugin-version" in call.values:
+        request["plugin_version"] = call.values.text("plugin-version")
+    if call.values.flag("seal-wrap"):
+        request["seal_wrap"] = True
     client = call.client()
     with doing(f"enabling {what}"):
         client.post(f"{base}/{mount}", request)
     call.say(f"Success! Enabled the {kind} {what} at: {mount}/")
     return EXIT_OK
+
+
+def option_pairs(texts: list[str]) -> dict[str, str]:
+    """``-options=key=value``, as often as given. Raises UsageError."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError("-options must be key=value")
+        found[name] = value
+    return found
 
 
 def _disable(call: Call, base: str, what: str) -> int:
@@ -130,7 +160,7 @@ AUTH_ENABLE = Command(
     "auth enable [flags] TYPE",
     "Mount an auth method.",
     lambda call: _enable(call, "sys/auth", "auth method"),
-    COMMON_FLAGS,
+    (*COMMON_FLAGS, Flag("token-type", "default-service, default-batch, service or batch.")),
     formats=False,
 )
 AUTH_DISABLE = Command(

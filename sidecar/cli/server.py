@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 
 from sidecar.cli.command import EXIT_LOCAL, Call, Command
 from sidecar.cli.flags import Flag, UsageError
 
+FORMATS = ("standard", "json")
 LEVELS = ("trace", "debug", "info", "warn", "error")
+
+
+def _log_to(path: str) -> None:
+    """Put a file, for the owner alone, in the place of standard error: whatever is written there goes to it."""
+    try:
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UsageError(f"-log-file: cannot open {path}: {error.strerror}") from error
+    sys.stderr.flush()
+    os.dup2(log, sys.stderr.fileno())
+    os.close(log)
 
 
 def run(call: Call) -> int:
@@ -21,6 +35,7 @@ def run(call: Call) -> int:
             dev = config.DevOptions(
                 root_token_id=call.option("dev-root-token-id", "DEV_ROOT_TOKEN_ID") or None,
                 listen_address=call.option("dev-listen-address", "DEV_LISTEN_ADDRESS", "127.0.0.1:8200"),
+                kv_version="" if call.values.flag("dev-no-kv") else "1" if call.values.flag("dev-kv-v1") else "2",
             )
             settings = config.load_dev(dev, paths, call.environ)
         elif not paths:
@@ -37,6 +52,13 @@ def run(call: Call) -> int:
         if level not in LEVELS:
             raise UsageError(f"-log-level must be one of {', '.join(LEVELS)}")
         settings = replace(settings, log_level=level)
+    if "log-format" in call.values:
+        form = call.values.text("log-format").lower()
+        if form not in FORMATS:
+            raise UsageError(f"-log-format must be one of {', '.join(FORMATS)}")
+        settings = replace(settings, log_format=form)
+    if "log-file" in call.values:
+        _log_to(call.values.text("log-file"))
     from sidecar.app import run_server
 
     return run_server(settings, dev, tuple(paths))
@@ -53,6 +75,12 @@ SERVER = Command(
         Flag("dev-root-token-id", "The root token of -dev. VAULT_DEV_ROOT_TOKEN_ID."),
         Flag("dev-listen-address", "Where -dev listens. VAULT_DEV_LISTEN_ADDRESS.", default="127.0.0.1:8200"),
         Flag("dev-no-store-token", "Accepted for compatibility: the token is never stored.", "bool"),
+        Flag("dev-kv-v1", "Mount version 1 of the KV engine at secret/ in -dev.", "bool"),
+        Flag("dev-no-kv", "Mount nothing at secret/ in -dev.", "bool"),
+        Flag("log-format", "standard or json. VAULT_LOG_FORMAT.", default="standard"),
+        Flag("log-file", "Append the log to this file instead of writing it to standard error."),
+        Flag("exit-on-core-shutdown", "Accepted: a node that cannot go on ends in any case.", "bool"),
+        Flag("disable-gated-logs", "Accepted: no line of the log is held back.", "bool"),
     ),
     http=False,
     formats=False,

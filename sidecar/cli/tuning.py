@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
-from sidecar.cli.flags import Flag, UsageError
+from sidecar.cli.flags import Flag
+from sidecar.cli.mounts import LISTS, option_pairs
 
 _TEXTS = {
     "default-lease-ttl": "default_lease_ttl",
@@ -15,12 +16,7 @@ _TEXTS = {
     "max-lease-ttl": "max_lease_ttl",
     "token-type": "token_type",
 }
-_LISTS = {
-    "allowed-response-headers": "allowed_response_headers",
-    "audit-non-hmac-request-keys": "audit_non_hmac_request_keys",
-    "audit-non-hmac-response-keys": "audit_non_hmac_response_keys",
-    "passthrough-request-headers": "passthrough_request_headers",
-}
+_LISTS = {name: name.replace("-", "_") for name in LISTS}
 _POLL_S = 0.5
 
 
@@ -30,7 +26,7 @@ def _tune(call: Call, base: str, what: str) -> int:
     values = call.values
     request: dict[str, Any] = {field: values.text(flag) for flag, field in _TEXTS.items() if flag in values}
     request |= {field: values.texts(flag) for flag, field in _LISTS.items() if flag in values}
-    options = _pairs(values.texts("options"))
+    options = option_pairs(values.texts("options"))
     if "version" in values:
         options["version"] = values.text("version")
     if options:
@@ -41,16 +37,6 @@ def _tune(call: Call, base: str, what: str) -> int:
     call.warn_of(reply.body)
     call.say(f"Success! Tuned the {what} at: {mount}/")
     return EXIT_OK
-
-
-def _pairs(texts: list[str]) -> dict[str, str]:
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UsageError("-options must be key=value")
-        found[name] = value
-    return found
 
 
 def _move(call: Call, prefix: str, what: str) -> int:

@@ -279,10 +279,12 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True)
 class DevOptions:
-    """What ``-dev`` was told. ``root_token_id`` None lets the server choose one."""
+    """What ``-dev`` was told. ``root_token_id`` None lets the server choose one; ``kv_version`` is mounted at
+    ``secret/``, empty for none."""
 
     root_token_id: str | None = field(default=None, repr=False)
     listen_address: str = "127.0.0.1:8200"
+    kv_version: str = "2"
 
 
 def join_address(host: str, port: int) -> str:

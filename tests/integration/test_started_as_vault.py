@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import hvac
@@ -141,7 +144,13 @@ def test_a_configuration_as_it_is_starts_and_stops_like_vault(
 
 
 def test_the_dev_server_prints_what_scripts_look_for(environment: dict[str, str]) -> None:
-    command = ["vault", "server", "-dev", "-dev-root-token-id=root", f"-dev-listen-address=127.0.0.1:{free_port()}"]
+    command = [
+        "vault",
+        "server",
+        "-dev",
+        "-dev-root-token-id=root",
+        f"-dev-listen-address=127.0.0.1:{two_free_ports()}",
+    ]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
@@ -159,3 +168,34 @@ def test_the_dev_server_prints_what_scripts_look_for(environment: dict[str, str]
     assert "Root Token: root" in printed
     assert re.search(r"^Unseal Key: \S+$", printed, re.MULTILINE)
     assert "export VAULT_ADDR='http://127.0.0.1:" in printed
+
+
+def two_free_ports() -> int:
+    """A port for the API with the next one, the cluster port's, free too."""
+    while True:
+        port = free_port()
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port + 1))
+            return port
+
+
+def test_the_dev_servers_other_flags(environment: dict[str, str], tmp_path: Path) -> None:
+    """A log file, JSON lines in it, and the KV engine as asked."""
+    for flag, version in (("-dev-kv-v1", "1"), ("-dev-no-kv", "")):
+        log, port = tmp_path / f"{flag}.log", two_free_ports()
+        command = ["vault", "server", "-dev", "-dev-root-token-id=root", f"-dev-listen-address=127.0.0.1:{port}"]
+        command += [flag, "-log-format=json", f"-log-file={log}", "-exit-on-core-shutdown", "-disable-gated-logs"]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            while b"Development mode" not in process.stdout.readline():
+                assert process.poll() is None, log.read_text()
+            mounts = hvac.Client(f"http://127.0.0.1:{port}", token="root").sys.list_mounted_secrets_engines()["data"]
+            assert ((mounts.get("secret/") or {}).get("options") or {}).get("version", "") == version
+        finally:
+            process.terminate()
+            _, complaints = process.communicate(timeout=30)
+        lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+        assert any("active operation" in line["@message"] for line in lines)
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600
+        assert b"active operation" not in complaints

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
@@ -212,3 +213,52 @@ def test_a_key_is_wrapped_for_the_engine_alone(server, run, tmp_path):
         assert run("transit", "import", *wrong)[0] == 1
     server.answer("POST", "transit/keys/mine/import_version", (204, None))
     assert run("transit", "import-version", "transit/keys/mine", base64.b64encode(key).decode())[0] == 0
+
+
+# --- flags of every command -----------------------------------------------------------------------------------------
+
+
+def test_a_request_can_be_shown_as_curl(server, run):
+    versioned(server)
+    code, out, _ = run("kv", "put", "-output-curl-string", "-header=X-Trace=a b", "secret/a", "x=it's")
+    assert code == 0
+    assert [request["path"] for request in server.requests] == ["sys/internal/ui/mounts/secret/a"], (
+        "nothing was written"
+    )
+    words = shlex.split(out)
+    assert words[:3] == ["curl", "-X", "PUT"]
+    assert words[-1].endswith("/v1/secret/data/a")
+    assert json.loads(words[words.index("-d") + 1]) == {"data": {"x": "it's"}, "options": {}}
+    assert "X-Vault-Token: $(outrider print token)" in out
+    assert "t0ken" not in out
+    assert "X-Trace: a b" in words
+
+
+def test_headers_of_ones_own(server, run):
+    server.answer("GET", "some/thing", (200, envelope({"a": 1})))
+    assert run("read", "-header=X-Trace=1", "-header", "X-Other=a=b", "some/thing")[0] == 0
+    assert (server.last["headers"]["X-Trace"], server.last["headers"]["X-Other"]) == ("1", "a=b")
+    for wrong in ("nothing", "=x", "X-Vault-Token=t"):
+        assert run("read", f"-header={wrong}", "some/thing")[0] == 1
+
+
+def test_mounts_with_settings(server, run):
+    server.answer("POST", "sys/mounts/kv", (204, None))
+    code, _, _ = run(
+        "secrets", "enable", "-options=a=b", "-listing-visibility=unauth", "-audit-non-hmac-request-keys=x",
+        "-passthrough-request-headers=X-A", "-seal-wrap", "-force-no-cache", "kv-v2",
+    )  # fmt: skip
+    assert code == 0
+    assert server.requests[-1]["path"] == "sys/mounts/kv"
+    body = server.last["body"]
+    assert (body["options"], body["seal_wrap"]) == ({"version": "2", "a": "b"}, True)
+    assert body["config"] == {
+        "listing_visibility": "unauth",
+        "audit_non_hmac_request_keys": ["x"],
+        "passthrough_request_headers": ["X-A"],
+        "force_no_cache": True,
+    }
+    server.answer("POST", "sys/auth/approle", (204, None))
+    assert run("auth", "enable", "-token-type=batch", "approle")[0] == 0
+    assert server.last["body"]["config"] == {"token_type": "batch"}
+    assert run("secrets", "enable", "-options=bad", "kv")[0] == 1
