@@ -151,3 +151,28 @@ async def test_health_tells_of_heartbeats_on_every_node(node: Harness) -> None:
     body = (await node.call("GET", "sys/health")).body
     times = {name: body[name] for name in body if name.endswith("_ms")}
     assert times == {"echo_duration_ms": 0, "clock_skew_ms": 0, "replication_primary_canary_age_ms": 0}
+
+
+# -- tokens from key shares, and experiments
+
+
+async def test_an_encoded_token_is_decoded_without_a_token(node: Harness) -> None:
+    begun = (await node.call("PUT", "sys/generate-root/attempt", {}, token=None)).body
+    for key in node.keys[:2]:
+        body = {"key": key.hex(), "nonce": begun["nonce"]}
+        done = (await node.call("PUT", "sys/generate-root/update", body, token=None)).body
+    asked = {"encoded_token": done["encoded_token"], "otp": begun["otp"]}
+    token = (await node.call("POST", "sys/decode-token", asked, token=None)).data["token"]
+    assert (await node.call("GET", "auth/token/lookup-self", token=token)).data["policies"] == ["root"]
+    for wrong, text in (
+        ({}, "missing encoded_token"),
+        ({"encoded_token": "aGk"}, "missing otp"),
+        (asked | {"otp": "short"}, "the encoded token and the OTP are not of one length"),
+        (asked | {"encoded_token": "!" * 38}, "the encoded token cannot be decoded with this OTP"),
+    ):
+        refused = await node.call("POST", "sys/decode-token", wrong, token=None)
+        assert (refused.status, refused.errors) == (400, [text])
+
+
+async def test_there_are_no_experiments(node: Harness) -> None:
+    assert (await node.call("GET", "sys/experiments")).data == {"available": [], "enabled": []}
