@@ -13,7 +13,7 @@ from plugin_api.errors import InvalidRequest
 from plugin_api.framework import Fields, FieldSpec, FieldType, Path, generic_name, writes
 from plugin_api.request import Request, Response
 from sidecar.engines.transit.keys import Key, KeyStore
-from sidecar.engines.transit.material import Material
+from sidecar.engines.transit.material import Material, MlDsaPrivateKey
 from sidecar.engines.transit.work import Workers
 
 CHAIN_CERTIFICATES_MAX = 16
@@ -54,7 +54,9 @@ class Certificates:
         number = version_number(key, fields["version"]) or key.ring.latest
         materials = await self._store.material(key, [number])
         pem = await self._workers.run(make_request, materials[number], fields["csr"])
-        return Response(data={"name": key.ring.name, "type": key.ring.type, "version": number, "csr": pem})
+        return Response(
+            data={"name": key.ring.name, "type": key.ring.kind.shown["type"], "version": number, "csr": pem}
+        )
 
     async def _set_chain(self, request: Request, fields: Fields) -> None:
         if not fields["certificate_chain"]:
@@ -88,7 +90,7 @@ def make_request(material: Material, template: str) -> str:
     """A PEM request for the key, with subject and extensions of ``template`` if there is one. Raises InvalidRequest."""
     builder = x509.CertificateSigningRequestBuilder(subject_name=x509.Name([]))
     key = material.private
-    algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
+    algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey | MlDsaPrivateKey) else hashes.SHA256()
     try:
         if template:
             parsed = x509.load_pem_x509_csr(template.encode())

@@ -114,7 +114,7 @@ class Exchange:
         key = await self._store.get(fields["name"])
         give = _exporter(kind, key)
         texts = await self._of_versions(key, fields, lambda number, material: give(material))
-        return Response(data={"name": key.ring.name, "type": key.ring.type, "keys": texts})
+        return Response(data={"name": key.ring.name, "type": key.ring.kind.shown["type"], "keys": texts})
 
     async def _wrapped_export(self, request: Request, fields: Fields) -> Response:
         algorithm = oaep_hash(fields["hash"])
@@ -133,7 +133,7 @@ class Exchange:
             return encode_base64(wrap(to, material.import_form(), algorithm))
 
         texts = await self._of_versions(source, fields, wrapped)
-        return Response(data={"name": source.ring.name, "type": source.ring.type, "keys": texts})
+        return Response(data={"name": source.ring.name, "type": source.ring.kind.shown["type"], "keys": texts})
 
     async def _of_versions(self, key: Key, fields: Fields, give: Callable[[int, Material], str]) -> dict[str, str]:
         """``give`` of the versions that the request asks for, by their numbers."""

@@ -26,6 +26,7 @@ _TEXT, _BOOL, _INT = FieldType.STRING, FieldType.BOOL, FieldType.INT
 
 NEW_KEY = {
     "type": FieldSpec(_TEXT, description="Type of the key; aes256-gcm96 if not given."),
+    "parameter_set": FieldSpec(_TEXT, description="Of an ml-dsa key: 44, 65 or 87."),
     "derived": FieldSpec(_BOOL, description="Whether every use needs a context, which leads to a key of its own."),
     "exportable": FieldSpec(_BOOL, description="Whether the key may be exported; cannot be taken back."),
     "allow_plaintext_backup": FieldSpec(_BOOL, description="Whether backups are allowed; cannot be taken back."),

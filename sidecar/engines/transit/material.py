@@ -7,25 +7,48 @@ public key has no secret. Everything here may take milliseconds, and RSA keys se
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from plugin_api.errors import InvalidRequest, PluginError
 from sidecar.engines.transit.encoding import encode_base64
-from sidecar.engines.transit.key_types import AEAD, ECDSA, ED25519, HMAC, HMAC_BYTES_MAX, HMAC_BYTES_MIN, RSA, KeyType
+from sidecar.engines.transit.key_types import (
+    ECDSA,
+    ED25519,
+    HMAC,
+    HMAC_BYTES_MAX,
+    HMAC_BYTES_MIN,
+    MLDSA,
+    RSA,
+    SYMMETRIC,
+    KeyType,
+)
 
 RSA_EXPONENT = 65537
 RSA_EXPONENT_MAX = 2**32
 HMAC_KEY_BYTES = 32
 
-PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
-PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
+MlDsaPrivateKey = mldsa.MLDSA44PrivateKey | mldsa.MLDSA65PrivateKey | mldsa.MLDSA87PrivateKey
+MlDsaPublicKey = mldsa.MLDSA44PublicKey | mldsa.MLDSA65PublicKey | mldsa.MLDSA87PublicKey
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | MlDsaPrivateKey
+PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | MlDsaPublicKey
+_MLDSA_PRIVATE: Mapping[int, type[MlDsaPrivateKey]] = {
+    44: mldsa.MLDSA44PrivateKey,
+    65: mldsa.MLDSA65PrivateKey,
+    87: mldsa.MLDSA87PrivateKey,
+}
+_MLDSA_PUBLIC: Mapping[int, type[MlDsaPublicKey]] = {
+    44: mldsa.MLDSA44PublicKey,
+    65: mldsa.MLDSA65PublicKey,
+    87: mldsa.MLDSA87PublicKey,
+}
 
 _DER, _PEM = serialization.Encoding.DER, serialization.Encoding.PEM
 _SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -108,16 +131,18 @@ class Material:
 
     def private_text(self) -> str:
         """The secret as an export shows it: base64 of raw bytes, or PEM in the key's traditional form."""
-        if self.kind.family in (AEAD, HMAC):
+        if self.kind.family in SYMMETRIC:
             return encode_base64(self.record.secret)
         key = self.private
         if isinstance(key, ed25519.Ed25519PrivateKey):
             return encode_base64(self.record.secret + key.public_key().public_bytes_raw())
+        if isinstance(key, MlDsaPrivateKey):  # has no other form
+            return key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _PLAIN).decode()
         return key.private_bytes(_PEM, serialization.PrivateFormat.TraditionalOpenSSL, _PLAIN).decode()
 
     def import_form(self) -> bytes:
         """The secret as an import takes it: raw bytes or PKCS #8."""
-        if self.kind.family in (AEAD, HMAC):
+        if self.kind.family in SYMMETRIC:
             return self.record.secret
         return self.private.private_bytes(_DER, serialization.PrivateFormat.PKCS8, _PLAIN)
 
@@ -132,11 +157,13 @@ def generate(kind: KeyType, size: int = 0) -> VersionRecord:
     if kind.family == HMAC:
         secret = secrets.token_bytes(size or kind.size)
         return VersionRecord(secret, secret)
-    if kind.family == AEAD:
+    if kind.family in SYMMETRIC:
         return VersionRecord(secrets.token_bytes(kind.size), secrets.token_bytes(HMAC_KEY_BYTES))
     key: PrivateKey
     if kind.family == ED25519:
         key = ed25519.Ed25519PrivateKey.generate()
+    elif kind.family == MLDSA:
+        key = _MLDSA_PRIVATE[kind.size].generate()
     elif kind.curve is not None:
         key = ec.generate_private_key(kind.curve)
     else:
@@ -150,7 +177,7 @@ def import_secret(kind: KeyType, data: bytes) -> VersionRecord:
         if not HMAC_BYTES_MIN <= len(data) <= HMAC_BYTES_MAX:
             raise InvalidRequest(f"an HMAC key has {HMAC_BYTES_MIN} to {HMAC_BYTES_MAX} bytes")
         return VersionRecord(data, data)
-    if kind.family == AEAD:
+    if kind.family in SYMMETRIC:
         if len(data) != kind.size:
             raise InvalidRequest(f"invalid key size {len(data)} bytes for key type {kind.name}")
         return VersionRecord(data, secrets.token_bytes(HMAC_KEY_BYTES))
@@ -199,6 +226,8 @@ def _fits(kind: KeyType, key: object) -> bool:
         return (
             isinstance(key, ec.EllipticCurvePublicKey) and kind.curve is not None and key.curve.name == kind.curve.name
         )
+    if kind.family == MLDSA:
+        return isinstance(key, _MLDSA_PUBLIC[kind.size])
     if kind.family != RSA or not isinstance(key, rsa.RSAPublicKey) or key.key_size != kind.size:
         return False
     exponent = key.public_numbers().e

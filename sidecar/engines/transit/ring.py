@@ -180,7 +180,7 @@ class KeyRing:
         kind = self.kind
         data: dict[str, Any] = {
             "name": self.name,
-            "type": self.type,
+            **kind.shown,
             "derived": self.derived,
             "exportable": self.exportable,
             "allow_plaintext_backup": self.allow_plaintext_backup,
@@ -212,7 +212,7 @@ def new_ring(name: str, uid: str, settings: Mapping[str, Any]) -> KeyRing:
     ring = KeyRing(
         name,
         uid,
-        type=key_type(settings["type"]).name,
+        type=key_type(settings["type"], settings.get("parameter_set", "")).name,
         derived=settings["derived"],
         convergent=settings.get("convergent_encryption", False),
         exportable=settings.get("exportable", False),

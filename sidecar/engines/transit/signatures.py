@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import cmac, hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
+from cryptography.hazmat.primitives.ciphers import algorithms
 
 from plugin_api.errors import InvalidRequest
 from sidecar.engines.transit.encoding import decode_base64, decode_base64_url, encode_base64, encode_base64_url
-from sidecar.engines.transit.key_types import ECDSA, ED25519
-from sidecar.engines.transit.material import Material
+from sidecar.engines.transit.key_types import ECDSA, ED25519, MLDSA
+from sidecar.engines.transit.material import Material, MlDsaPrivateKey, MlDsaPublicKey
 
 DEFAULT_HASH = "sha2-256"
 NO_HASH = "none"
@@ -71,6 +72,8 @@ class Scheme:
             raise InvalidRequest("hash_algorithm=none is for RSA keys only")
         if family == ED25519 and (self.prehashed or self.hash_name == "sha2-512"):
             raise InvalidRequest("only pure Ed25519 signatures are supported: neither prehashed nor sha2-512")
+        if family == MLDSA and self.prehashed:
+            raise InvalidRequest("only pure ML-DSA signatures are supported: the input must not be prehashed")
 
 
 def parse_salt(text: str) -> str | int:
@@ -88,10 +91,17 @@ def make_hmac(key: bytes, data: bytes, name: str) -> bytes:
     return hmac.digest(key, data, name)
 
 
+def make_cmac(key: bytes, data: bytes, length: int) -> bytes:
+    """AES-CMAC (RFC 4493, NIST SP 800-38B), its first ``length`` bytes."""
+    made = cmac.CMAC(algorithms.AES(key))
+    made.update(data)
+    return made.finalize()[:length]
+
+
 def sign(material: Material, data: bytes, scheme: Scheme, context: bytes | None) -> str:
     """The signature, encoded as ``scheme`` says. Raises InvalidRequest."""
     key = material.private if context is None else material.derived_signer(context)
-    if isinstance(key, ed25519.Ed25519PrivateKey):
+    if isinstance(key, ed25519.Ed25519PrivateKey | MlDsaPrivateKey):
         made = key.sign(data)
     elif isinstance(key, ec.EllipticCurvePrivateKey):
         made = key.sign(data, ec.ECDSA(_ecdsa_hash(data, scheme)))
@@ -111,7 +121,7 @@ def verify(material: Material, data: bytes, signature: str, scheme: Scheme, cont
     decode = decode_base64_url if scheme.marshaling == "jws" else decode_base64
     raw = decode(signature, "signature")
     try:
-        if isinstance(key, ed25519.Ed25519PublicKey):
+        if isinstance(key, ed25519.Ed25519PublicKey | MlDsaPublicKey):
             key.verify(raw, data)
         elif isinstance(key, ec.EllipticCurvePublicKey):
             if scheme.marshaling == "jws":
