@@ -1,9 +1,8 @@
-"""One client connection of the API port: aiohttp's protocol with a parser that knows every verb, and with deadlines for
-the head of a request and for a client that does not read its answer, which aiohttp does not have.
+"""One client connection of the API port: aiohttp's protocol with parsers that know every verb
+(:mod:`sidecar.api.request_parser`), and with deadlines for the head of a request and for a client that does not read
+its answer, which aiohttp does not have.
 
-aiohttp's C parser refuses the verb LIST, which half of the clients of this API use. Its Python parser, maintained for
-platforms without the C one, takes any verb; it replaces the other on these connections only. ``tests/unit`` pins that
-it does, for the attribute is aiohttp's own.
+The parser of a connection is in an attribute of aiohttp's own; ``tests/unit/test_request_parser.py`` pins that it is.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from sidecar.api import envelopes, json_codec
 from sidecar.api.patience import Patience
+from sidecar.api.request_parser import PlainRequestParser
 
 log = logging.getLogger("http")
 
@@ -47,23 +47,35 @@ class Connection(RequestHandler):
     def __init__(
         self, manager: Server, *, loop: asyncio.AbstractEventLoop, client_host: str, times: Times, **settings: Any
     ) -> None:
-        super().__init__(manager, loop=loop, read_bufsize=READ_BYTES, **settings)
+        # A compressed body is not inflated: a small one could unpack to gigabytes.
+        super().__init__(manager, loop=loop, read_bufsize=READ_BYTES, auto_decompress=False, **settings)
         self.client_host = client_host
         self._times = times
         self._head_timer: Patience | None = None
         self._write_timer: Patience | None = None
-        self._parser = HttpRequestParserPy(
+        # aiohttp has made its C parser by the arguments above, where there is one, as on every supported platform.
+        self._parser: Any = PlainRequestParser(
+            self._parser,
+            self._change_over,
+            head_bytes_max=min(self.max_line_size, self.max_field_size),
+            lines_max=self.max_headers,
+        )
+
+    def _change_over(self) -> HttpRequestParserPy:
+        """The parser of this connection from now on."""
+        parser = HttpRequestParserPy(
             self,
-            loop,
+            self._loop,
             READ_BYTES,
             max_line_size=self.max_line_size,
             max_field_size=self.max_field_size,
             max_headers=self.max_headers,
             payload_exception=RequestPayloadError,
-            # A compressed body is not inflated: a small one could unpack to gigabytes.
             auto_decompress=False,
             max_msg_queue_size=_PIPELINE_MAX,
         )
+        self._parser = parser
+        return parser
 
     # -- deadlines: a connection that waits costs memory, so who is slow is not waited for without end
 
