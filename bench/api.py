@@ -58,7 +58,7 @@ asyncio.run(main())
 @dataclass(frozen=True)
 class Case:
     """One row. ``body`` makes it a write; ``%d`` in path or body is a random number below ``keys``. ``reference`` is
-    ``framing`` or ``consul``; ``verb`` is for one that the body does not tell."""
+    ``framing`` or ``consul``."""
 
     name: str
     path: str
@@ -66,12 +66,11 @@ class Case:
     reference: str = "framing"
     keys: int = KEYS
     with_token: bool = True
-    verb: str = ""
 
     def script(self, folder: Path, token: str) -> Path:
         """The Lua file that makes this row's requests."""
         file = folder / f"{re.sub('[^a-z0-9]+', '-', self.name)}.lua"
-        method = self.verb or ("POST" if self.body else "GET")
+        method = "POST" if self.body else "GET"
         headers = f'["X-Vault-Token"] = "{token}"' if self.with_token else ""
         path, body = json.dumps(f"/v1/{self.path}"), json.dumps(self.body)  # a JSON string is a Lua string, too
         file.write_text(
@@ -93,7 +92,6 @@ def cases(role_id: str, secret_id: str) -> list[Case]:
         Case("kv v1 read", "bench/one/listed/entry-%04d", keys=LISTED),
         Case("kv v2 read", "bench/two/data/known"),
         Case("list of 1,000", "bench/one/listed?list=true"),
-        Case("list by verb", "bench/one/few", verb="LIST"),
         Case("transit encrypt", "transit/encrypt/bench", json.dumps({"plaintext": plaintext})),
         Case("token create", "auth/token/create", json.dumps({"ttl": "10m"}), "consul"),
         Case("token lookup-self", "auth/token/lookup-self"),
@@ -124,8 +122,6 @@ def prepare(cluster: Cluster, consul: ConsulServer) -> tuple[str, list[Case]]:
     post("bench/two/data/known", {"data": {"value": VALUE}})
     for number in range(LISTED):
         post(f"bench/one/listed/entry-{number:04d}", {"value": VALUE})
-    for number in range(5):
-        post(f"bench/one/few/entry-{number}", {"value": VALUE})
     return token, cases(role_id, secret_id)
 
 
