@@ -242,7 +242,6 @@ class ReplicatedStore:
         Raises ValueError (malformed key), FenceLost, Unavailable, PermissionDenied; ForeignWrite when the stored value
         is none that this cluster wrote.
         """
-        where = physical_key(self.generation, key)
         while True:
             await self._lease.ensure()
             pending = self._large.overlay.get(key)
@@ -251,6 +250,7 @@ class ReplicatedStore:
             value = self._cache.get(key)
             if value is not None:
                 return value
+            where = physical_key(self.generation, key)
             if self._lazy.cold:
                 await self._lazy.need((key,))
             digest = self.forest.digest_of(key)

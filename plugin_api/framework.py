@@ -213,9 +213,9 @@ def _handler(path: Path, operation: Operation) -> Handler:
 
 
 def _fields(path: Path, data: Mapping[str, Any], captured: Mapping[str, str]) -> Fields:
-    specs = dict(path.fields)
-    for name in captured:
-        specs.setdefault(name, _CAPTURED)
+    specs = path.fields
+    if any(name not in specs for name in captured):
+        specs = {**dict.fromkeys(captured, _CAPTURED), **specs}
     sent = {}
     for name, spec in specs.items():
         if name in captured:

@@ -18,6 +18,9 @@ class Operation(enum.Enum):
     DELETE = "delete"
     LIST = "list"
 
+    # There is one object of each; what the class inherits hashes its name, in Python, several times a request.
+    __hash__ = object.__hash__
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:

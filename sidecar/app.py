@@ -28,6 +28,7 @@ from consul_backend.failpoint import arm_from_environment, declare
 from consul_backend.physical import PhysicalStore
 from consul_backend.replicated import StoreOptions
 from consul_backend.store import ConsulStore
+from sidecar import garbage
 from sidecar.api.client_address import ForwardedFor
 from sidecar.api.front import Front
 from sidecar.api.listening import SocketAccess
@@ -76,6 +77,7 @@ def run_server(config: ServerConfig, dev: DevOptions | None, config_paths: tuple
     declare(POINTS)
     arm_from_environment()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
+    garbage.settle()
     try:
         asyncio.run(_serve(config, dev, config_paths))
     except BackendError as error:

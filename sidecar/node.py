@@ -191,6 +191,9 @@ class Node:
     def is_active(self) -> bool:
         return isinstance(self._role, ActiveRole)
 
+    def is_sealed(self) -> bool:
+        return self.sealing.opened is None
+
     def cors(self) -> Cors:
         role = self._role
         if isinstance(role, ActiveRole):

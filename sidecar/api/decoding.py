@@ -19,6 +19,13 @@ _THREAD_BYTES_MIN = 64 * 1024
 _FORM_FIELDS_MAX = 1000
 _MERGE_PATCH = "application/merge-patch+json"
 _WRITES = frozenset({Operation.UPDATE, Operation.PATCH})
+_OPERATIONS = {
+    "LIST": Operation.LIST,
+    "POST": Operation.UPDATE,
+    "PUT": Operation.UPDATE,
+    "PATCH": Operation.PATCH,
+    "DELETE": Operation.DELETE,
+}
 
 
 class MethodNotAllowed(PluginError):
@@ -100,19 +107,15 @@ def query_data(query: Mapping[str, list[str]]) -> dict[str, Any]:
 def _operation(request: HttpRequest) -> tuple[Operation, bool]:
     method = request.method
     if method in ("GET", "HEAD"):
+        if not request.query:
+            return Operation.READ, False
         if _flag(request, "help"):
             return Operation.READ, True
         return (Operation.LIST if _flag(request, "list") else Operation.READ), False
-    plain = {
-        "LIST": Operation.LIST,
-        "POST": Operation.UPDATE,
-        "PUT": Operation.UPDATE,
-        "PATCH": Operation.PATCH,
-        "DELETE": Operation.DELETE,
-    }
-    if method not in plain:
+    operation = _OPERATIONS.get(method)
+    if operation is None:
         raise MethodNotAllowed
-    return plain[method], False
+    return operation, False
 
 
 def _flag(request: HttpRequest, name: str) -> bool:

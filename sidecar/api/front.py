@@ -71,8 +71,7 @@ class Front:
             if request.metrics_open and request.path == "sys/metrics":
                 return self._metrics(request)
             check_directives(request.headers, forwarding=self._forwarding)
-            health = await self._node.health()
-            if not health.initialized or health.sealed:
+            if self._node.is_sealed():
                 return _errors(503, "Vault is sealed")
             if not self._node.is_active():
                 if request.path == "sys/seal":

@@ -131,6 +131,9 @@ class NodeView(Protocol):
     async def sealer(self) -> Sealer | None:
         """What puts a root key under the configured auto seal; None without one. Raises Unavailable."""
 
+    def is_sealed(self) -> bool:
+        """Whether no request can be served for want of keys: sealed, or not initialised."""
+
     async def health(self) -> NodeHealth:
         """Never raises for a sealed or unreachable store: it reports what is known."""
 

@@ -12,7 +12,6 @@ import functools
 import logging
 import os
 import time
-import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -59,6 +58,7 @@ from sidecar.request.mount_view import GROUPS, Hooks, MountView, TtlDefaults
 from sidecar.request.pending_work import PASS_S, can_undo, undo_left_over
 from sidecar.request.pipeline import Pipeline
 from sidecar.request.plugins import PluginRegistry
+from sidecar.request.request_id import new_request_id
 from sidecar.request.token_paths import TokenPaths
 from sidecar.request.types import HttpRequest, HttpResponse
 
@@ -382,11 +382,11 @@ class Service:
         response = _over_quota(request, exceeded)
         response.headers.update(self._quotas.headers(request.path, request.remote_address))
         if self._quotas.config.audit_refused and self._auditor.enabled:
-            return await self._audited(Exchange(request, str(uuid.uuid4())), response)
+            return await self._audited(Exchange(request, new_request_id()), response)
         return response
 
     async def _run(self, request: HttpRequest) -> HttpResponse:
-        exchange = Exchange(request, str(uuid.uuid4()))
+        exchange = Exchange(request, new_request_id())
         in_flight = self._core.in_flight
         in_flight.begin(exchange.id, RequestUnderWay(request.method, request.path, request.remote_address, self._now()))
         try:

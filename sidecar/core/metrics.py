@@ -52,15 +52,6 @@ class _Window:
     low: float = math.inf
     high: float = -math.inf
 
-    def add(self, value: float) -> None:
-        self.count += 1
-        self.total += value
-        self.squares += value * value
-        if value < self.low:
-            self.low = value
-        if value > self.high:
-            self.high = value
-
     def shown(self) -> dict[str, Any]:
         mean = self.total / self.count
         variance = max(self.squares / self.count - mean * mean, 0.0) * self.count / max(self.count - 1, 1)
@@ -87,10 +78,19 @@ class _Series:
     recent: deque[float] | None = None
 
     def add(self, value: float, interval: int) -> None:
-        self.turn(interval)
+        # In one piece, for every request adds several.
+        if interval != self.started:
+            self.turn(interval)
         self.count += 1
         self.total += value
-        self.window.add(value)
+        window = self.window
+        window.count += 1
+        window.total += value
+        window.squares += value * value
+        if value < window.low:
+            window.low = value
+        if value > window.high:
+            window.high = value
         if self.recent is not None:
             self.recent.append(value)
 
@@ -115,8 +115,8 @@ class _Timer:
         self._started_s = self._metrics.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        elapsed_ms = (self._metrics.monotonic() - self._started_s) * 1000
-        self._metrics.sample(self._name, elapsed_ms, **self._labels)
+        now_s = self._metrics.monotonic()
+        self._metrics.sampled(self._name, (now_s - self._started_s) * 1000, self._labels, now_s)
 
 
 class Metrics:
@@ -136,10 +136,14 @@ class Metrics:
 
     def sample(self, name: str, value: float, /, **labels: str) -> None:
         """One measured value; milliseconds, where it is a time."""
+        self.sampled(name, value, labels, self.monotonic())
+
+    def sampled(self, name: str, value: float, labels: Mapping[str, str], now_s: float) -> None:
+        """:meth:`sample`, where the time is known already."""
         series = self._series(self._samples, name, labels)
         if series.recent is None:
             series.recent = deque(maxlen=_RECENT_MAX)
-        series.add(value, self._interval())
+        series.add(value, int(now_s // INTERVAL_S))
 
     def timer(self, name: str, /, **labels: str) -> AbstractContextManager[None]:
         """Sample how long the block took, also where it fails."""

@@ -75,6 +75,9 @@ class Decision:
     reason: str = ""
 
 
+_MAY, _MAY_WITH_SUDO, _ROOT_MAY = Decision(True), Decision(True, sudo=True), Decision(True, sudo=True, root=True)
+
+
 class ACL:
     """What a set of policies allows; policies add up, except that a deny on the deciding path always wins."""
 
@@ -93,6 +96,8 @@ class ACL:
         self._exact = {rule.path: rule for rule in rules if not rule.is_prefix and not rule.has_wildcard}
         patterns = [rule for rule in rules if rule.is_prefix or rule.has_wildcard]
         self._patterns = sorted(patterns, key=lambda rule: path_order(rule.path), reverse=True)
+        # A prefix without wildcards needs no looking at segments.
+        self._matchers = [(None if rule.has_wildcard else rule.path[:-1], rule) for rule in self._patterns]
 
     def check(
         self,
@@ -104,7 +109,7 @@ class ACL:
     ) -> Decision:
         """Whether ``operation`` at ``path`` (without ``/v1/``) with these parameters is allowed."""
         if self.is_root:
-            return Decision(allowed=True, sudo=True, root=True)
+            return _ROOT_MAY
         rule = self._list_rule(path) if operation is Operation.LIST else self._rule(path)
         if rule is None:
             return Decision(allowed=False, reason="no rule for the path")
@@ -118,7 +123,9 @@ class ACL:
             reason = f"{rule.path} bounds the wrapping TTL"
         elif operation in _WRITES:
             reason = _parameter_problem(rule, data or {})
-        return Decision(allowed=not reason, sudo=sudo, reason=reason)
+        if not reason:
+            return _MAY_WITH_SUDO if sudo else _MAY
+        return Decision(allowed=False, sudo=sudo, reason=reason)
 
     def capabilities(self, path: str) -> list[str]:
         """Sorted names of what is granted at ``path``; ``["root"]`` for root, ``["deny"]`` for nothing."""
@@ -161,8 +168,8 @@ class ACL:
         exact = self._exact.get(path)
         if exact is not None:
             return exact
-        for rule in self._patterns:
-            if pattern_matches(rule.path, path):
+        for prefix, rule in self._matchers:
+            if pattern_matches(rule.path, path) if prefix is None else path.startswith(prefix):
                 return rule
         return None
 

@@ -154,7 +154,7 @@ class Quotas:
 
     def check(self, path: str, address: str) -> Exceeded | None:
         """Count a request; what it exceeds, or None if it may pass."""
-        limiter = self._counting(path)
+        limiter = self._counting(path) if self._limiters else None
         if limiter is None:
             return None
         wait_s = limiter.take(address, self._now())

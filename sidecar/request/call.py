@@ -148,7 +148,7 @@ class Backend(Protocol):
 
 def matches_any(patterns: tuple[str, ...], rest: str) -> bool:
     """Whether ``rest`` is one of ``patterns``; a trailing ``*`` matches any rest, ``+`` a whole segment."""
-    return any(_matches(pattern, rest) for pattern in patterns)
+    return bool(patterns) and any(_matches(pattern, rest) for pattern in patterns)
 
 
 def _matches(pattern: str, rest: str) -> bool:

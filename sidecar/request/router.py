@@ -29,11 +29,15 @@ class Router(Generic[T]):
 
     def match(self, path: str) -> Match[T] | None:
         """The mount of ``path``, or None. ``secret`` reaches ``secret/`` with an empty rest."""
-        for mount in _prefixes(path):
-            target = self._targets.get(mount)
-            if target is not None:
-                return Match(mount, target, path[len(mount) :])
-        return None
+        targets = self._targets
+        # Every way to cut the path after a slash, longest first; without a final slash it is tried with one too.
+        mount = path if path.endswith("/") else path + "/"
+        while mount not in targets:
+            end = mount.rfind("/", 0, len(mount) - 1)
+            if end < 0:
+                return None
+            mount = mount[: end + 1]
+        return Match(mount, targets[mount], path[len(mount) :])
 
     def get(self, mount: str) -> T | None:
         """The target mounted at exactly ``mount``."""
@@ -42,12 +46,3 @@ class Router(Generic[T]):
     def items(self) -> Iterator[tuple[str, T]]:
         """Every mount with its target, by path."""
         return iter(sorted(self._targets.items()))
-
-
-def _prefixes(path: str) -> Iterator[str]:
-    """Every way to cut ``path`` after a slash, longest first; a path without a final slash is tried with one too."""
-    if not path.endswith("/"):
-        yield path + "/"
-    end = len(path)
-    while (end := path.rfind("/", 0, end)) >= 0:
-        yield path[: end + 1]

@@ -97,6 +97,9 @@ class FakeNode:
     nodes: list[Member] = field(default_factory=list)
     auto_seal: AutoSeal | None = None
 
+    def is_sealed(self) -> bool:
+        return self.state.sealed or not self.state.initialized
+
     async def health(self) -> NodeHealth:
         return self.state
 

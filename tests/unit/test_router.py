@@ -1,10 +1,21 @@
 """Longest mount by whole segments."""
 
+import uuid
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.request.request_id import new_request_id
 from sidecar.request.router import Router
+
+
+def test_a_request_id_is_a_random_uuid() -> None:
+    names = {new_request_id() for _ in range(200)}
+    assert len(names) == 200
+    for name in names:
+        read = uuid.UUID(name)
+        assert (str(read), read.version, read.variant) == (name, 4, uuid.RFC_4122)
 
 
 def router(*mounts: str) -> Router[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hmac
 from dataclasses import replace
 
 import msgspec
@@ -21,7 +22,7 @@ from sidecar.core.locks import KeyedLocks
 from sidecar.core.schedule import due_key, due_name
 from sidecar.core.store_view import SealedStore
 from sidecar.core.token_entry import SYSTEM_MAX_TTL_S, TokenEntry, format_duration, renewed_expiry
-from sidecar.core.token_ids import AccessorEntry, base62
+from sidecar.core.token_ids import SALT_BYTES, AccessorEntry, base62, keyed_hash
 from sidecar.core.tokens import CreateToken, TokenStore, cubbyhole
 from tests.support.logical_store import FakeTime, MemoryLogicalStore, expire, make_barrier, make_sealed
 
@@ -396,6 +397,12 @@ async def test_custom_tokens_are_made_once():
 
 def test_format_duration():
     assert [format_duration(s) for s in (0, 5, 60, 3661, 2_764_800)] == ["0s", "5s", "1m", "1h1m1s", "768h"]
+
+
+@given(st.binary(min_size=SALT_BYTES, max_size=SALT_BYTES), st.text())
+def test_names_are_hmacs(salt: bytes, text: str):
+    expected = hmac.digest(salt, text.encode("utf-8", "surrogatepass"), "sha256")
+    assert keyed_hash(salt, text) == expected[:20].hex()
 
 
 def test_base62_is_uniform():
