@@ -1,10 +1,15 @@
 """Names below a prefix: corrected where keys are true but not in their data keys yet (the overlay of a large batch),
-and without those that somebody else wrote past the index."""
+and without those that somebody else wrote past the index. And whether one name is there, which takes no read."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+from consul_backend.batching import Prepared
+from consul_backend.lazy_index import LazyIndex
+from consul_backend.merkle import Forest
+from consul_backend.read_lease import ReadLease
 
 ReadNames = Callable[[str], Awaitable[list[str]]]
 """The stored names one level below a logical prefix, decoded, folders with a slash at their end."""
@@ -48,3 +53,15 @@ async def indexed(prefix: str, names: Iterable[str], digest_of: Callable[[str], 
         if number % _AT_ONCE == 0:
             await asyncio.sleep(0)
     return found
+
+
+async def exists(lease: ReadLease, lazy: LazyIndex, forest: Forest, overlay: Mapping[str, Prepared], key: str) -> bool:
+    """Whether ``key`` has a value, under the read lease. Raises what loading the index and renewing the lease raise."""
+    while True:
+        await lease.ensure()
+        if lazy.cold:
+            await lazy.need((key,))
+        pending = overlay.get(key)
+        found = forest.digest_of(key) is not None if pending is None else pending.value is not None
+        if lease.valid():
+            return found

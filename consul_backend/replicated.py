@@ -27,7 +27,7 @@ from consul_backend.group_commit import CommitOptions, Committed, GroupCommit
 from consul_backend.index_check import Inspected
 from consul_backend.keys import decode_name, encode_partition, encode_path, public_name, split_prefix
 from consul_backend.large_batch import BatchBounds, crossing
-from consul_backend.listing import corrected, indexed
+from consul_backend.listing import corrected, exists, indexed
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.merkle_flush import Flusher, FlushView
 from consul_backend.merkle_stage import StagedChange
@@ -270,6 +270,10 @@ class ReplicatedStore:
     def _is_far(self, key: str) -> bool:
         return key not in self._cache and self._large.overlay.get(key) is None
 
+    async def exists(self, key: str) -> bool:
+        """Whether the key has a value, as the index knows without reading it. Raises as :meth:`get`."""
+        return await exists(self._lease, self._lazy, self.forest, self._large.overlay, key)
+
     def may_be_large(self, key: str) -> bool:
         """Whether the value may be larger than one transaction: what reads many at once reads those one by one. True of
         every key until this tenure has looked for such values."""
@@ -451,19 +455,8 @@ class ReplicatedStore:
             "recovery_records_redone": self._redone,
             "foreign_writes": self._foreign_writes,
         }
-        parts = (
-            self._collector,
-            self._group_commit,
-            self._large,
-            self._chunks,
-            self._cache,
-            self._names,
-            self._ring,
-            self._table,
-            self._flusher,
-            self._lazy,
-        )
-        for part in parts:
+        log = (self._collector, self._group_commit, self._large, self._chunks, self._ring)
+        for part in (*log, self._cache, self._names, self._table, self._flusher, self._lazy):
             found |= part.statistics()
         return found
 

@@ -25,6 +25,9 @@ class Storage(Protocol):
     async def get(self, path: str) -> bytes | None:
         """The value, or None if there is none."""
 
+    async def exists(self, path: str) -> bool:
+        """Whether there is a value, told without reading it."""
+
     async def list(self, prefix: str = "") -> list[str]:
         """Names one level below ``prefix`` (``""`` or ending in ``/``), sorted; folders end in ``/``."""
 

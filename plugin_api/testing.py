@@ -30,6 +30,9 @@ class MemoryStorage:
     async def get(self, path: str) -> bytes | None:
         return self.entries.get(_checked(path))
 
+    async def exists(self, path: str) -> bool:
+        return _checked(path) in self.entries
+
     async def list(self, prefix: str = "") -> list[str]:
         if prefix and not prefix.endswith("/"):
             raise InvalidRequest("a prefix is empty or ends in '/'")
@@ -125,14 +128,17 @@ def _expect(condition: bool, rule: str) -> None:
 
 async def _check_values(storage: Storage) -> None:
     _expect(await storage.get("a") is None, "a missing key reads as None")
+    _expect(not await storage.exists("a"), "a missing key does not exist")
     await storage.put("a", b"")
     _expect(await storage.get("a") == b"", "an empty value is a value")
+    _expect(await storage.exists("a"), "an empty value exists")
     value = bytes(range(256))
     await storage.put("a", value)
     _expect(await storage.get("a") == value, "any bytes read back unchanged")
     await storage.delete("a")
     await storage.delete("a")
     _expect(await storage.get("a") is None, "a deleted key reads as None, and deleting it again is no failure")
+    _expect(not await storage.exists("a"), "a deleted key does not exist")
 
 
 async def _check_atomic_batches(storage: Storage) -> None:

@@ -150,7 +150,7 @@ class RoleStore:
         return None if raw is None else _decoded(raw, Role)
 
     async def exists(self, name: str) -> bool:
-        return await self._storage.get(f"role/{name}") is not None
+        return await self._storage.exists(f"role/{name}")
 
     async def names(self) -> list[str]:
         return await self._storage.list("role/")

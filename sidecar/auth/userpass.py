@@ -120,7 +120,7 @@ class Userpass(PathEngine):
         await self._storage.put(_key(name), msgspec.msgpack.encode(user))
 
     async def _exists(self, request: Request, fields: Fields) -> bool:
-        return await self._storage.get(_key(_name(fields))) is not None
+        return await self._storage.exists(_key(_name(fields)))
 
     async def _list(self, request: Request, fields: Fields) -> Response:
         return list_response(await self._storage.list("user/"))

@@ -31,6 +31,9 @@ class LogicalStore(Protocol):
     async def get(self, key: str) -> bytes | None:
         """The stored bytes, or None where the key is proven absent."""
 
+    async def exists(self, key: str) -> bool:
+        """Whether the key has a value, told without reading it."""
+
     async def list(self, prefix: str) -> list[str]:
         """Sorted names one level below ``prefix`` (``class/partition/`` or deeper); folders end in ``/``."""
 
@@ -88,6 +91,10 @@ class SealedStore:
     async def get_raw(self, key: str) -> bytes | None:
         """The bytes at ``key`` as they are stored."""
         return await self._store.get(key)
+
+    async def exists(self, key: str) -> bool:
+        """Whether ``key`` has a value, told without reading it."""
+        return await self._store.exists(key)
 
     async def list(self, prefix: str) -> list[str]:
         """Names one level below ``prefix``; folders end in ``/``."""
@@ -176,6 +183,10 @@ class View:
     async def get(self, path: str) -> bytes | None:
         """The value, or None if there is none."""
         return await self._sealed.get(self._key(path))
+
+    async def exists(self, path: str) -> bool:
+        """Whether there is a value, told without reading it."""
+        return await self._sealed.exists(self._key(path))
 
     async def list(self, prefix: str = "") -> list[str]:
         """Names one level below ``prefix`` (``""`` or ending in ``/``), sorted; folders end in ``/``."""

@@ -64,6 +64,10 @@ class GatedStore:
         """As of the store below."""
         return await self._store.get(key)
 
+    async def exists(self, key: str) -> bool:
+        """As of the store below."""
+        return await self._store.exists(key)
+
     async def list(self, prefix: str) -> list[str]:
         """As of the store below."""
         return await self._store.list(prefix)

@@ -38,7 +38,7 @@ async def begin(storage: Storage) -> None:
 
 async def is_under_way(storage: Storage) -> bool:
     """Whether the mark is there."""
-    return await storage.get(STATE) is not None
+    return await storage.exists(STATE)
 
 
 async def upgrade(storage: Storage, now_us: Callable[[], int]) -> None:

@@ -31,7 +31,7 @@ class KVv1(PathEngine):
         ]
 
     async def _exists(self, request: Request, fields: Fields) -> bool:
-        return _names_a_secret(request.path) and await self.context.storage.get(request.path) is not None
+        return _names_a_secret(request.path) and await self.context.storage.exists(request.path)
 
     async def _read(self, request: Request, fields: Fields) -> Response:
         raw = await self.context.storage.get(request.path) if _names_a_secret(request.path) else None

@@ -134,7 +134,7 @@ class KVv2(PathEngine):
     # --- data ---
 
     async def _exists(self, request: Request, fields: Fields) -> bool:
-        return _names_a_secret(fields["path"]) and await self._metadata(fields["path"]) is not None
+        return _names_a_secret(fields["path"]) and await self._storage.exists(_metadata_key(fields["path"]))
 
     async def _read_data(self, request: Request, fields: Fields) -> Response:
         return await self._read_version(fields, "data", lambda data: data)

@@ -45,6 +45,10 @@ class MemoryLogicalStore:
         await asyncio.sleep(0)
         return value
 
+    async def exists(self, key: str) -> bool:
+        await asyncio.sleep(0)
+        return key in self.data
+
     async def list(self, prefix: str) -> list[str]:
         assert prefix.endswith("/")
         await asyncio.sleep(0)

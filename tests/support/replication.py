@@ -59,6 +59,9 @@ class MemoryStore:
         last = self.log[-1]
         return Head(last.index, last.chain_hash, last.header.time_ms)
 
+    async def exists(self, key: str) -> bool:
+        return await self.get(key) is not None
+
     async def get(self, key: str) -> bytes | None:
         self.reading.append(key)
         self.read_together.append(tuple(self.reading))

@@ -57,6 +57,9 @@ class MemoryStore:
     async def get(self, key: str) -> bytes | None:
         return self.entries.get(key)
 
+    async def exists(self, key: str) -> bool:
+        return key in self.entries
+
     async def list(self, prefix: str) -> list[str]:
         names = set()
         for key in self.entries:

@@ -45,6 +45,7 @@ async def test_a_batch_of_many_entries_is_whole_and_ends_in_its_data_keys(cluste
         assert head.index == store.head.index or store.head.index > head.index
         assert await store.get(key("k0")) == b"new"
         assert await store.get(key("k3")) is None
+        assert [await store.exists(key(name)) for name in ("k0", "k3", "none")] == [True, False, False]
         assert await store.get(key("k7", "l")) == b"local"
         assert await store.list(f"r/{PARTITION}/") == sorted(f"k{n}" for n in range(500) if n != 3)
         await store.rolled()

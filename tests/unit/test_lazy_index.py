@@ -59,8 +59,10 @@ async def test_a_lazily_recovered_store_answers_as_an_eager_one(cluster, commits
     store = await cluster.recover(LAZY)
     assert store.statistics()["index_cold_pages"]
     for name in random.Random(2).sample(sorted(data), 40):
+        assert await store.exists(name)
         assert await store.get(name) == data[name]
     assert await store.get(key("nothing/here")) is None
+    assert not await store.exists(key("nothing/there"))
     await loaded_check(cluster, store)
 
 

@@ -61,6 +61,22 @@ async def test_absence_needs_no_read(cluster):
         assert await store.get(key("nothing")) is None
 
 
+async def test_existence_needs_no_read(cluster):
+    async with cluster.running(NO_MEMORY) as store:
+        await store.commit([Write(key("a"), b"1"), Write(key("b"), b""), Write(key("c"), b"2")])
+        await store.commit([Write(key("c"), None)])
+        cluster.physical.read_fault = AssertionError("the index knows")
+        assert [await store.exists(key(name)) for name in "abcd"] == [True, True, False, False]
+
+
+async def test_existence_is_told_under_the_read_lease_only(cluster):
+    async with cluster.running(QUIET) as store:
+        await store.commit([Write(key("a"), b"1")])
+        store._lease.lost()
+        with pytest.raises(FenceLost):
+            await store.exists(key("a"))
+
+
 @pytest.mark.parametrize("op", [Set, Delete])
 async def test_a_value_that_nobody_here_wrote_is_never_served(cluster, op):
     async with cluster.running(NO_MEMORY) as store:

@@ -61,7 +61,7 @@ class KeyStore:
         return await self._storage.list("key/")
 
     async def exists(self, name: str) -> bool:
-        return name in self._cached or await self._storage.get(_ring_key(name)) is not None
+        return name in self._cached or await self._storage.exists(_ring_key(name))
 
     async def find(self, name: str) -> Key | None:
         """The key, or None; to use, not to change."""
