@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from datetime import UTC, datetime
@@ -83,10 +84,15 @@ def format_time(unix_s: float) -> str:
     return format_time_us(round(unix_s * 1_000_000))
 
 
+@functools.lru_cache(maxsize=64)
+def _second(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat()[:19]
+
+
 def format_time_us(unix_us: int) -> str:
     """:func:`format_time` of whole microseconds, for times that are stored and must read back unchanged."""
     seconds, micros = divmod(unix_us, 1_000_000)
-    text = datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
+    text = _second(seconds)
     if micros:
         text += f".{micros:06d}".rstrip("0")
     return text + "Z"

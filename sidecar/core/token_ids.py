@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 
 import msgspec
 
 from consul_backend.wal import Write
+from sidecar.core.keyed_hash import KeyedHash
 from sidecar.core.keys import (
     CUBBYHOLES,
     TOKEN_ACCESSORS,
@@ -49,20 +49,10 @@ def base62(length: int, random_bytes: Callable[[int], bytes]) -> str:
 
 def keyed_hash(salt: bytes, text: str) -> str:
     """The name under which a token or accessor is stored: 160 bits of HMAC-SHA-256, in hex."""
-    inner_state, outer_state = _hmac_states(salt)
-    inner, outer = inner_state.copy(), outer_state.copy()
-    inner.update(text.encode("utf-8", "surrogatepass"))
-    outer.update(inner.digest())
-    return outer.digest()[:_HASH_BYTES].hex()
+    return _hash_under(salt).digest(text.encode("utf-8", "surrogatepass"))[:_HASH_BYTES].hex()
 
 
-@functools.lru_cache(maxsize=2)
-def _hmac_states(salt: bytes) -> tuple[hashlib._Hash, hashlib._Hash]:
-    """HMAC-SHA-256 under ``salt`` (at most 64 bytes) before the text: every request hashes a token, and setting up the
-    key costs three times as much as the hash."""
-    key = salt.ljust(64, b"\0")
-    inner, outer = (hashlib.sha256(bytes(byte ^ pad for byte in key)) for pad in (0x36, 0x5C))
-    return inner, outer
+_hash_under = functools.lru_cache(maxsize=2)(KeyedHash)
 
 
 def expiry(entry: TokenEntry) -> Write:

@@ -315,6 +315,30 @@ async def test_lines_are_written_in_the_order_they_were_handed_over(tmp_path: Pa
     assert [json.loads(line)["n"] for line in path.read_bytes().splitlines()] == list(range(2000))
 
 
+async def test_lines_of_one_turn_are_one_write_and_so_are_those_that_come_meanwhile() -> None:
+    """Each write wakes a thread, which costs more than the line."""
+
+    class Counting(HungSink):
+        def __init__(self) -> None:
+            super().__init__()
+            self.writes: list[list[bytes]] = []
+
+        def write(self, lines: Sequence[bytes]) -> None:
+            self.writes.append(list(lines))
+            super().write(lines)
+
+    sink = Counting()
+    async with device(sink) as made:
+        futures = [made.submit(b"a%d" % number) for number in range(3)]
+        await asyncio.to_thread(sink.entered.wait)
+        for number in range(3):
+            futures.append(made.submit(b"b%d" % number))
+            await asyncio.sleep(0)
+        sink.free.set()
+        assert set(await asyncio.gather(*futures)) == {None}
+    assert sink.writes == [[b"a0", b"a1", b"a2"], [b"b0", b"b1", b"b2"]]
+
+
 async def test_what_waits_for_a_hung_device_is_bounded() -> None:
     sink = HungSink()
     async with device(sink, queue_bytes_max=100) as made:

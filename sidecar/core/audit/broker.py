@@ -28,6 +28,14 @@ _THREAD_BYTES_MIN = 16 * 1024
 _CLOSE_S = 0.25
 
 
+_LATE = "nothing takes what is written"
+
+
+def _give_up(future: asyncio.Future[Outcome]) -> None:
+    if not future.done():
+        future.set_result(_LATE)
+
+
 class AuditFailed(PluginError):
     """500: no device took the entry, so that the request must not go on, or its answer not be shown."""
 
@@ -130,7 +138,21 @@ class AuditBroker:
             lines = [format_line(record, device.how) for device in devices]
         else:
             lines = await asyncio.to_thread(lambda: [format_line(record, device.how) for device in devices])
-        return await self._written(devices, [d.submit(line) for d, line in zip(devices, lines, strict=True)])
+        futures = [device.submit(line) for device, line in zip(devices, lines, strict=True)]
+        if len(devices) == 1:
+            return await self._written_by(devices[0], futures[0])
+        return await self._written(devices, futures)
+
+    async def _written_by(self, device: Device, future: asyncio.Future[Outcome]) -> bool:
+        """:meth:`_written` where there is one device, as nearly everywhere, at a fraction of the cost."""
+        late = asyncio.get_running_loop().call_later(self._rules.timeout_s, _give_up, future)
+        try:
+            outcome = await future
+        finally:
+            late.cancel()
+        if outcome is _LATE:
+            device.stall()
+        return outcome is None
 
     async def _written(self, devices: Sequence[Device], futures: Sequence[asyncio.Future[Outcome]]) -> bool:
         deadline = time.monotonic() + self._rules.timeout_s
@@ -151,4 +173,4 @@ class AuditBroker:
 
     async def _within_bound(self, future: asyncio.Future[Outcome]) -> Outcome:
         await asyncio.wait([future], timeout=self._rules.timeout_s)
-        return future.result() if future.done() else "nothing takes what is written"
+        return future.result() if future.done() else _LATE

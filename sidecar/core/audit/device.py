@@ -2,6 +2,9 @@
 
 The thread is a daemon: a write that hangs for ever must not keep the process from ending. What waits is bounded; once
 the bound is reached, further lines fail at once.
+
+Waking a thread costs more than writing a line. So the thread gets all lines of one turn of the event loop together, and
+while it writes, whatever comes waits to be its next write.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import deque
 from dataclasses import dataclass, field
 
 from sidecar.core.audit.entries import Formatting
@@ -47,7 +51,9 @@ class Device:
         self._queued_bytes = 0
         self._closed = False
         self._loop = asyncio.get_running_loop()
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._waiting: deque[_Job] = deque()
+        self._busy = False
+        self._jobs: queue.SimpleQueue[list[_Job]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     @property
@@ -88,8 +94,22 @@ class Device:
             self._thread = threading.Thread(target=self._work, name=f"audit {self.name}", daemon=True)
             self._thread.start()
         job = _Job(self._loop.create_future(), line, last)
-        self._jobs.put(job)
+        self._waiting.append(job)
+        if not self._busy:
+            self._busy = True
+            self._loop.call_soon(self._hand_over)
         return job.done
+
+    def _hand_over(self) -> None:
+        """Give the thread what waits: lines, up to a size, or one wish."""
+        waiting = self._waiting
+        jobs = [waiting.popleft()]
+        size = len(jobs[0].line)
+        while size and waiting and waiting[0].line and size < _BATCH_BYTES:
+            job = waiting.popleft()
+            jobs.append(job)
+            size += len(job.line)
+        self._jobs.put(jobs)
 
     def _answered(self, outcome: Outcome) -> asyncio.Future[Outcome]:
         future: asyncio.Future[Outcome] = self._loop.create_future()
@@ -105,6 +125,9 @@ class Device:
         self.error = outcome
 
     def _finish(self, jobs: list[_Job], outcome: Outcome) -> None:
+        self._busy = bool(self._waiting)
+        if self._busy:
+            self._hand_over()
         for job in jobs:
             self._queued_bytes -= len(job.line)
             if not job.done.done():
@@ -115,31 +138,15 @@ class Device:
     # -- in the thread
 
     def _work(self) -> None:
-        held: _Job | None = None
         ended = False
         while not ended:
-            first = held or self._jobs.get()
-            jobs, held = self._more(first)
-            ended = first.last
+            jobs = self._jobs.get()
+            ended = jobs[0].last
             outcome = self._tried(jobs)
             try:
                 self._loop.call_soon_threadsafe(self._finish, jobs, outcome)
             except RuntimeError:
                 return  # the loop has ended, and with it everybody who could ask
-
-    def _more(self, first: _Job) -> tuple[list[_Job], _Job | None]:
-        """The lines that wait behind a line, up to a size; and the job that is no part of them."""
-        jobs, size = [first], len(first.line)
-        while first.line and size < _BATCH_BYTES:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                break
-            if not job.line:
-                return jobs, job
-            jobs.append(job)
-            size += len(job.line)
-        return jobs, None
 
     def _tried(self, jobs: list[_Job]) -> Outcome:
         try:

@@ -14,9 +14,13 @@ from dataclasses import dataclass, field
 from http.client import responses
 from typing import Any
 
+import msgspec
+
 from sidecar.core.audit.hashing import Hasher
 
 _ACTIVE = re.compile(r"[<>&$`\x7f]")
+_encode = msgspec.json.Encoder().encode
+_ENCODER = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_nan=False)
 _ROOT_NAMESPACE = {"id": "root"}
 _PHRASES = {
     400: "invalid request",
@@ -160,6 +164,11 @@ def _present(fields: Fields) -> dict[str, Any]:
 
 
 def _line(entry: Fields, prefix: str) -> bytes:
-    text = json.dumps(entry, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    try:
+        text = _encode(entry).decode()
+    except (OverflowError, UnicodeEncodeError):  # numbers and surrogates that only the slower encoder can write
+        text = ""
+    if not text or not text.isascii():
+        text = _ENCODER.encode(entry)
     inert = _ACTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return f"{prefix}{inert}\n".encode()
