@@ -432,7 +432,7 @@ async def running(
         genesis.cluster,
         ServiceOptions(
             api_addr=api_addr,
-            audit=audit or LocalRules(timeout_s=0.3),
+            audit=audit or LocalRules(timeout_s=2.0),
             prometheus=prometheus,
             lockout=lockout or LockoutSettings(),
         ),
