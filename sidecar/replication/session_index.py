@@ -206,12 +206,16 @@ def _is_applied(point: Point, began: Promotion, log: SetLog) -> bool:
 
 
 def epoch_at(at: Position, history: Sequence[Promotion]) -> Promotion | None:
-    """The epoch that the record at a position is of; None for one that is not in ``history``. A stream that went on
-    when its primary began another epoch in the same log has positions that still name the one before."""
-    later = [
-        one for one in history if one.number > at.epoch and one.generation == at.generation and one.index < at.index
-    ]
-    return later[-1] if later else _promotion(history, at.epoch)
+    """The epoch that the record at a position is of. A stream that went on when its primary began another epoch in the
+    same log has positions that still name the one before. None where it is of no epoch in ``history``: a cluster that
+    has met a primary of another branch, and does not have its data yet."""
+    found = None
+    for one in history:
+        if one.generation == at.generation and (
+            one.number == at.epoch or (at.epoch < one.number and one.index < at.index)
+        ):
+            found = one
+    return found
 
 
 def _promotion(history: Sequence[Promotion], number: int) -> Promotion | None:

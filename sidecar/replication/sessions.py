@@ -44,8 +44,8 @@ LOOK_AGAIN_S = 0.25
 """How soon a wait looks again by itself: the service that it waits for may have been replaced."""
 
 LOST = (
-    "A write that this session made or saw was not replicated before its primary was replaced: it is not part of this "
-    "answer and will not come."
+    "This session has seen a state of its primary that was not replicated before another cluster took its place: "
+    "writes that it made or saw since are not part of this answer and will not come."
 )
 ELSEWHERE = (
     "A write that this session made or saw is of another replication set or another store than this cluster's: whether "
@@ -109,7 +109,7 @@ class Sessions:
         local = Point(own.number, own.head_index if asked else written)
         replicated = upstream
         set_log, secondary = self._set()
-        if not secondary:
+        if not secondary or self._just_demoted(set_log, written):
             replicated = self._at(set_log, local.index)
         elif asked and self._is_here(upstream):
             replicated = self._at(set_log, None)
@@ -168,6 +168,11 @@ class Sessions:
         at = service.applier.position if service is not None else stored_position(self._store, PERFORMANCE)
         return None if is_none(at) else at
 
+    def _just_demoted(self, set_log: SetLog | None, written: int) -> bool:
+        """Whether a write of a primary is answered after its demotion, which waited for its commit."""
+        at = set_log.at if set_log is not None else None
+        return at is not None and at.generation == self._store.generation and 0 < written <= at.index
+
     def _seen(self, log_: SetLog) -> Position | None:
         """As far as an answer of this moment may show: a commit is readable a moment before it counts as applied."""
         stored, at = stored_position(self._store, PERFORMANCE), log_.at
@@ -184,10 +189,11 @@ class Sessions:
         if at is None:
             return nothing
         began = epoch_at(at, set_log.history) if index is None else set_log.history[-1]
-        if began is None:
-            return nothing
-        point = Point(began.number, at.index if index is None else index)
-        return SessionIndex("", Point(), NO_NAME, point, set=name_of(set_log.set_id), epoch=name_of(began.id))
+        number = at.epoch if began is None else began.number
+        # Without a name it is of a branch that is being given up, and counts as lost from then on.
+        epoch = NO_NAME if began is None else name_of(began.id)
+        point = Point(number, at.index if index is None else index)
+        return SessionIndex("", Point(), NO_NAME, point, set=name_of(set_log.set_id), epoch=epoch)
 
     def _upstream(self, answered: str) -> SessionIndex:
         try:

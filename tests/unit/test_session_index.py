@@ -178,6 +178,20 @@ def test_a_stream_that_went_on_into_the_next_epoch_is_of_that_epoch() -> None:
     )
 
 
+def test_a_cluster_that_has_met_another_branch_and_not_its_data_yet_has_nothing_of_it() -> None:
+    """Found by simulation: two clusters were promoted apart as epoch 2, and one of them comes to follow the other."""
+    mine, theirs = Promotion(2, "mine", generation="B", index=5), Promotion(2, "theirs", generation="C", index=3)
+    first = Promotion(1, "e1", generation="A")
+    standing = at("B", 2, 26)
+    assert epoch_at(standing, (first, mine)) == mine
+    assert epoch_at(standing, (first, theirs)) is None
+    adopted = SetLog("set", (first, theirs), standing)
+    assert judge_replicated(seen(2, 4, "theirs"), "b", adopted, secondary=True) is Verdict.MISSING
+    assert judge_replicated(seen(2, 4, "mine"), "b", adopted, secondary=True) is Verdict.LOST
+    unnamed = SessionIndex("b", Point(), replicated=Point(2, 26), set=name_of("set"))
+    assert judge_replicated(unnamed, "x", adopted, secondary=True) is Verdict.LOST
+
+
 # ---- against a model
 
 

@@ -180,6 +180,7 @@ class SetNode(Node):
             restart=self._begin_anew,
             keep_keys=self._nothing,
             root_key=lambda: ROOT_KEY,
+            derived_key=lambda label: ROOT_KEY,
             open_entry=self._open_entry,
             standalone=self._standalone,
             gate=self._writes,
