@@ -14,7 +14,7 @@ import pytest
 from tests.integration.test_failpoints import enable, one_node, restart, running, stored
 from tests.integration.test_main_job import alice, read, with_secrets
 from tests.support import disaster
-from tests.support.cluster import Cluster, activation_token, wait_in_step
+from tests.support.cluster import Cluster, activation_token, performance, wait_in_step
 from tests.support.faults import arm, await_killed
 
 
@@ -61,6 +61,11 @@ def test_while_a_secondary_is_filled_and_dies_of_it(two: tuple[Cluster, Cluster]
         written |= write(us, f"round-{round_}")
         restart(eu, spec=f"{point}=kill")
         if point.startswith("applier"):
+            # What is written earlier may come with another sync; then nothing would be left to be streamed.
+            node = eu.nodes[0]
+            node.wait_until(
+                "stream", lambda node=node: not node.running or performance(node).get("state") == "stream-wals", 40
+            )
             rotate(us)
             written |= write(us, "streamed")
         await_killed(eu.nodes[0])
