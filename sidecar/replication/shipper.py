@@ -402,7 +402,7 @@ class _Stream:
             if not progress.has_room():
                 return False  # the rest is read again: to hold it would cost memory for as long as the peer is slow
             parts_bytes = 0
-            if record is not None:
+            if record is not None and record.header.large is not None:
                 async for part in parts_of(self._store, record, self._classes, self._selection):
                     self._check_selection()
                     part_raw = encode(part)
@@ -444,7 +444,8 @@ class _Stream:
             self._progress.acked(frame.applied, frame.durable)
             if not self._told.done():  # nothing is held for a secondary that was just revoked
                 self._store.hold(self._hold_as, frame.durable)
-            self._wake.set()
+            if self._progress.sent < self._store.head.index:  # or else there is nothing that the window held back
+                self._wake.set()
         elif isinstance(frame, Heartbeat):
             self._echo = (frame.clock_ms, now_s)
             self._offset.observe(
