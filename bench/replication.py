@@ -358,7 +358,7 @@ def main() -> None:
     one.add_argument("--keys", type=int, nargs="+", default=[10_000])
     one = cases.add_parser("fan-out", help="what N secondaries cost")
     one.add_argument("--secondaries", type=int, nargs="+", default=[0, 1, 10, 50])
-    one.add_argument("--rate", type=float, default=200.0)
+    one.add_argument("--rate", type=float, default=50.0)
     one.add_argument("--seconds", type=float, default=5.0)
     functions = {"lag": lag, "stream": stream, "catch-up": catch_up, "fill": first_fill, "fan-out": fan_out}
     arguments = parser.parse_args()
