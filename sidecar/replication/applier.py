@@ -25,7 +25,7 @@ from consul_backend.position import Position
 from sidecar.replication.asking import answer_to
 from sidecar.replication.channel import Channel, ChannelClosed, hear
 from sidecar.replication.committer import commit, positions_at, stored_position
-from sidecar.replication.hello import Identity, Source, fork_problem, hello_of, source_of
+from sidecar.replication.hello import Identity, Source, fork_problem, hello_of, is_on_log, source_of
 from sidecar.replication.inbox import Inbox
 from sidecar.replication.intake import Batch, Budget, Intake
 from sidecar.replication.modes import Mode
@@ -108,8 +108,9 @@ class _NeedDiff(Exception):
 class Applier:
     """One per mode and tenure as secondary; :meth:`run` once per connection, again and again.
 
-    ``on_source`` hears whom a hello was answered by and what travels, before anything of it is applied: it may keep
-    what would be lost, drops what may not stay, and returns who this secondary is from now on."""
+    ``on_source`` hears whom a hello was answered by, what travels, and whether that primary knows our position, before
+    anything of it is applied: it may keep what would be lost, drops what may not stay, and returns who this secondary
+    is from now on."""
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class Applier:
         identity: Identity,
         advertise: Callable[[], Advertised] = Advertised,
         on_event: Callable[[Event], None] = lambda event: None,
-        on_source: Callable[[Source, Partitions], Awaitable[Identity]] | None = None,
+        on_source: Callable[[Source, Partitions, bool], Awaitable[Identity]] | None = None,
     ) -> None:
         self._mode = mode
         self._on_source = on_source
@@ -223,7 +224,7 @@ class Applier:
         self.upstream.head_index, self.upstream.heard_at_s = reply.head_index, self._clock.monotonic()
         if self._on_source is not None:
             try:
-                self.identity = await self._on_source(source, reply.selection)
+                self.identity = await self._on_source(source, reply.selection, is_on_log(reply))
             except ChannelClosed as later:
                 return Outcome(End.LOST, str(later))
         self.selection = reply.selection

@@ -11,6 +11,7 @@ from sidecar.replication.protocol import PROTOCOL_VERSIONS, Hello, HelloReply, i
 from sidecar.replication.selection import EVERYTHING, Partitions
 
 NO_MATCHING_WALS = "no matching WALs available"
+LACKS_PARTITIONS = "the secondary does not hold every partition that it is sent now"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def answer_hello(
     elif problem := _position_problem(hello.position, source, facts):
         mode, reason = "need-diff", problem
     elif not selection.within(hello.held):
-        mode, reason = "need-diff", "the secondary does not hold every partition that it is sent now"
+        mode, reason = "need-diff", LACKS_PARTITIONS
     else:
         mode, reason = "accept", ""
     return HelloReply(
@@ -133,6 +134,12 @@ def _position_problem(position: Position | None, source: Source, facts: LogFacts
     if facts.hash_at_position != position.chain_hash:
         return f"diverged: the primary has another record {position.index}"
     return ""
+
+
+def is_on_log(reply: HelloReply) -> bool:
+    """Whether the primary found the position in the hello on its own log. Only then its mounts, and so what it does not
+    select, are known to be those that this cluster had from it. A reason that is not understood proves nothing."""
+    return reply.mode == "accept" or (reply.mode == "need-diff" and reply.reason == LACKS_PARTITIONS)
 
 
 def source_of(reply: HelloReply) -> Source:

@@ -324,6 +324,7 @@ class SecondaryService:
     async def _filled(self, selection: Partitions) -> None:
         """A sync has brought all of a selection. Not stored, it is compared once more after the next hello."""
         before = self._role
+        await drop_withheld(self._store, selection, Budget.of(self._options.limits))
         try:
             self._role = await self._synced(selection) or self._role
         except (Overloaded, NotApplied, StoreUnavailable, Unavailable) as error:
@@ -456,8 +457,9 @@ class SecondaryService:
             on_source=self._met,
         )
 
-    async def _met(self, source: Source, selection: Partitions) -> Identity:
-        """A primary answered the hello. Raises ChannelClosed: come again."""
+    async def _met(self, source: Source, selection: Partitions, on_log: bool) -> Identity:
+        """A primary answered the hello. What a filter withholds is hidden now, and dropped now if the primary proved to
+        be the one we had it from; else when a comparison is done. Raises ChannelClosed: come again."""
         try:
             role = await self._adopt(source, selection)
         except (Overloaded, NotApplied, StoreUnavailable) as error:
@@ -470,7 +472,8 @@ class SecondaryService:
                 await self._callbacks.reselected()
             except Unavailable as error:
                 raise ChannelClosed(str(error)) from error
-            await drop_withheld(self._store, selection, Budget.of(self._options.limits))
+            if on_log:
+                await drop_withheld(self._store, selection, Budget.of(self._options.limits))
         return _identity(role)
 
 

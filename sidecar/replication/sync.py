@@ -38,14 +38,14 @@ from consul_backend.merkle import entry_digest
 from consul_backend.position import Position
 from consul_backend.wal import Write
 from sidecar.replication.answers import last_of
-from sidecar.replication.brake import Brake, Shrink, by_class
+from sidecar.replication.brake import COUNTED_CLASS, Brake, Shrink, by_class
 from sidecar.replication.channel import ChannelClosed
 from sidecar.replication.committer import stored_position
 from sidecar.replication.diff import SyncPlan, diff_request, dropped_keys
 from sidecar.replication.filling import Filling, SyncProgress
 from sidecar.replication.hello import Identity, Source, fork_problem
 from sidecar.replication.intake import Budget, Intake, checked_writes
-from sidecar.replication.modes import Mode
+from sidecar.replication.modes import PERFORMANCE, Mode
 from sidecar.replication.protocol import (
     FETCH_FRAME_BYTES_MAX,
     SALT_BYTES,
@@ -69,6 +69,7 @@ from sidecar.replication.shipped import Shipped, load_indexes
 from sidecar.replication.staging import Stage, Staging
 from sidecar.replication.states import Event
 from sidecar.replication.store_view import SecondaryStore
+from sidecar.replication.withheld import withheld_partitions
 
 log = logging.getLogger("replication.sync")
 
@@ -237,7 +238,11 @@ class Syncer:
         """What there is to do, and what may be deleted: from the counts of both ends."""
         here = {name: self._shipped.count(name) for name in self._shipped.partitions()}
         kept = sum(here.values()) - sum([here[name] for name in plan.gone])
-        self._brake = Brake(self._allowance, by_class(here), by_class(reply.counts), self._accepted)
+        # What a filter withholds goes when the sync is done: an empty table of mounts would withhold everything.
+        withheld = withheld_partitions(self._store, self._selection) if self._mode is PERFORMANCE else {}
+        mine = by_class(here | {f"{COUNTED_CLASS}/{name}": count for name, count in withheld.items()})
+        self._brake = Brake(self._allowance, mine, by_class(reply.counts), self._accepted)
+        self._brake.count(sum(withheld.values()))
         self._filling = Filling(plan.ranges, reply.counts, kept=kept, started_s=self._clock.monotonic())
         self._staging = self._stage()
 
