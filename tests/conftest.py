@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
@@ -18,6 +19,10 @@ from tests.support.endpoints import install_recorder
 ConsulStoreFactory = Callable[..., Awaitable[ConsulStore]]
 
 install_recorder()
+
+# Nodes inherit this environment, and a seal obeys VAULT_ADDR before its own stanza: drop what a shell has set.
+for name in [name for name in os.environ if name.startswith(("VAULT_", "OUTRIDER_ADDR", "OUTRIDER_TOKEN"))]:
+    del os.environ[name]
 
 # How long an example takes says how loaded the machine is.
 settings.register_profile("timeless", deadline=None, suppress_health_check=[HealthCheck.too_slow])
