@@ -79,6 +79,7 @@ class ReplicatedStore:
         self.tenure = tenure
         self.forest: Forest = recovered.forest
         self.head: Head = recovered.tip.head
+        self.inherited = self.head
         self.positions: Mapping[str, Position] = recovered.tip.record.header.positions
         self.oldest_index = recovered.oldest_index
         self._physical = physical
@@ -201,6 +202,10 @@ class ReplicatedStore:
         await self._flusher.run()
 
     # -- the index
+
+    async def require_tenure(self) -> None:
+        """Raises FenceLost unless this tenure still leads: see :func:`~consul_backend.fenced.require_tenure`."""
+        await require_tenure(self._physical, self.tenure)
 
     async def rooted(self) -> None:
         """Wait until every root is known: at once, except shortly after the recovery of a big index."""

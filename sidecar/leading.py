@@ -334,6 +334,9 @@ class ActiveScope:
     def audit_blocked(self) -> bool:
         return self._service.audit_blocked()
 
+    def stopped_reason(self) -> str:
+        return self._replication.denials.stopped or ""
+
     def reopen_audit(self) -> None:
         self._service.reopen_audit()
 

@@ -67,6 +67,9 @@ class RoleView(Protocol):
     def audit_blocked(self) -> bool:
         """Whether requests fail because no audit device works."""
 
+    def stopped_reason(self) -> str:
+        """Why nothing is served until an operator decides; or empty."""
+
     def reopen_audit(self) -> None:
         """Open the audit devices' files and connections again."""
 
@@ -219,6 +222,7 @@ class Node:
                 last_wal=role.view.head_index(),
                 audit_blocked=role.view.audit_blocked(),
                 canary_age_ms=role.view.canary_age_ms(),
+                stopped_reason=role.view.stopped_reason(),
             )
         performance, disaster = role.modes if role else ("unknown", "unknown")
         cluster = role.cluster if role else None

@@ -157,6 +157,8 @@ class Front:
             body["audit_blocked"] = True
         if health.sealed_reason:
             body["sealed_reason"] = health.sealed_reason
+        if health.stopped_reason:
+            body["stopped_reason"] = health.stopped_reason
         return _json(status, body)
 
     async def _seal_status(self, request: HttpRequest) -> HttpResponse:

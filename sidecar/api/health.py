@@ -28,8 +28,8 @@ def health_code(health: NodeHealth, query: Mapping[str, list[str]]) -> int:
     _flag(query, "perfstandbyok")
     if not health.initialized:
         return codes["uninitcode"]
-    if health.sealed:
-        return codes["sealedcode"]
+    if health.sealed or health.stopped_reason:
+        return codes["sealedcode"]  # either serves nothing before an operator has done something
     if health.standby and not health.ha_healthy:
         return codes["haunhealthycode"]
     if health.dr_mode == "secondary":

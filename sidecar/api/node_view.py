@@ -43,7 +43,8 @@ class NodeHealth:
     requests fail because no audit device works. A standby reports how long ago (milliseconds) the active node answered
     its heartbeat (None before the first answer), how long that took and how far its clock is ahead of that node's; not
     ``ha_healthy`` when it is too long ago. ``canary_age_ms``: how far this cluster is behind its primary.
-    ``sealed_reason``: why a node sealed itself, for the operator."""
+    ``sealed_reason``: why a node sealed itself, for the operator; ``stopped_reason``: why one that leads serves nothing
+    until an operator decides."""
 
     initialized: bool
     sealed: bool
@@ -55,6 +56,7 @@ class NodeHealth:
     last_wal: int = 0
     audit_blocked: bool = False
     sealed_reason: str = ""
+    stopped_reason: str = ""
     ha_healthy: bool = True
     heartbeat_age_ms: int | None = None
     echo_ms: int = 0

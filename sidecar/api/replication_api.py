@@ -121,8 +121,9 @@ class ReplicationAPI(Upstream, Protocol):
         """Start a reindex in the background (contract 1.13). ``deletions``: how many entries ``force`` may give up,
         beyond what it may unasked."""
 
-    async def recover(self) -> Response:
-        """Try to leave an adverse state (contract 1.13)."""
+    async def recover(self, *, force: bool = False) -> Response:
+        """Try to leave an adverse state (contract 1.13). With ``force`` a primary whose secondaries deny its log goes
+        on with its store as it is."""
 
     async def secondary_enable(
         self, mode: str, token: str, primary_api_addr: str, ca_file: str, ca_path: str

@@ -66,7 +66,7 @@ _TABLE: dict[str, tuple[str, dict[str, FieldSpec]]] = {
     "replication/{mode}/status": ("Status of one mode.", _NONE),
     "replication/merkle-check": ("Compare the index with the data.", _NONE),
     "replication/reindex": ("Make the index anew.", _REINDEX),
-    "replication/recover": ("Try to go on after a fault.", _NONE),
+    "replication/recover": ("Try to go on after a fault.", takes(force=BOOL)),
     "replication/{mode}/lost-writes": ("Records of writes that a promotion lost.", _NONE),
     "replication/{mode}/lost-writes/{id}": ("One record of lost writes.", takes(page=STRING)),
     "replication/{mode}/lost-writes/{id}/export": ("What the lost writes held.", takes(page=STRING)),

@@ -134,7 +134,7 @@ class SysReplication:
         return await reindex(self._api(), Fields(call.data))
 
     async def _recover(self, call: Call, params: Params) -> Answer:
-        return answer_of(await self._api().recover())
+        return answer_of(await self._api().recover(force=Fields(call.data).boolean("force")))
 
     async def _not_a_dr_secondary(self, call: Call, params: Params) -> None:
         if self._core.replication is not None:

@@ -14,7 +14,9 @@ from consul_backend.wal import Write
 from plugin_api.errors import ReadOnlyStorage
 from sidecar.core.store_view import CommitHead, LogicalStore
 
-NOT_NOW = "this cluster may not write that now: it is a DR secondary, or its replication role is being changed"
+NOT_NOW = (
+    "this cluster may not write that now: it is a DR secondary, its replication role is being changed, or it is stopped"
+)
 
 
 class WriteGate:

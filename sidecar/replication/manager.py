@@ -23,8 +23,10 @@ from plugin_api.errors import InvalidRequest, Unavailable
 from plugin_api.request import Response
 from sidecar.replication import enrolment, roles
 from sidecar.replication import status as statuses
+from sidecar.replication.denials import Denials
 from sidecar.replication.filters import Filters
 from sidecar.replication.forecast import forecast, objections, require_safe
+from sidecar.replication.going_on import begin_anew, go_on, of_secondaries
 from sidecar.replication.history import Promotion
 from sidecar.replication.lost_writes import page_number, shown_entries, summary
 from sidecar.replication.mode_manager import ModeManager
@@ -44,8 +46,6 @@ from sidecar.replication.texts import (
     FORGETTING,
     PLAIN_HTTP,
     PROMOTING,
-    RECOVERING,
-    REINDEX_CANCELLED,
     REINDEXING,
     UPDATING_PRIMARY,
 )
@@ -90,7 +90,8 @@ class Replication:
         self._bootstrapping: Mode | None = None
         self._began_as_mirror = False
         self._upkeep = IndexUpkeep(store, sealed, clock, self._ask_secondaries)
-        self.performance = self._manager(PERFORMANCE, callbacks)
+        self.denials = Denials(self._restrict, callbacks.set_gate)
+        self.performance = self._manager(PERFORMANCE, replace(callbacks, set_gate=self.denials.fill))
         self.filters = Filters(self.performance, lambda: self._steady(PERFORMANCE.name))
         # Reads are gated for performance alone: a DR secondary serves none.
         self.dr = self._manager(DR, replace(callbacks, on_applied=self._mirrored, set_gate=lambda reason: None))
@@ -114,6 +115,7 @@ class Replication:
             clock=self._clock,
             options=self._options,
             restrict=self._restrict,
+            denials=self.denials,
             mirrored=self._followed if mode is PERFORMANCE else None,
         )
 
@@ -209,25 +211,20 @@ class Replication:
 
     async def _ask_secondaries(self, wanted: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """Entries that this cluster lost, from whoever follows it."""
-        found: dict[str, bytes] = {}
-        for manager in (self.performance, self.dr):
-            if manager.primary is not None:
-                missing = {key: digest for key, digest in wanted.items() if key not in found}
-                found |= await manager.primary.shipper.ask(missing)
-        return found
+        return await of_secondaries((self.performance, self.dr), wanted)
 
     async def reindex(self, diff: bool, force: bool, skip_flush: bool, deletions: int = 0) -> Response:
         """Start to repair index and data keys in the background (contract 1.13)."""
         self._upkeep.start(ReindexOptions(diff, force, skip_flush, deletions, self._options.allowance))
         return Response(warnings=[REINDEXING])
 
-    async def recover(self) -> Response:
-        """Try to leave an adverse state: a running reindex is cancelled, a secondary begins anew (contract 1.13)."""
-        cancelled = self._upkeep.cancel()
-        for manager in (self.performance, self.dr):
-            if isinstance(manager.role, SecondaryRole):
-                await manager.turn()
-        return Response(warnings=[REINDEX_CANCELLED if cancelled else RECOVERING])
+    async def recover(self, *, force: bool = False) -> Response:
+        """Try to leave an adverse state: a running reindex is cancelled, a secondary begins anew (contract 1.13). With
+        ``force`` go on with a store that secondaries deny."""
+        managers = (self.performance, self.dr)
+        if force and self.denials.stopped:
+            return Response(warnings=[await go_on(managers, self._store, self._began)])
+        return Response(warnings=[await begin_anew(managers, self._upkeep)])
 
     # ---- a primary
 
@@ -359,7 +356,7 @@ class Replication:
             also += await self._callbacks.standalone()
         own = lacking if manager is self.performance else ()
         await manager.commit_with(lambda role: roles.disable(manager.mode, role, "secondary/disable", own), also)
-        self._callbacks.set_gate(None)
+        self.denials.fill(None)
         return Response(warnings=[DISABLING])
 
     async def secondary_promote(self, mode: str, primary_cluster_addr: str, *, force: bool, preview: bool) -> Response:
@@ -394,7 +391,7 @@ class Replication:
             return after, await self._taken_over(position) if manager is self.dr else []
 
         await manager.promote(build)
-        self._callbacks.set_gate(None)
+        self.denials.fill(None)
         warnings = [PROMOTING, *(FORCED.format(objection=text) for text in objections(standing))]
         return Response(data=said, warnings=warnings)
 

@@ -21,6 +21,7 @@ from consul_backend.wal import Write
 from plugin_api.errors import Unavailable
 from sidecar.replication import authorities, roles
 from sidecar.replication.committer import stored_position
+from sidecar.replication.denials import Denials
 from sidecar.replication.forecast import Standing
 from sidecar.replication.former import FormerPrimary
 from sidecar.replication.heard import HeardKeeper, load_heard, resume
@@ -63,9 +64,11 @@ class ModeManager:
         clock: Clock,
         options: ReplicationOptions,
         restrict: Callable[[], None],
+        denials: Denials,
         mirrored: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.mode = mode
+        self.denials = denials
         self._restrict = restrict
         self._mirrored = mirrored
         self.store = store
@@ -160,7 +163,9 @@ class ModeManager:
         entries = [Write(self.mode.role_key, roles.encode_role(after)), *also]
         await self.store.commit([self._sealed.encode(entry) for entry in entries], positions=positions)
         failpoint("role:after-commit")
-        self._role = after
+        before, self._role = self._role, after
+        if isinstance(before, PrimaryRole) and (not isinstance(after, PrimaryRole) or after.epoch != before.epoch):
+            self.denials.forget(self.mode.name)
 
     async def turn(self) -> None:
         """Have :meth:`run` enter the new role, and wait a moment until a new primary is on the cluster port."""
@@ -273,7 +278,8 @@ class ModeManager:
 
     def restricted(self) -> tuple[str, ...]:
         """The classes that nobody but replication may write in this role."""
-        return self.mode.classes if isinstance(self._role, SecondaryRole) else ()
+        stopped = DR.classes if self.denials.stopped else ()
+        return self.mode.classes if isinstance(self._role, SecondaryRole) else stopped
 
     @asynccontextmanager
     async def halted(self) -> AsyncIterator[None]:
@@ -378,6 +384,7 @@ class ModeManager:
                     select=self.selected,
                     change=self._change_primary,
                     serving=self._serving,
+                    denied=lambda name, reason: self.denials.tell(self.mode.name, name, reason),
                 )
                 async with asyncio.TaskGroup() as tasks:
                     if role.former is not None:

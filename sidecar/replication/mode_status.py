@@ -39,6 +39,7 @@ async def status_of(manager: ModeManager, index: statuses.IndexFacts) -> dict[st
             | _common(manager, role.history)
             | _filtered(manager, role)
             | _offered(manager, role)
+            | _denied(manager)
         )
     if isinstance(role, SecondaryRole):
         found = (
@@ -82,6 +83,7 @@ def gauges_of(manager: ModeManager) -> dict[str, float]:
             ),
             "secondaries_lag_s": max(lags, default=0.0),
             "forks": float(len(_forks(manager))),
+            "denials": float(len(manager.denials.of(manager.mode.name))),
             "rotation_waiting": float(len(waiting(role, now_ms=manager.clock.time_ms())) if role.rotating else 0),
         }
     elif isinstance(role, SecondaryRole) and service is not None:
@@ -120,6 +122,14 @@ def _common(manager: ModeManager, history: tuple[Promotion, ...]) -> dict[str, A
         for one in history
     ]
     return {"epochs": shown} | _lost(manager)
+
+
+def _denied(manager: ModeManager) -> dict[str, Any]:
+    stopped = manager.denials.stopped
+    if stopped is None:
+        return {}
+    told = [{"node_id": name, "reason": reason} for name, reason in manager.denials.of(manager.mode.name)]
+    return {"stopped": stopped, "denials": told}
 
 
 def _offered(manager: ModeManager, role: PrimaryRole) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from sidecar.replication.certifying import (
     ChangeRole,
 )
 from sidecar.replication.channel import ChannelClosed, WebSocketChannel
+from sidecar.replication.denials import Denied, unheard
 from sidecar.replication.hello import Source
 from sidecar.replication.modes import PERFORMANCE, Mode
 from sidecar.replication.protocol import HelloReply, ProtocolViolation
@@ -76,7 +77,7 @@ class PrimaryService:
     """Serves the secondaries of one set during one tenure. ``newest`` returns the newest committed role of that set,
     None when there is none any more; activations live by ``steady``; ``change`` commits a change of the role: applied
     to the newest one, one change at a time; ``select`` what may travel to a secondary now; ``serving`` is set while the
-    cluster port offers this."""
+    cluster port offers this; ``denied`` hears of secondaries that deny this cluster's log."""
 
     def __init__(
         self,
@@ -94,6 +95,7 @@ class PrimaryService:
         select: Select,
         change: ChangeRole,
         serving: asyncio.Event,
+        denied: Denied = unheard,
     ) -> None:
         self._mode = mode
         self._store = store
@@ -106,6 +108,7 @@ class PrimaryService:
         self._newest = newest
         self._select = select
         self._change = change
+        self._denied = denied
         self.serving = serving
         self.source = Source(
             node.local_cluster_id,
@@ -154,6 +157,7 @@ class PrimaryService:
             self._clock,
             advertise=self._advertised,
             select=self._select,
+            denied=self._denied,
         )
 
     async def run(self) -> None:

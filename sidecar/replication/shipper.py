@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from consul_backend.clock import Clock
-from consul_backend.errors import BackendError
+from consul_backend.errors import BackendError, StoreWentBack
 from consul_backend.failpoint import failpoint
 from consul_backend.limits import Limits
 from consul_backend.wal_reader import RecordGone
 from sidecar.replication.asking import Questions, ask_all
 from sidecar.replication.channel import Channel, ChannelClosed, hear
+from sidecar.replication.denials import Denied, denial, unheard
 from sidecar.replication.hello import NO_MATCHING_WALS, LogFacts, Source, answer_hello, contradicts_log
 from sidecar.replication.history import FORKED
 from sidecar.replication.modes import Mode
@@ -132,9 +133,11 @@ class Shipper:
         *,
         advertise: Callable[[], Advertised] = Advertised,
         select: Select = everything,
+        denied: Denied = unheard,
     ) -> None:
         self._mode = mode
         self._select = select
+        self._denied = denied
         self._store = store
         self._source = source
         self._options = options
@@ -164,6 +167,7 @@ class Shipper:
         """It was revoked: end its stream, and hold nothing for it."""
         self._peers.pop(secondary_id, None)
         self.forks.pop(secondary_id, None)
+        self._denied(secondary_id, "")
         stream = self._streams.pop(secondary_id, None)
         if stream is not None:
             stream.end("refuse", "this secondary was revoked")
@@ -239,9 +243,12 @@ class Shipper:
             there = await self._hash_at(position.index)
             head = self._store.head
         facts = LogFacts(head.index, head.chain_hash, there)
-        if contradicts_log(hello, self._source, facts):
-            name = hello.secondary_id
-            log.error("secondary %s has records that this primary's log denies: was a store restored?", name)
+        if position is not None and contradicts_log(hello, self._source, facts):
+            await self._store.require_tenure()  # or else it has them from a successor
+            reason = denial(hello, position, facts)
+            self._denied(hello.secondary_id, reason)
+            raise StoreWentBack(reason)
+        self._denied(hello.secondary_id, "")
         selection = self._select(hello.secondary_id)
         return answer_hello(hello, self._source, facts, self._options.limits, selection)
 

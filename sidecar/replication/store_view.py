@@ -78,6 +78,13 @@ class PrimaryStore(IndexedStore, Protocol):
         """The newest position of each mode, as of :attr:`head` likewise."""
 
     @property
+    def inherited(self) -> Head:
+        """The newest record that this tenure found when it began."""
+
+    async def require_tenure(self) -> None:
+        """Raises FenceLost unless this tenure still leads, BackendError when that cannot be known."""
+
+    @property
     def oldest_index(self) -> int:
         """The oldest record that :meth:`records` still has."""
 

@@ -37,6 +37,10 @@ RECOVERING = "This cluster is trying to leave an adverse state; see sys/replicat
 DELETIONS_ACCEPTED = (
     "The comparison with the primary begins anew and may delete so many entries; see sys/replication/status."
 )
+GOING_ON = (
+    "This cluster goes on with the store as it is, in a new replication epoch. Its secondaries follow by a merkle "
+    "sync; what only they have becomes lost-writes there."
+)
 OTHER_ROOT_KEY = (
     "that primary uses another root key than this cluster: disable replication here and enable this cluster as its "
     "secondary, which replaces everything it holds; the token is used up"

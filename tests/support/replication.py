@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from consul_backend.errors import TooLarge
+from consul_backend.errors import FenceLost, TooLarge
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.position import Position
 from consul_backend.wal import GENESIS_PREV, Head, Record, Write
@@ -48,11 +48,13 @@ class MemoryStore:
         self.holds: dict[str, int] = {}
         self.hook: Callable[[str], None] = lambda name: None
         self.tenure = 1
+        self.deposed = False
         self.reads = 0
         self.reading: list[str] = []
         self.read_together: list[tuple[str, ...]] = []
         self._grown = asyncio.Event()
         self._append([], "genesis")
+        self.inherited = self.head
 
     @property
     def head(self) -> Head:
@@ -61,6 +63,25 @@ class MemoryStore:
 
     async def exists(self, key: str) -> bool:
         return await self.get(key) is not None
+
+    async def require_tenure(self) -> None:
+        if self.deposed:
+            raise FenceLost("another tenure leads")
+
+    def put_back(self, index: int) -> None:
+        """As after an old snapshot was restored underneath: the log ends at ``index``, and another tenure begins."""
+        self.log = self.log[:index]
+        self.positions = dict(self.log[-1].header.positions)
+        self.data, self.forest = {}, Forest()
+        for record in self.log:
+            for write in record.writes():
+                self.data.pop(write.key, None)
+                if write.value is not None:
+                    self.data[write.key] = write.value
+        self.forest.apply((key, entry_digest(key, value)) for key, value in self.data.items())
+        self.inherited = self.head
+        self.tenure += 1
+        self._append([], "tenure")
 
     async def get(self, key: str) -> bytes | None:
         self.reading.append(key)

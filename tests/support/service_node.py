@@ -285,8 +285,8 @@ class FakeReplication:
         self.calls.append(("accept_deletions", mode, deletions))
         return Response(warnings=["begins anew"])
 
-    async def recover(self) -> Response:
-        self.calls.append(("recover",))
+    async def recover(self, *, force: bool = False) -> Response:
+        self.calls.append(("recover", force))
         return Response(warnings=["recovering"])
 
     async def secondary_enable(

@@ -50,7 +50,7 @@ async def test_replication_endpoints_ask_replication() -> None:
         started = await node.call("POST", "sys/replication/reindex", {"diff": True, "skip_flush": "true"})
         assert started.body["warnings"] == ["background"]
         await node.call("PUT", "sys/replication/recover")
-        assert replication.calls == [("merkle_check",), ("reindex", True, False, True, 0), ("recover",)]
+        assert replication.calls == [("merkle_check",), ("reindex", True, False, True, 0), ("recover", False)]
         weak = await node.token('path "sys/replication/*" { capabilities = ["update"] }')
         assert (await node.call("POST", "sys/replication/reindex", {}, token=weak)).status == 403
         assert (await node.call("POST", "sys/replication/merkle-check", {}, token=weak)).status == 200
