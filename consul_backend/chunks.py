@@ -20,6 +20,7 @@ from typing import NoReturn
 import msgspec
 
 from consul_backend.batching import MANIFEST_MAGIC
+from consul_backend.complaints import Complaint
 from consul_backend.errors import Corrupt, OutcomeUnknown, PermissionDenied, Unavailable
 from consul_backend.failpoint import failpoint
 from consul_backend.fenced import Newest, fenced_idempotent
@@ -179,11 +180,14 @@ class Chunks:
 
     async def run(self, interval_s: float) -> NoReturn:
         """Collect until cancelled. Raises FenceLost, Corrupt; what passes is tried again."""
+        complaint = Complaint()
         while True:
             try:
                 await self.collect()
+                complaint.over()
             except (Unavailable, PermissionDenied, OutcomeUnknown) as error:
-                log.warning("chunks of old values could not be deleted, trying again later: %s", error)
+                if complaint.due(error):
+                    log.warning("chunks of old values could not be deleted, trying again later: %s", error)
             await asyncio.sleep(interval_s)
 
     async def collect(self) -> None:

@@ -23,6 +23,7 @@ from typing import NoReturn
 import msgspec
 
 from consul_backend.clock import Clock
+from consul_backend.complaints import Complaint
 from consul_backend.errors import (
     BackendError,
     Conflict,
@@ -127,6 +128,7 @@ class Election:
 
     async def _campaign(self) -> Held:
         index = 0
+        complaint = Complaint()
         while True:
             try:
                 await self._bury()
@@ -136,7 +138,8 @@ class Election:
                     continue
                 held = await self._attempt()
             except Unavailable as error:
-                log.warning("the store cannot be reached, waiting: %s", error)
+                if complaint.due(error):
+                    log.warning("the store cannot be reached, waiting: %s", error)
                 if self._phase is not Phase.STANDBY:
                     self._move(Event.SESSION_GONE)
                 await self._abandon()
@@ -279,25 +282,31 @@ class Election:
                     await task
 
     async def _beat_forever(self) -> NoReturn:
+        complaint = Complaint()
         while True:
             if self._session:
                 try:
                     await self._physical.beat()
+                    complaint.over()
                 except (Unavailable, PermissionDenied) as error:
-                    log.warning("the beat did not reach the store: %s", error)
+                    if complaint.due(error):
+                        log.warning("the beat did not reach the store: %s", error)
                     self._beat_failed.set()
             await asyncio.sleep(self._options.beat_interval_s)
 
     async def _renew_forever(self) -> NoReturn:
         """Apart from the beat, which must not wait for a store without a leader."""
+        complaint = Complaint()
         while True:
             await asyncio.sleep(self._options.renew_interval_s)
             if self._session:
                 try:
                     if not await self._physical.renew_session(self._session):
                         self._beat_failed.set()
+                    complaint.over()
                 except (Unavailable, PermissionDenied) as error:
-                    log.warning("the session could not be renewed: %s", error)
+                    if complaint.due(error):
+                        log.warning("the session could not be renewed: %s", error)
                     self._beat_failed.set()
 
     async def release(self, held: Held, *, stay_away_s: float | None = None) -> None:

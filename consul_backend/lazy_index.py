@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
+from consul_backend.complaints import Complaint
 from consul_backend.digesting import compute_digests
 from consul_backend.errors import Corrupt, FenceLost, IndexDamaged, NotApplied, PermissionDenied, Unavailable
 from consul_backend.heads import Heads
@@ -209,13 +210,15 @@ class LazyIndex:
             self._repaired.clear()
 
     async def _persistently(self, name: Name, page: int) -> None:
+        complaint = Complaint()
         while True:
             try:
                 await self._load(name, page)
             except IndexDamaged:
                 return
             except (Unavailable, PermissionDenied) as error:
-                log.warning("the merkle index could not be loaded further, trying again: %s", error)
+                if complaint.due(error):
+                    log.warning("the merkle index could not be loaded further, trying again: %s", error)
                 await asyncio.sleep(_RETRY_S)
             else:
                 return

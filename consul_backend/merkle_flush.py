@@ -18,6 +18,7 @@ from typing import NoReturn
 from msgspec.structs import replace as replace_fields
 
 from consul_backend.checkpoint import DIRTY_MAX, Checkpoint, CheckpointLeaf, checkpoint_key, encode_checkpoint
+from consul_backend.complaints import Complaint
 from consul_backend.errors import Conflict, OutcomeUnknown, PermissionDenied, StoreWentBack, TooLarge, Unavailable
 from consul_backend.failpoint import failpoint
 from consul_backend.fenced import GUARD_OPS, Newest, fenced_txn, require_tenure
@@ -165,17 +166,23 @@ class Flusher:
     async def run(self) -> NoReturn:
         """Flush at the configured pace until cancelled. Raises FenceLost, StoreWentBack, OutcomeUnknown."""
         pause_s = self._interval_s
+        complaint = Complaint()
         while True:
             await asyncio.sleep(pause_s)
             written = 0
             try:
                 written = await self.flush()
+                if complaint.over():
+                    log.info("the merkle index is flushed again")
             except (Unavailable, PermissionDenied, TooLarge, OutcomeUnknown) as error:
                 if isinstance(error, TooLarge) and self._unresolved is not None:
                     # It can neither be sent again nor left out: only the fence of another tenure settles it.
                     raise OutcomeUnknown(f"an index flush may have been stored, and now is refused: {error}") from error
                 self.failures += 1
-                log.warning("the merkle index could not be flushed, trying again: %s", error)
+                if complaint.due(error):
+                    log.warning(
+                        "the merkle index could not be flushed (time %d), trying again: %s", complaint.times, error
+                    )
             behind = written > 0 and self._table.dirty_count > FLUSH_EXTENTS
             pause_s = written / self._extents_per_s if behind else self._interval_s
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from consul_backend.complaints import Complaint
 from consul_backend.errors import OutcomeUnknown, PermissionDenied, Unavailable
 from consul_backend.failpoint import failpoint
 from consul_backend.fenced import Newest, fenced_idempotent
@@ -122,10 +123,13 @@ class Collector:
 
     async def run(self) -> NoReturn:
         """Collect until cancelled. Raises FenceLost; failures that time or an operator mends are logged."""
+        complaint = Complaint()
         while True:
             await asyncio.sleep(self._interval_s)
             try:
                 await self.collect()
+                complaint.over()
             except (Unavailable, PermissionDenied, OutcomeUnknown) as error:
                 self.failures += 1
-                log.warning("old log segments could not be collected, trying again later: %s", error)
+                if complaint.due(error):
+                    log.warning("old log segments could not be collected, trying again later: %s", error)

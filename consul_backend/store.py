@@ -193,6 +193,8 @@ class ConsulStore:
             _, entries = decode_results(ops, answer.body)
         except msgspec.DecodeError as error:
             raise Unavailable(f"Consul's answer makes no sense: {error}") from None
+        except PermissionDenied as refused:
+            raise self._lacking(refused, "read") from None
         found = iter(entries)
         items = [None if key in absent else next(found).item(self._prefix) for key in keys]
         if any(item is not None and item.key != key for item, key in zip(items, keys, strict=True)):
@@ -203,7 +205,7 @@ class ConsulStore:
     def _note_absence(self, keys: Sequence[str], absent: set[str], answer: Answer) -> None:
         refused = _decoded(refusal, answer)
         if isinstance(refused, PermissionDenied):
-            raise refused
+            raise self._lacking(refused, "read")
         for failure in refused.failures:
             if not failure.what.endswith("exist") and not failure.what.endswith("exists"):
                 raise Unavailable(f"Consul could not read a key: {failure.what}")
@@ -254,6 +256,8 @@ class ConsulStore:
             index, entries = decode_results(ops, answer.body)
         except msgspec.DecodeError as error:
             raise OutcomeUnknown(f"Consul's answer to a transaction makes no sense: {error}") from None
+        except PermissionDenied as refused:
+            raise self._lacking(refused, "read") from None
         if not self._sentinel_seen and writes_sentinel(ops):
             self._sentinel_seen = True
         return TxnResult(index, tuple([entry.item(self._prefix) for entry in entries]))
@@ -261,13 +265,18 @@ class ConsulStore:
     def _txn_failure(self, answer: Answer) -> BackendError:
         if answer.status == 409:
             try:
-                return refusal(answer.body)
+                refused = refusal(answer.body)
             except msgspec.DecodeError:
                 return Conflict("Consul refused the transaction and does not say why")
+            return self._lacking(refused, "write") if isinstance(refused, PermissionDenied) else refused
         if answer.status >= 500:
             # Also a lost leadership "while committing the log" comes as 500, and may have been committed.
             return OutcomeUnknown(f"Consul answered a transaction with {answer.status}: {_text(answer)}")
         return self._failure(answer)
+
+    def _lacking(self, refused: PermissionDenied, right: str) -> PermissionDenied:
+        """Names the rule that the token lacks."""
+        return PermissionDenied(f'{refused} (needed: key_prefix "{self._prefix}" with policy "{right}")')
 
     def _failure(self, answer: Answer) -> BackendError:
         failure = client_error(answer.status, answer.body)

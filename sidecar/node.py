@@ -31,6 +31,7 @@ from sidecar.forwarding import PEER_TTL_S, Heard, StandbyForwarder
 from sidecar.gauges import role_gauges
 from sidecar.request.types import HttpRequest, HttpResponse
 from sidecar.sealing import Sealing
+from sidecar.token_rights import TokenRights
 from sidecar.transport.forwarding import EchoReply
 from sidecar.version import __version__
 
@@ -171,6 +172,7 @@ class Node:
         self.storage_type = storage_type
         self._ha_enabled = ha_enabled
         self._leader_wait_s = leader_wait_s
+        self.rights = TokenRights()
         self._role: ActiveRole | StandbyRole | None = None
         self._role_changed = asyncio.Event()
         self.step_down_asked = asyncio.Event()
@@ -236,6 +238,7 @@ class Node:
             initialized=True,
             sealed=False,
             standby=True,
+            stopped_reason=self.rights.trouble,
             performance_mode=performance,
             dr_mode=disaster,
             cluster_name=cluster.cluster_name if cluster else "",

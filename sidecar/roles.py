@@ -6,6 +6,7 @@ Leading and standing by never overlap; recovery ends before a role starts; the l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from consul_backend.clock import Clock
+from consul_backend.complaints import Complaint
 from consul_backend.election import Election, ElectionOptions, Held, LeaderInfo
 from consul_backend.errors import (
     BackendError,
@@ -48,14 +50,13 @@ HALTING = (
     SentinelMissing,
     StoreWentBack,
     Corrupt,
-    PermissionDenied,
     DecryptionFailed,
     BarrierMissing,
     BadKeyring,
     WrongKey,
 )
 # This tenure is over, another may begin.
-ENDING = (FenceLost, OutcomeUnknown, Unavailable, NotApplied, Conflict)
+ENDING = (FenceLost, OutcomeUnknown, Unavailable, NotApplied, Conflict, PermissionDenied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,10 @@ class Roles:
                     await self._lead(opened, held)
             except HALTING as error:
                 self._halt(error)
+            except PermissionDenied as error:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._node.rights.refused(error)):
+                        await self._node.sealing.wait_left(opened)
             if self._node.sealing.opened is None:
                 await self._registration.update(sealed=True, active=False)
 
@@ -197,6 +202,7 @@ class Roles:
     async def _watch_generation(self, opened: Opened) -> None:
         """Notice when the store under this node becomes another one: its keys may open it no longer."""
         index = 0
+        complaint = Complaint()
         while True:
             try:
                 if reason := await self._node.sealing.stale_reason(opened):
@@ -205,7 +211,8 @@ class Roles:
                     return
                 _, index = await self._physical.watch(GENERATION_KEY, index, 10.0)
             except Unavailable as error:
-                log.warning("the generation pointer cannot be watched: %s", error)
+                if complaint.due(error):
+                    log.warning("the generation pointer cannot be watched: %s", error)
                 index = 0
                 await asyncio.sleep(1.0)
 
@@ -270,6 +277,7 @@ class Roles:
             log.info("vault is in standby mode: leader=%s", leader.api_addr)
         if not role.ready or modes != role.modes:
             role.ready, role.modes = True, modes
+            self._node.rights.accepted()
             await self._registration.update(active=False, performance_mode=modes[0], dr_mode=modes[1])
         self._node.take_role(role)
 
@@ -334,6 +342,7 @@ class Roles:
         role = await scope.start(tasks)
         failpoint("lead:before-serving")
         self._node.take_role(role)
+        self._node.rights.accepted()
         took_s = time.monotonic() - started
         METRICS.sample("core.post_unseal", took_s * 1000)
         log.info("active operation, %.2f s after the lock", took_s)

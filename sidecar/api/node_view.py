@@ -43,8 +43,8 @@ class NodeHealth:
     requests fail because no audit device works. A standby reports how long ago (milliseconds) the active node answered
     its heartbeat (None before the first answer), how long that took and how far its clock is ahead of that node's; not
     ``ha_healthy`` when it is too long ago. ``canary_age_ms``: how far this cluster is behind its primary.
-    ``sealed_reason``: why a node sealed itself, for the operator; ``stopped_reason``: why one that leads serves nothing
-    until an operator decides."""
+    ``sealed_reason``: why a node sealed itself, for the operator; ``stopped_reason``: why an unsealed one serves
+    nothing until an operator has done something."""
 
     initialized: bool
     sealed: bool
