@@ -91,7 +91,6 @@ class _Request(msgspec.Struct):
 
 _TO_WIRE: dict[type[Op], Callable[[Any, str], _Named]] = {
     Get: lambda op, prefix: _Get(prefix + op.key),
-    Set: lambda op, prefix: _Set(prefix + op.key, op.value),
     Cas: lambda op, prefix: _Cas(prefix + op.key, op.value, op.index),
     Lock: lambda op, prefix: _Lock(prefix + op.key, op.value, op.session),
     Unlock: lambda op, prefix: _Unlock(prefix + op.key, op.value, op.session),

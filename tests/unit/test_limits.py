@@ -126,6 +126,31 @@ def test_prefixes_may_end_anywhere(prefix: str) -> None:
     require_shape([DeleteTree(prefix)], Limits())
 
 
+def test_keys_and_prefixes_have_a_greatest_length() -> None:
+    longest = "x" * KEY_BYTES_MAX
+    assert require_key(longest) == longest
+    assert require_prefix(longest) == longest
+    require_shape([Set(longest, b"")], Limits())
+    for refused in (lambda: require_prefix(longest + "x"), lambda: require_shape([Get(longest + "x")], Limits())):
+        with pytest.raises(ValueError, match="not a physical key"):
+            refused()
+
+
+def test_figures_that_others_count_on() -> None:
+    assert (KEY_BYTES_MAX, OPS_MIN, BODY_BYTES_MIN) == (16_384, 4, 16_384)
+    assert Limits() == Limits(ops_max=64, body_bytes_max=524_288, value_bytes_max=524_288, prefix_bytes=0)
+    assert Limits(value_bytes_max=1).value_bytes_max == 1
+    assert op_bytes(Get("a")) == op_bytes(Get("a"), 0)
+    assert body_bytes([Get("a"), Set("b", b"x")]) == len(encode_txn([Get("a"), Set("b", b"x")], ""))
+
+
+def test_all_of_a_transaction_has_to_fit() -> None:
+    batch = [Set(f"k{n}", bytes(200_000)) for n in range(2)]
+    require_shape(batch, Limits())
+    with pytest.raises(TooLarge, match="the store takes 524288"):
+        require_fit(batch, Limits())
+
+
 def test_an_empty_transaction_is_a_bug() -> None:
     with pytest.raises(ValueError, match="at least one"):
         require_fit([], Limits())
@@ -166,6 +191,10 @@ def test_an_unfenced_operation_cannot_be_built(make: Callable[[str], Op], sessio
         ("", 10, 20_000, {"body_bytes_max": 16 * 1024}),
         ("Transaction contains too many operations (5 > 1)", 5, 500, {"ops_max": 4}),
         ("max size: 9999999999", 5, 400_000, {"body_bytes_max": 399_999}),
+        ("Value for key k is too large (5 > 0 bytes)", 5, 500, {"value_bytes_max": 1}),
+        ("", 64, 40_000, {"body_bytes_max": 20_000}),
+        ("", 65, 40_000, {"ops_max": 64}),
+        ("operations (70 > 100)", 70, 500, {"ops_max": 69}),
     ],
 )
 def test_a_refusal_teaches_what_holds(text, ops, size, expected):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consul_backend.errors import Conflict, PermissionDenied, TooLarge
+from consul_backend.errors import Conflict, PermissionDenied, TooLarge, Unavailable
 from consul_backend.txn import (
     Cas,
     CheckIndex,
@@ -168,6 +168,15 @@ def test_definite_refusals_by_status(status: int, kind: type[Exception] | None) 
         assert len(str(client_error(status, b"x" * 5000))) == len("Consul: ") + TEXT_CHARS_MAX
 
 
+def test_a_token_that_consul_does_not_know_is_waited_out() -> None:
+    """A server that has just started knows none."""
+    for body in (b"ACL not found", b"rpc error: acl not found"):
+        failure = client_error(403, body)
+        assert isinstance(failure, Unavailable)
+        assert "does not know this token" in str(failure)
+
+
 def test_texts_are_bounded_and_printable() -> None:
+    assert TEXT_CHARS_MAX == 300
     assert clean(f" a {SESSION.upper()}\r\n\x1b[31m b ") == "a <id> [31m b"
     assert len(clean("y" * 1000)) == TEXT_CHARS_MAX
