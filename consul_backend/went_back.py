@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from consul_backend.election import above
 from consul_backend.errors import PermissionDenied, StoreWentBack, Unavailable
 from consul_backend.group_commit import GroupCommit, Tip
 from consul_backend.physical import LOCK_KEY, PhysicalStore
 from consul_backend.tenure import Tenure
+from consul_backend.wal import Head, Record
+from consul_backend.wal_reader import RecordGone
 
 
 def require_seen(tip: Tip, seen_index: int) -> None:
@@ -27,6 +29,38 @@ async def following(physical: PhysicalStore, tenure: Tenure, tip: Tip, seen_inde
     :func:`~consul_backend.election.above`, and what they raise."""
     require_seen(tip, seen_index)
     return await above(physical, tenure, tip.record.header.epoch)
+
+
+class Log(Protocol):
+    """The log of one tenure (``ReplicatedStore``)."""
+
+    @property
+    def head(self) -> Head:
+        """The newest record."""
+
+    async def records(self, start: int, limit: int) -> list[Record]:
+        """At most ``limit`` from ``start`` on. Raises RecordGone."""
+
+    async def require_tenure(self) -> None:
+        """Raises FenceLost unless this tenure still leads."""
+
+
+async def require_record(log: Log, index: int, chain_hash: bytes) -> None:
+    """The log has, or had, the record that another node of the cluster saw in it. Raises StoreWentBack; FenceLost when
+    that node may have it from a successor; and what reading raises."""
+    head, there = log.head, chain_hash
+    if index == head.index:
+        there = head.chain_hash
+    elif index < head.index:
+        with contextlib.suppress(RecordGone):
+            there = (await log.records(index + 1, 1))[0].header.prev_hash
+    if index <= head.index and there == chain_hash:
+        return
+    await log.require_tenure()
+    raise StoreWentBack(
+        f"another node of this cluster saw record {index}, which this log, that ends at {head.index}, does not have:"
+        " the store was restored or changed underneath"
+    )
 
 
 async def watch_tip(physical: PhysicalStore, tenure: Tenure, commits: GroupCommit, interval_s: float) -> NoReturn:

@@ -129,6 +129,7 @@ class Told:
     head_index: int
     canary_age_ms: int
     cors: Cors
+    head_hash: bytes = b""
 
 
 def from_message(message: ForwardRequest) -> HttpRequest:
@@ -158,6 +159,7 @@ class ForwardingServer:
         handle: Callable[[HttpRequest], Awaitable[HttpResponse]],
         told: Callable[[], Told],
         root_key_of: Callable[[str], bytes | None] = lambda generation: None,
+        first_heard: Callable[[Echo], None] = lambda echo: None,
     ) -> None:
         self._root_key_of = root_key_of
         self._credentials = credentials
@@ -165,6 +167,7 @@ class ForwardingServer:
         self._own_cluster_addr = own_cluster_addr
         self._handle = handle
         self._told = told
+        self._first_heard = first_heard
         self._standbys: dict[str, Heard] = {}
 
     def purpose(self) -> Purpose:
@@ -222,6 +225,8 @@ class ForwardingServer:
         return web.Response(body=encode(KeysReply(root_key)))
 
     def _echo(self, echo: Echo) -> EchoReply:
+        if echo.node_id not in self._standbys:
+            self._first_heard(echo)
         self._standbys[echo.node_id] = Heard(echo, time.monotonic(), time.time())
         told = self._told()
         return EchoReply(
@@ -232,6 +237,7 @@ class ForwardingServer:
             canary_age_ms=told.canary_age_ms,
             cors_origins=told.cors.origins if told.cors.enabled else (),
             cors_headers=told.cors.headers,
+            head_hash=told.head_hash,
         )
 
 

@@ -26,7 +26,7 @@ from consul_backend.errors import BackendError, Conflict, OutcomeUnknown
 from consul_backend.failpoint import failpoint
 from consul_backend.physical import PhysicalStore
 from consul_backend.replicated import ReplicatedStore, StoreOptions, drop_generation, genesis
-from consul_backend.wal import Write
+from consul_backend.wal import Head, Write
 from plugin_api.errors import Unavailable
 from sidecar.api.mirror_service import MirrorService
 from sidecar.api.node_view import NotForwarded
@@ -57,6 +57,7 @@ from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, Replicatio
 from sidecar.request.types import ForwardedAuth
 from sidecar.sealing import Opened
 from sidecar.shares_keeping import SharesKeeper
+from sidecar.standby_claims import StandbyClaims
 from sidecar.telemetry import JSONFormatter, TextFormatter
 from sidecar.transport.forwarding import ForwardRequest, header_pairs
 from sidecar.transport.listener import ClusterListener
@@ -184,6 +185,7 @@ class ActiveScope:
         self._mounts_made: Sequence[Mount] = ()
         self._mounts_made_of: Sequence[MountEntry] = ()
         self.restart_asked = asyncio.Event()
+        self._claims = StandbyClaims(opened.generation.id)
 
     async def start(self, tasks: asyncio.TaskGroup) -> ActiveRole:
         """Recover, then serve. Raises BackendError and what the barrier raises."""
@@ -255,6 +257,7 @@ class ActiveScope:
             handle=role.run,
             told=self._told,
             root_key_of=self._root_key_of,
+            first_heard=self._claims.heard,
         )
         self._listener.add(forwarding.purpose())
         self._spawn(tasks, self._service.run(), "service")
@@ -262,6 +265,7 @@ class ActiveScope:
         self._spawn(tasks, self._shares.run(), "key shares")
         self._spawn(tasks, watch_wall_clock(self._time), "wall clock")
         self._spawn(tasks, self._drop_old_generations(), "drop old generations")
+        self._spawn(tasks, self._claims.run(store), "claims of standbys")
         return role
 
     def _make_service(self, store: GatedStore, barrier: Barrier, cluster: ClusterInfo) -> Service | MirrorService:
@@ -302,10 +306,8 @@ class ActiveScope:
             return None
         return opened.root_key
 
-    @property
-    def seen_index(self) -> int:
-        """The newest record known to be committed, also before and after this tenure."""
-        return self._recovered.head.index if self._recovered is not None else self._seen_index
+    def seen(self) -> Head | None:
+        return self._recovered.head if self._recovered is not None else None
 
     def head_index(self) -> int:
         return self._store.head.index
@@ -317,7 +319,8 @@ class ActiveScope:
         return int(self._replication.lag_s() * 1000)
 
     def _told(self) -> Told:
-        return Told(self.modes(), self.head_index(), self.canary_age_ms(), self._service.cors)
+        chain_hash = self._store.head.chain_hash
+        return Told(self.modes(), self.head_index(), self.canary_age_ms(), self._service.cors, chain_hash)
 
     def gauges(self) -> dict[str, float]:
         mode = DR if self._replication.mirrors else PERFORMANCE

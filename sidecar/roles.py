@@ -106,7 +106,7 @@ class Roles:
         self._store_options = store_options
         self._options = options
         self._credentials = TenureCredentials.make()
-        self._seen: tuple[str, int] = ("", 0)
+        self._seen: tuple[str, int, bytes] = ("", 0, b"")
         self._key_source: KeySource | None = None
         self._stale = False
         self._retiring: set[asyncio.Task[object]] = set()
@@ -150,17 +150,17 @@ class Roles:
             if self._node.sealing.opened is None:
                 await self._registration.update(sealed=True, active=False)
 
-    def _see(self, opened: Opened, index: int) -> None:
+    def _see(self, opened: Opened, index: int, chain_hash: bytes) -> None:
         """Remember that a record was committed: a store that later ends before it was put back underneath."""
-        generation, seen = self._seen
-        self._seen = (opened.generation.id, max(index, seen) if generation == opened.generation.id else index)
+        if index > self._seen_in(opened)[0]:
+            self._seen = (opened.generation.id, index, chain_hash)
 
-    def _seen_index(self, opened: Opened) -> int:
-        generation, seen = self._seen
-        return seen if generation == opened.generation.id else 0
+    def _seen_in(self, opened: Opened) -> tuple[int, bytes]:
+        generation, index, chain_hash = self._seen
+        return (index, chain_hash) if generation == opened.generation.id else (0, b"")
 
     def _halt(self, error: BaseException) -> None:
-        self._seen = ("", 0)  # whoever unseals this node again has decided to go on with the store as it is
+        self._seen = ("", 0, b"")  # whoever unseals this node again has decided to go on with the store as it is
         self._node.sealing.seal(
             f"{error} (this node serves nothing until it is unsealed again, or restarted where it unseals itself)"
         )
@@ -257,6 +257,7 @@ class Roles:
             self._key_source = KeySource(leader, record)
             role.cluster = role.forwarder.cluster
         identity = self._node.identity
+        seen_index, seen_hash = self._seen_in(opened)
         sent_s = time.monotonic()
         reply = await role.forwarder.echo(
             Echo(
@@ -268,10 +269,12 @@ class Roles:
                 self._node.version,
                 clock_ms=int(time.time() * 1000),
                 echo_ms=int(role.echo_s * 1000),
+                seen_index=seen_index,
+                seen_hash=seen_hash,
             )
         )
         role.heard(reply, time.monotonic() - sent_s)
-        self._see(opened, reply.head_index)
+        self._see(opened, reply.head_index, reply.head_hash)
         modes = (reply.performance_mode, reply.dr_mode)
         if not role.ready:
             log.info("vault is in standby mode: leader=%s", leader.api_addr)
@@ -296,7 +299,7 @@ class Roles:
             self._credentials,
             clock=self._clock,
             store_options=self._store_options,
-            seen_index=self._seen_index(opened),
+            seen_index=self._seen_in(opened)[0],
         )
         lost: BaseException | None = None
         left = _Left()
@@ -311,7 +314,8 @@ class Roles:
             lost = group
         finally:
             self._node.take_role(None)
-            self._see(opened, scope.seen_index)
+            if (seen := scope.seen()) is not None:
+                self._see(opened, seen.index, seen.chain_hash)
             if lost is None:
                 # The standbys' connections stay until they have found the next active node.
                 self._later(scope.close(linger_s=self._options.linger_s))

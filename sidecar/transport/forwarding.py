@@ -134,7 +134,9 @@ class ForwardResponse(msgspec.Struct, frozen=True):
 
 class Echo(msgspec.Struct, frozen=True):
     """A standby's heartbeat to the active of its cluster. ``clock_ms`` is its wall clock at sending (unix, 0 from a
-    node that does not tell), ``echo_ms`` how long its last heartbeat took, there and back."""
+    node that does not tell), ``echo_ms`` how long its last heartbeat took, there and back. ``seen_index`` and its chain
+    hash: the newest record of the generation that it knows to have been committed, whichever node told it; 0 for none.
+    """
 
     node_id: str
     api_addr: str
@@ -144,12 +146,14 @@ class Echo(msgspec.Struct, frozen=True):
     version: str = ""
     clock_ms: int = 0
     echo_ms: int = 0
+    seen_index: int = 0
+    seen_hash: bytes = b""
 
 
 class EchoReply(msgspec.Struct, frozen=True):
-    """``cluster_addrs`` of all nodes heard of; replication modes as in ``sys/health``; the active's head index and wall
-    clock (unix milliseconds); how far this cluster is behind its primary; and which origins' pages may call (none:
-    cross-origin requests are off), with which headers."""
+    """``cluster_addrs`` of all nodes heard of; replication modes as in ``sys/health``; the active's newest record with
+    its chain hash, and wall clock (unix milliseconds); how far this cluster is behind its primary; and which origins'
+    pages may call (none: cross-origin requests are off), with which headers."""
 
     cluster_addrs: list[str]
     performance_mode: str
@@ -159,6 +163,7 @@ class EchoReply(msgspec.Struct, frozen=True):
     canary_age_ms: int = 0
     cors_origins: tuple[str, ...] = ()
     cors_headers: tuple[str, ...] = ()
+    head_hash: bytes = b""
 
 
 class KeysRequest(msgspec.Struct, frozen=True):

@@ -45,3 +45,34 @@ def test_a_restore_underneath_stops_every_node_and_status_and_health_say_so(tmp_
         finally:
             for node in nodes:
                 node.kill()
+
+
+def test_a_standby_that_knows_better_stops_a_node_that_does_not(tmp_path: Path) -> None:
+    """Whoever leads first after the restore has never seen what is gone; the standby that has was paused meanwhile."""
+    with ConsulServer() as server:
+        storage = consul_storage(server.address, server.token, "outrider/f46/")
+        nodes = [Node(f"node-{n}", tmp_path, storage, cluster_name="f46") for n in (1, 2)]
+        cluster = Cluster(nodes)
+        try:
+            cluster.bootstrap()
+            mount_load(cluster.call)
+            snapshot = server.snapshot()
+            for number in range(20):
+                assert cluster.call("PUT", f"load/{number}", {"v": "after the snapshot"}).status == 204
+            knowing, ignorant, written = cluster.standby(), cluster.wait_active(), datetime.now(UTC)
+            ignorant.wait_until("hear from its standby", lambda: echoed_since(ignorant, cluster, written))
+            knowing.freeze()
+            ignorant.kill()
+            server.restore(snapshot)
+            ignorant.start()
+            ignorant.unseal(cluster.keys)
+            ignorant.wait_until("lead on the older store", lambda: ignorant.call("GET", "sys/health").status == 200)
+            assert ignorant.call("GET", "load/1", token=cluster.root_token).status == 404
+            knowing.thaw()
+            for node in nodes:
+                node.wait_until("seal itself", lambda node=node: node.call("GET", "sys/seal-status").body["sealed"])
+                assert "restored or changed underneath" in node.call("GET", "sys/health").body["sealed_reason"]
+            assert "another node of this cluster saw record" in ignorant.call("GET", "sys/health").body["sealed_reason"]
+        finally:
+            for node in nodes:
+                node.kill()
