@@ -319,8 +319,8 @@ class ActiveScope:
         return int(self._replication.lag_s() * 1000)
 
     def _told(self) -> Told:
-        chain_hash = self._store.head.chain_hash
-        return Told(self.modes(), self.head_index(), self.canary_age_ms(), self._service.cors, chain_hash)
+        head, cors = self._store.head, self._service.cors
+        return Told(self.modes(), head.index, self.canary_age_ms(), cors, head.chain_hash)
 
     def gauges(self) -> dict[str, float]:
         mode = DR if self._replication.mirrors else PERFORMANCE
