@@ -26,7 +26,7 @@ from consul_backend.errors import BackendError, Conflict, OutcomeUnknown
 from consul_backend.failpoint import failpoint
 from consul_backend.physical import PhysicalStore
 from consul_backend.replicated import ReplicatedStore, StoreOptions, drop_generation, genesis
-from consul_backend.wal import Head, Write
+from consul_backend.wal import Write
 from plugin_api.errors import Unavailable
 from sidecar.api.mirror_service import MirrorService
 from sidecar.api.node_view import NotForwarded
@@ -180,7 +180,7 @@ class ActiveScope:
         self._tasks: list[asyncio.Task[None]] = []
         self._gate: str | None = None
         self._writes = WriteGate()
-        self._recovered: ReplicatedStore | None = None
+        self.recovered: ReplicatedStore | None = None
         self._replaced_by: Opened | None = None
         self._mounts_made: Sequence[Mount] = ()
         self._mounts_made_of: Sequence[MountEntry] = ()
@@ -199,7 +199,7 @@ class ActiveScope:
             lease=self._held.lease,
             seen_index=self._seen_index,
         )
-        self._store = self._recovered = store
+        self._store = self.recovered = store
         self._spawn(tasks, store.run(), "replicated store")
         barrier = await load_barrier(store.get, self._opened.root_key)
         sealed = SealedStore(store, barrier)
@@ -305,9 +305,6 @@ class ActiveScope:
         if opened is None or opened.generation.id != generation or self._node.sealing.opened is not opened:
             return None
         return opened.root_key
-
-    def seen(self) -> Head | None:
-        return self._recovered.head if self._recovered is not None else None
 
     def head_index(self) -> int:
         return self._store.head.index

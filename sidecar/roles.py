@@ -314,8 +314,8 @@ class Roles:
             lost = group
         finally:
             self._node.take_role(None)
-            if (seen := scope.seen()) is not None:
-                self._see(opened, seen.index, seen.chain_hash)
+            if scope.recovered is not None:
+                self._see(opened, scope.recovered.head.index, scope.recovered.head.chain_hash)
             if lost is None:
                 # The standbys' connections stay until they have found the next active node.
                 self._later(scope.close(linger_s=self._options.linger_s))
