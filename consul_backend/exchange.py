@@ -16,6 +16,8 @@ from typing import cast
 
 import httptools
 
+from consul_backend.socket_reads import limit_socket_reads
+
 CONNECT_TIMEOUT_S = 5.0
 CONNECTIONS_MAX = 8
 """Commits use one; roll-forwards, flushes, collection and reads of values share the rest."""
@@ -211,6 +213,7 @@ def connector(
     host: str, port: int, socket_path: str, context: ssl.SSLContext | None, server_name: str | None
 ) -> Callable[[], Awaitable[Connection]]:
     """How to reach Consul: a Unix socket if ``socket_path`` is given, else TCP, with TLS if there is a ``context``."""
+    limit_socket_reads()
 
     async def connect() -> Connection:
         loop = asyncio.get_running_loop()

@@ -21,6 +21,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from consul_backend.deadline import time_limit
+from consul_backend.socket_reads import limit_socket_reads
 from sidecar.api import envelopes, json_codec, paths
 from sidecar.api.client_address import HEADER, AddressRefused, ForwardedFor
 from sidecar.api.connection import SERVER_NAME, Connection, Server, Times
@@ -122,6 +123,7 @@ class ApiServer:
     def _started(self) -> Listening:
         if self._listening is None:
             limits = self._limits
+            limit_socket_reads()
             self._server = server = Server(
                 self._serve,
                 connections_max=limits.connections_max,

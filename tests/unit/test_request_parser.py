@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,7 @@ class Wire:
 
     def __init__(self, *, plain: bool) -> None:
         self._loop = asyncio.new_event_loop()
-        protocol = BaseProtocol(self._loop)
+        protocol: Any = BaseProtocol(self._loop)
 
         def parser(kind: Callable[..., Any]) -> Any:
             return kind(protocol, self._loop, 64 * 1024, **LIMITS)
@@ -289,7 +290,7 @@ def test_control_a_rename_in_the_wrong_place_is_seen(monkeypatch: pytest.MonkeyP
 
 
 def test_control_a_head_believed_to_be_plain_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_parser, "_FRAMING", request_parser.re.compile(rb"\r\n(never)(.*)"))
+    monkeypatch.setattr(request_parser, "_FRAMING", re.compile(rb"\r\n(never)(.*)"))
     for field_, body in (
         (b"Transfer-Encoding: chunked", b""),
         (b"Content-Length: 5", b""),
@@ -320,5 +321,5 @@ async def test_connections_begin_with_the_c_parser_and_change_over_once() -> Non
     assert (second.max_line_size, second.max_field_size, second.max_headers) == (100, 90, 128)
     connection.data_received(b"ST /v1/b HTTP/1.1\r\n" + HOST + b"\r\n")
     assert connection._parser is second
-    assert [message.method for message, _ in connection._messages] == ["LIST", "LIST"]
-    assert [message.path for message, _ in connection._messages] == ["/v1/a", "/v1/b"]
+    messages: list[Any] = [message for message, _ in connection._messages]
+    assert [(message.method, message.path) for message in messages] == [("LIST", "/v1/a"), ("LIST", "/v1/b")]
