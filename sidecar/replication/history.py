@@ -59,6 +59,15 @@ def epoch_of(history: History) -> Epoch:
     return Epoch(history[-1].number, history[-1].id)
 
 
+def history_of_data(history: History, before: History, position: Position | None) -> History:
+    """The epochs that a secondary's data is of. ``history`` is what its primary said last; until its ``position`` is in
+    that primary's log, the data is still of the epochs ``before`` it met that primary."""
+    if position is None or position.index == 0 or not before or not history:
+        return history
+    newest = history[-1]
+    return history if newest.generation in ("", position.generation) else before
+
+
 def fork_between(number: int, epoch_id: str, history: Sequence[Promotion]) -> str:
     """Why a cluster of that epoch must not follow a primary with that history; empty when it may."""
     if not epoch_id or not history:
@@ -69,6 +78,8 @@ def fork_between(number: int, epoch_id: str, history: Sequence[Promotion]) -> st
     for promotion in history:
         if promotion.number == number and promotion.id != epoch_id:
             return f"{FORKED}: two primaries were promoted as replication epoch {number}"
+    if number >= history[0].number and all(promotion.number != number for promotion in history):
+        return f"{FORKED}: the other cluster's replication epoch {number} is none of the primary's"
     return ""
 
 
@@ -118,10 +129,9 @@ def parting(mine: Sequence[Promotion], theirs: Sequence[Promotion], generation: 
             own_max = their_next.fork.index
         else:
             bounds.append(their_next.fork)
-    my_next = next((one for one in mine if one.number > common), None)
-    if my_next is not None:
-        if my_next.generation == generation:
-            own_max = my_next.index if own_max is None else min(own_max, my_next.index)
+    for later in [one for one in mine if one.number > common]:  # of each of them this cluster may hold records
+        if later.generation == generation:
+            own_max = later.index if own_max is None else min(own_max, later.index)
         else:
-            bounds.append(Position("", my_next.generation, my_next.number, my_next.index, bytes(32)))
+            bounds.append(Position("", later.generation, later.number, later.index, bytes(32)))
     return Parting(own_max, tuple(bounds))

@@ -22,7 +22,7 @@ from consul_backend.wal import CorruptRecord, Record, Write
 from consul_backend.wal_reader import RecordGone
 from plugin_api.errors import InvalidRequest, NotFound
 from sidecar.replication.history import Epoch, Parting
-from sidecar.replication.modes import Mode
+from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.parts import concerns
 from sidecar.replication.protocol import is_none
 from sidecar.replication.store_view import PrimaryStore
@@ -192,7 +192,7 @@ class LostWrites:
         while at >= oldest:
             low = max(oldest, at - _RECORDS_AT_ONCE + 1)
             for record in reversed(await self._range(low, at)):
-                position = record.header.positions.get(self._mode.name)
+                position = self._position(record)
                 if position is not None and is_none(position):
                     held = ended is not None and parting.holds(record.index, ended)
                     certain = certain and held
@@ -203,6 +203,12 @@ class LostWrites:
                     return _Reach(record.index + 1, certain=certain)
             at = low - 1
         return _Reach(oldest, whole=oldest <= 1, certain=certain)
+
+    def _position(self, record: Record) -> Position | None:
+        """Where a record left this cluster. What came while it mirrored a DR primary stands in that one's log."""
+        positions = record.header.positions
+        found = positions.get(self._mode.name)
+        return positions.get(DR.name) if found is None and self._mode is PERFORMANCE else found
 
     async def _range(self, low: int, high: int) -> list[Record]:
         """Records ``low`` to ``high`` that the log still has; what was collected meanwhile is missing."""

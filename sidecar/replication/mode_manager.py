@@ -26,7 +26,7 @@ from sidecar.replication.forecast import Standing
 from sidecar.replication.former import FormerPrimary
 from sidecar.replication.heard import HeardKeeper, load_heard, resume
 from sidecar.replication.hello import Source
-from sidecar.replication.history import Epoch, parting
+from sidecar.replication.history import Epoch, history_of_data, parting
 from sidecar.replication.lost_writes import LostHead, LostWrites
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.primary import PrimaryService
@@ -221,10 +221,14 @@ class ModeManager:
             self._restrict()
 
     async def _settle(self) -> None:
-        """Wait for commits that were let in before the gate closed. Raises Unavailable when the store is too slow."""
+        """Wait for commits that were let in before the gate closed; what a caller gave up has ended when another commit
+        behind it has. Raises Unavailable when the store is too slow."""
         try:
             async with asyncio.timeout(SETTLE_S):
                 await self._callbacks.gate.settled()
+                async with self._changing:
+                    same = Write(self.mode.role_key, roles.encode_role(self._role))
+                    await self.store.commit([self._sealed.encode(same)])
         except TimeoutError:
             raise Unavailable("the store is too slow to demote this cluster now: nothing was changed") from None
 
@@ -338,14 +342,16 @@ class ModeManager:
         """Where a secondary stands now. With ``probe`` the primary is looked for, which takes up to twice the probe
         time-out. Raises InvalidRequest for what is no secondary."""
         role = roles.require_secondary(self.mode, self._role)
+        alive_at = ""
+        if probe and self.secondary is not None and role.attached:
+            alive_at = await self.secondary.primary_lives(self.options.probe_timeout_s)
+            roles.require_secondary(self.mode, self._role)
+        # What follows is of one instant: the stream went on while the primary was looked for.
         position = stored_position(self.store, self.mode)
         service, now_s = self.secondary, self.clock.monotonic()
         upstream = service.applier.upstream if service is not None else None
         applied = service.applier.position if service is not None else position
         heard_at_s = upstream.heard_at_s if upstream is not None else None
-        alive_at = ""
-        if probe and service is not None and role.attached:
-            alive_at = await service.primary_lives(self.options.probe_timeout_s)
         return Standing(
             attached=role.attached,
             complete=not is_none(position),
@@ -469,11 +475,12 @@ class ModeManager:
             selecting = roles.select(role, selection)
             if role.history == source.history and role.accepts is None:
                 return await self._commit(selecting)
-            where = parting(role.history, source.history, self.store.generation)
+            mine = history_of_data(role.history, role.before, stored_position(self.store, self.mode))
+            where = parting(mine, source.history, self.store.generation)
             head = await self.lost.gather(
                 where,
                 set_id=role.set_id,
-                epoch=role.epoch.number,
+                epoch=mine[-1].number,
                 new_epoch=Epoch(source.epoch, source.epoch_id),
                 now_ms=self.clock.time_ms(),
             )
@@ -482,7 +489,7 @@ class ModeManager:
                 await self._callbacks.keep_keys()
                 also = [self.lost.head(head)]
                 failpoint("lost-writes:before-head")
-            after = await self._commit(roles.adopt(selecting, source.history), also)
+            after = await self._commit(roles.adopt(selecting, source.history, mine), also)
             if head is not None:
                 self.lost_heads = [*(one for one in self.lost_heads if one.id != head.id), head]
                 logger.error(

@@ -16,7 +16,7 @@ import msgspec
 
 from consul_backend.errors import Corrupt
 from plugin_api.errors import InvalidRequest
-from sidecar.replication.history import Epoch, History, Promotion, epoch_of, extended
+from sidecar.replication.history import Epoch, History, Promotion, epoch_of, extended, history_of_data
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.selection import EVERYTHING, MountIds, Partitions, PathsFilter, filled, narrowed, partitions
 from sidecar.transport.certificates import Credentials
@@ -128,7 +128,8 @@ class SecondaryRole(msgspec.Struct, frozen=True, tag="secondary"):
 
     Without a certificate there is no primary: it was demoted, or told to forget its primary. ``accepts`` is the epoch
     of the primary that an operator pointed it at, until it has met that primary: a fork is accepted by that, and by
-    nothing else. ``selection`` is what the primary sends, as it last said; ``held`` what of it is here.
+    nothing else. ``selection`` is what the primary sends, as it last said; ``held`` what of it is here. ``before`` are
+    the epochs of the data that was here when ``history`` was taken over (:func:`history_of_data`).
     """
 
     set_id: str
@@ -144,6 +145,7 @@ class SecondaryRole(msgspec.Struct, frozen=True, tag="secondary"):
     accepts: Epoch | None = None
     selection: Partitions = EVERYTHING
     held: Partitions = EVERYTHING
+    before: History = ()
 
     def __repr__(self) -> str:
         return f"SecondaryRole({self.secondary_id!r} of set {self.set_id}, epoch {self.epoch.number})"
@@ -217,6 +219,7 @@ class Refused:
 
 _NOT_PRIMARY = Refused("this cluster is not a {label} primary")
 _NOT_SECONDARY = Refused("this cluster is not a {label} secondary")
+NOT_A_DR_SECONDARY = "Not a DR secondary."
 _FIRST = "; disable replication first"
 
 TABLE: Mapping[str, Mapping[str, To | Refused]] = {
@@ -245,8 +248,6 @@ TABLE: Mapping[str, Mapping[str, To | Refused]] = {
     "secondary/update-primary": {"disabled": _NOT_SECONDARY, "primary": _NOT_SECONDARY, "secondary": To("secondary")},
 }
 """Every operation on a role, in every role."""
-
-NOT_A_DR_SECONDARY = "Not a DR secondary."
 
 
 def require(mode: Mode, role: Role, operation: str) -> None:
@@ -290,14 +291,9 @@ def enable_primary(
 ) -> PrimaryRole:
     """A disabled cluster becomes primary of a new set, whose first epoch is ``began``."""
     require(mode, role, "primary/enable")
-    return PrimaryRole(
-        set_id,
-        (began,),
-        cluster_addr,
-        authority.certificate_pem,
-        authority.key_pem,
-        not_held=role.not_held if isinstance(role, DisabledRole) else (),
-    )
+    lacking = role.not_held if isinstance(role, DisabledRole) else ()
+    keys = (authority.certificate_pem, authority.key_pem)
+    return PrimaryRole(set_id, (began,), cluster_addr, *keys, not_held=lacking)
 
 
 def disable(mode: Mode, role: Role, operation: str, not_held: Sequence[str] = ()) -> DisabledRole:
@@ -325,15 +321,14 @@ def promote(
     """A secondary becomes the set's primary, with an authority and an epoch of its own and no secondaries yet.
     ``not_held`` are the mounts whose data it does not have."""
     secondary = _secondary(mode, role, "secondary/promote")
-    history = extended(secondary.history, began)
-    former = secondary if secondary.attached else None
+    history = extended(history_of_data(secondary.history, secondary.before, began.fork), began)
     return PrimaryRole(
         secondary.set_id,
         history,
         cluster_addr,
         authority.certificate_pem,
         authority.key_pem,
-        former=former,
+        former=secondary if secondary.attached else None,
         not_held=tuple(not_held),
     )
 
@@ -370,13 +365,15 @@ def point_at(mode: Mode, role: Role, target: SecondaryRole) -> SecondaryRole:
         accepts=target.epoch,
         selection=secondary.selection,
         held=secondary.held,
+        before=secondary.before,
     )
 
 
 def forget_primary(mode: Mode, role: Role) -> SecondaryRole:
     """``update-primary`` with a blank token: it stays a secondary and follows nobody."""
     secondary = _secondary(mode, role, "secondary/update-primary")
-    return SecondaryRole(secondary.set_id, secondary.history, selection=secondary.selection, held=secondary.held)
+    blank = SecondaryRole(secondary.set_id, secondary.history, selection=secondary.selection, held=secondary.held)
+    return msgspec.structs.replace(blank, before=secondary.before)
 
 
 def redirect(mode: Mode, role: Role, addresses: Sequence[str]) -> SecondaryRole:
@@ -391,9 +388,9 @@ def redirect(mode: Mode, role: Role, addresses: Sequence[str]) -> SecondaryRole:
     return msgspec.structs.replace(secondary, addresses=tuple(addresses), primary_cluster_addr=next(iter(addresses)))
 
 
-def adopt(role: SecondaryRole, history: History) -> SecondaryRole:
-    """After meeting a primary with that history: its epochs are this cluster's from now on."""
-    return msgspec.structs.replace(role, history=history, accepts=None)
+def adopt(role: SecondaryRole, history: History, before: History) -> SecondaryRole:
+    """After meeting a primary with that history: its epochs are this cluster's, whose data is of those ``before``."""
+    return msgspec.structs.replace(role, history=history, accepts=None, before=before)
 
 
 def select(role: SecondaryRole, selection: Partitions) -> SecondaryRole:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 
+import msgspec
 import pytest
 
 from consul_backend.errors import FenceLost, Overloaded
@@ -283,6 +284,8 @@ async def test_apply_acknowledge_compare():
     assert (applied, events) == (["r/p/a"], [Event.ACCEPTED, Event.IN_STEP])
     assert applier.lag_s() == 0.0
     assert await applier.wait_applied(2, 0)
+    assert await applier.wait_applied(2, 0, generation=position_at(primary, 1).generation)
+    assert not await applier.wait_applied(2, 0, generation="another store"), "its numbers say nothing here"
     assert not await applier.wait_applied(3, 0)
     waiting = asyncio.create_task(applier.wait_applied(3, 5))
     primary.write(("r/p/a", b"2"))
@@ -291,6 +294,18 @@ async def test_apply_acknowledge_compare():
     assert await waiting
     assert (outcome.end, outcome.reason, outcome.alarm) == (End.LOST, "maintenance", False)
     assert secondary.data == {"r/p/a": b"2"}
+
+
+async def test_where_a_sync_led_is_known_before_the_next_connection():
+    primary, secondary = in_step_pair()
+    applier = make_applier(secondary)
+    waiting = asyncio.create_task(applier.wait_applied(7, 5))
+    await secondary.commit([], positions={"performance": msgspec.structs.replace(position_at(primary, 1), index=7)})
+    assert applier.position == position_at(primary, 1)
+    applier.look()
+    assert applier.position is not None
+    assert applier.position.index == 7
+    assert await waiting
 
 
 async def test_skips_move_the_position_and_are_made_durable_in_time():

@@ -14,11 +14,21 @@ from consul_backend.position import Position
 from consul_backend.wal import GENESIS_PREV
 from plugin_api.errors import InvalidRequest, Unavailable
 from sidecar.replication.forecast import Standing, forecast, objections, require_safe
-from sidecar.replication.history import HISTORY_MAX, Epoch, Parting, Promotion, extended, fork_between, parting
+from sidecar.replication.history import (
+    HISTORY_MAX,
+    Epoch,
+    Parting,
+    Promotion,
+    extended,
+    fork_between,
+    history_of_data,
+    parting,
+)
 from sidecar.replication.intake import Budget, Intake
-from sidecar.replication.lost_writes import LostWrites
+from sidecar.replication.lost_writes import LostHead, LostWrites
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.outgoing import frames_of
+from sidecar.replication.protocol import NONE_POSITION
 from tests.support.replication_cluster import Store
 
 
@@ -30,6 +40,7 @@ ONE = Promotion(1, "a", generation="A", index=1)
 B2 = Promotion(2, "b", fork=at("A", 100), generation="B", index=40)
 C2 = Promotion(2, "c", fork=at("A", 90), generation="C", index=70)
 D3 = Promotion(3, "d", fork=at("B", 60), generation="D", index=5)
+E3 = Promotion(3, "e", fork=at("C", 75), generation="E", index=30)
 
 
 def test_forks_are_seen_at_any_number() -> None:
@@ -38,7 +49,16 @@ def test_forks_are_seen_at_any_number() -> None:
     assert "fork" in fork_between(2, "c", (ONE, B2))
     assert "fork" in fork_between(2, "c", (ONE, B2, D3)), "also when the primary has gone on since"
     assert "older" in fork_between(3, "d", (ONE, B2))
+    assert "none of the primary's" in fork_between(2, "b", (ONE, D3)), "an epoch that the primary's history leaves out"
     assert fork_between(0, "", (ONE,)) == "", "whoever has no data yet follows anybody"
+
+
+def test_data_is_of_the_epochs_before_until_its_position_moves() -> None:
+    """A demoted primary has met its successor, and nothing of it is here yet."""
+    assert history_of_data((ONE, B2), (ONE,), at("A", 120)) == (ONE,)
+    assert history_of_data((ONE, B2), (ONE,), at("B", 50)) == (ONE, B2)
+    assert history_of_data((ONE, B2), (), at("A", 120)) == (ONE, B2), "nobody else was met before"
+    assert history_of_data((ONE, B2), (ONE,), None) == (ONE, B2), "a mix has something of both"
 
 
 def test_a_history_is_bounded() -> None:
@@ -60,6 +80,17 @@ def test_a_history_is_bounded() -> None:
         pytest.param((ONE, C2), (ONE, B2), "C", [(70, at("A", 90))], [(71, at("A", 90))], id="a fork that gives up"),
         pytest.param((ONE, B2), (ONE, C2), "B", [(30, at("A", 90))], [(31, at("A", 91)), (41, at("A", 90))], id="fork"),
         pytest.param((ONE, B2), (ONE,), "B", [(40, at("A", 100))], [(41, at("A", 100))], id="back to the first"),
+        pytest.param(
+            (ONE, C2, E3),
+            (ONE, B2),
+            "E",
+            [(20, at("A", 90)), (30, at("C", 70))],
+            [(25, at("C", 71)), (31, at("C", 70))],
+            id="primary after a primary that is not common",
+        ),
+        pytest.param(
+            (ONE, C2, E3), (ONE, B2), "S", [(5, at("C", 70))], [(6, at("C", 71)), (7, at("E", 31))], id="its follower"
+        ),
         pytest.param(
             (ONE, B2), (ONE, C2), "S", [(5, at("A", 90))], [(6, at("A", 95)), (7, at("B", 41))], id="follower"
         ),
@@ -257,3 +288,42 @@ async def test_a_secondary_ahead_reports_exactly_what_it_applied_beyond(seed: in
     assert (head.records if head else 0) == len(beyond)
     if head and beyond:
         assert (head.first, head.last) == (beyond[0], beyond[-1])
+
+
+async def head_of(mine: Store, mode: Mode, fork_index: int) -> LostHead | None:
+    """What ``mine`` reports on meeting a primary that left the log of A after that record."""
+    history = (Promotion(1, "a"), Promotion(2, "b", fork=at("generation-of-A", fork_index), generation="B", index=3))
+    lost = LostWrites(mode, mine, mine)
+    where = parting(history[:1], history, mine.generation)
+    return await lost.gather(where, set_id="set", epoch=1, new_epoch=Epoch(2, "b"), now_ms=1)
+
+
+async def test_what_a_sync_in_pieces_brought_past_the_fork_is_reported_as_uncertain() -> None:
+    """Its records have no position: they belong to the one at which the sync ended."""
+    mine = Store("S")
+    mine.positions = {"dr": at("generation-of-A", 40)}
+    mine.write(("r/m/common", b"1"))
+    mine.positions = {"dr": NONE_POSITION}
+    mine.write(("r/m/fetched", b"2"))
+    mine.positions = {"dr": at("generation-of-A", 60)}
+    mine.write(("r/m/streamed", b"3"))
+    assert await head_of(mine, DR, 60) is None
+    head = await head_of(mine, DR, 50)
+    assert head is not None
+    assert (head.records, head.certain, head.at_least) == (2, False, False)
+    mine.positions = {"dr": NONE_POSITION}
+    mine.write(("r/m/unfinished", b"4"))
+    head = await head_of(mine, DR, 60)
+    assert head is not None
+    assert (head.records, head.certain) == (1, False), "whatever a sync that never ended brought"
+
+
+async def test_a_promoted_mirror_reports_by_the_log_that_it_mirrored() -> None:
+    """It holds its performance set's data from a DR stream: there, and nowhere else, it says how far."""
+    mine = Store("S")
+    for index in (40, 50, 60):
+        mine.positions = {"dr": at("generation-of-A", index)}
+        mine.write((f"r/m/{index}", b"1"))
+    head = await head_of(mine, PERFORMANCE, 45)
+    assert head is not None
+    assert (head.records, head.certain) == (2, True)

@@ -115,7 +115,8 @@ def test_only_an_operators_token_accepts_a_fork() -> None:
     pointed = roles.point_at(DR, lone, target)
     assert pointed.history == (BEGAN, NEXT), "its data is still of its own epochs"
     assert pointed.accepts == Epoch(2, "twin")
-    assert roles.adopt(pointed, target.history).accepts is None
+    adopted = roles.adopt(pointed, target.history, pointed.history)
+    assert (adopted.accepts, adopted.history, adopted.before) == (None, target.history, (BEGAN, NEXT))
     with pytest.raises(InvalidRequest, match="another replication set"):
         roles.point_at(DR, lone, msgspec.structs.replace(target, set_id="other"))
 
