@@ -1,5 +1,5 @@
 # make demo   the main job, narrated      make test   everything CI runs      make check   lint, types, layering only
-# make bench  the figures of docs/performance.md           make soak   simulated clusters until stopped
+# make bench  the figures of docs/performance.md           make soak   simulated clusters until stopped, make soak-clusters sets of them
 # make mutants   whether the tests of the pure modules notice small changes (an hour; LIMIT=30 draws 30 of each module)
 VENV    ?= .venv
 PYTHON  ?= python3
@@ -8,7 +8,7 @@ TARGET  ?= policy
 RUNS    ?= 1000000
 BIN     := $(VENV)/bin
 
-.PHONY: setup demo test check compatibility bench fuzz soak mutants soak-faults soak-timing clean
+.PHONY: setup demo test check compatibility bench fuzz soak soak-clusters mutants soak-faults soak-timing clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -50,6 +50,9 @@ fuzz: setup
 
 soak: setup
 	$(BIN)/python -m tests.sim --soak
+
+soak-clusters: setup
+	$(BIN)/python -m tests.sim --clusters --soak
 
 mutants: setup
 	nice $(BIN)/python scripts/mutants.py $(if $(LIMIT),--limit $(LIMIT))

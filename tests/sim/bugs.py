@@ -6,8 +6,8 @@ the simulation has gone blind (``test_planted_bugs.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -26,14 +26,6 @@ class Bug:
 
 
 BUGS: dict[str, Bug] = {}
-
-
-@contextmanager
-def planted(name: str) -> Iterator[None]:
-    """The code with one bug in it."""
-    with ExitStack() as stack:
-        BUGS[name].plant(stack)
-        yield
 
 
 def bug(name: str, focus: Focus = ANY) -> Callable[[Patch], Patch]:

@@ -5,19 +5,55 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from consul_backend.testing_faults import FAULTS
-from tests.sim.bugs import BUGS, planted
+from tests.sim.bugs import BUGS
+from tests.sim.clusters.bugs import SET_BUGS
+from tests.sim.clusters.focus import focused as focused_set
+from tests.sim.clusters.plan import EVENTS as SET_EVENTS
+from tests.sim.clusters.plan import TAMPERING
+from tests.sim.clusters.plan import make_plan as make_set_plan
+from tests.sim.clusters.world import SetOutcome, simulate_set
 from tests.sim.focus import focused
 from tests.sim.loop import PROCESS
-from tests.sim.plan import EVENTS, Plan, make_plan
-from tests.sim.world import Outcome, World, simulate
+from tests.sim.plan import EVENTS, make_plan
+from tests.sim.world import Outcome, simulate
 
+LOGGERS = ("core", "replication", "sidecar.replication")
 COLLECT_EVERY = 10
 """Seeds between two collections of garbage."""
+
+
+AnyOutcome = Outcome | SetOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A simulation. ``flag`` chooses it on the command line; ``faults`` are the kinds of trouble that it counts."""
+
+    flag: str
+    make_plan: Callable[[int], Any]
+    simulate: Callable[..., AnyOutcome]
+    bugs: Mapping[str, Any]
+    focused: Callable[[int, Any], Any]
+    faults: tuple[str, ...]
+
+    @contextmanager
+    def planted(self, name: str) -> Iterator[None]:
+        """The code with one bug in it."""
+        with ExitStack() as stack:
+            self.bugs[name].plant(stack)
+            yield
+
+
+SINGLE = Kind("", make_plan, simulate, BUGS, focused, (*EVENTS, *FAULTS, "restore"))
+"""One cluster."""
+SETS = Kind("--clusters ", make_set_plan, simulate_set, SET_BUGS, focused_set, (*SET_EVENTS, *TAMPERING, *FAULTS))
+"""Several clusters that replicate."""
 
 
 @contextmanager
@@ -39,41 +75,42 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
-def run_seeds(seeds: Iterable[int]) -> Iterator[Outcome]:
+def run_seeds(seeds: Iterable[int], kind: Kind = SINGLE) -> Iterator[AnyOutcome]:
     """One outcome per seed, silently."""
     with quiet():
         for count, seed in enumerate(seeds, 1):
-            yield simulate(make_plan(seed))
+            yield kind.simulate(kind.make_plan(seed))
             if count % COLLECT_EVERY == 0:
                 gc.collect()
 
 
-def run_seed(seed: int) -> Outcome:
+def run_seed(seed: int, kind: Kind = SINGLE) -> AnyOutcome:
     """One seed, silently."""
-    return next(iter(list(run_seeds([seed]))))
+    return next(iter(list(run_seeds([seed], kind))))
 
 
-def catch(name: str, seeds_max: int, *, muted: str = "") -> Outcome | None:
+def catch(name: str, seeds_max: int, kind: Kind = SINGLE, *, muted: str = "") -> AnyOutcome | None:
     """The first run that fails with this bug planted, or None: the simulation is blind to it. ``muted``: without what
     that checker says."""
-    with planted(name), quiet():
+    with kind.planted(name), quiet():
         for seed in range(seeds_max):
-            outcome = simulate(replace(focused(seed, BUGS[name].focus), muted=frozenset({muted})))
+            outcome = kind.simulate(replace(kind.focused(seed, kind.bugs[name].focus), muted=frozenset({muted})))
             if outcome.violations:
                 return outcome
     return None
 
 
-def failure_text(outcome: Outcome) -> str:
+def failure_text(outcome: AnyOutcome, kind: Kind = SINGLE) -> str:
     """What to print for a failing seed."""
     violations = "\n".join(f"  {violation}" for violation in outcome.violations[:5])
-    return f"seed {outcome.seed} fails; replay it with: python -m tests.sim {outcome.seed}\n{violations}"
+    return f"seed {outcome.seed} fails; replay it with: python -m tests.sim {kind.flag}{outcome.seed}\n{violations}"
 
 
 @dataclass(slots=True)
 class Totals:
     """Of many seeds."""
 
+    kind: Kind = SINGLE
     seeds: int = 0
     simulated_s: float = 0.0
     acknowledged: int = 0
@@ -82,7 +119,7 @@ class Totals:
     steps: int = 0
     happened: Counter[str] = field(default_factory=Counter)
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: AnyOutcome) -> None:
         """One more."""
         self.seeds += 1
         self.simulated_s += outcome.simulated_s
@@ -95,7 +132,7 @@ class Totals:
     @property
     def faults(self) -> int:
         """Acts of the nemesis and faults of single calls."""
-        return sum(self.happened[kind] for kind in (*EVENTS, *FAULTS, "restore"))
+        return sum(self.happened[fault] for fault in self.kind.faults)
 
     def text(self, elapsed_s: float) -> str:
         """In one line."""
@@ -106,9 +143,9 @@ class Totals:
         )
 
 
-def replay(plan: Plan) -> Outcome:
-    """One plan with a log of everything, the store's own lines included."""
-    worlds: list[World] = []
+def replay(plan: Any, kind: Kind = SINGLE) -> AnyOutcome:
+    """One plan with a log of everything, the lines of production code included."""
+    worlds: list[Any] = []
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -117,23 +154,27 @@ def replay(plan: Plan) -> Outcome:
             world = worlds[-1]
             world.lines.append(f"{world.loop.time():9.4f}   [{who}] {record.name}: {record.getMessage()}")
 
-    handler, logger = Lines(), logging.getLogger("core")
-    level = logger.level
+    with ExitStack() as stack:
+        handler = Lines()
+        for name in LOGGERS:
+            _listen(stack, logging.getLogger(name), handler)
+        return kind.simulate(plan, verbose=True, watch=worlds.append)
+
+
+def _listen(stack: ExitStack, logger: logging.Logger, handler: logging.Handler) -> None:
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    propagate, logger.propagate = logger.propagate, False
-    try:
-        return simulate(plan, verbose=True, watch=worlds.append)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+    logger.propagate = False
+    stack.callback(logger.removeHandler, handler)
+    stack.callback(logger.setLevel, level)
+    stack.callback(setattr, logger, "propagate", propagate)
 
 
-def shrink(plan: Plan) -> Plan:
+def shrink(plan: Any, kind: Kind = SINGLE) -> Any:
     """Leave out acts of the nemesis as long as the plan still fails by the same checker."""
     with quiet():
-        wanted = {violation.checker for violation in simulate(plan).violations}
+        wanted = {violation.checker for violation in kind.simulate(plan).violations}
         if not wanted:
             return plan
         count = len(plan.events)
@@ -141,7 +182,9 @@ def shrink(plan: Plan) -> Plan:
         while size:
             for start in range(0, count, size):
                 smaller = replace(plan, skipped=plan.skipped | set(range(start, min(start + size, count))))
-                if smaller.skipped != plan.skipped and wanted & {it.checker for it in simulate(smaller).violations}:
+                if smaller.skipped != plan.skipped and wanted & {
+                    it.checker for it in kind.simulate(smaller).violations
+                }:
                     plan = smaller
             size //= 2
     return plan

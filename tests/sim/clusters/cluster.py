@@ -16,9 +16,9 @@ from consul_backend.txn import Cas
 from consul_backend.wal import Write as StoreWrite
 from sidecar.replication.modes import Mode
 from sidecar.replication.roles import DisabledRole, Role, SecondaryRole, decode_role
+from tests.sim.clusters.links import Links
 from tests.sim.clusters.node import SetNode
 from tests.sim.clusters.plan import SetPlan
-from tests.sim.clusters.port import Links
 from tests.sim.history import History, Write
 from tests.sim.loop import NodeClock, Process, SimLoop
 from tests.sim.network import SwarmNetwork
@@ -78,7 +78,7 @@ class Cluster:
         before = len(self.witness.records)
         self.witness.applied(applied)
         for index in range(before, len(self.witness.records)):
-            self.times.append(applied.at_s)
+            self.times.append(self._loop.time())
             self._world.lineage.recorded(self, self.witness.records[index], self.witness.fold.effects[index])
 
     # -- what it is, from its log
@@ -235,7 +235,7 @@ class Cluster:
         async def serve() -> None:
             try:
                 result = await work(node)
-            except Exception as error:  # noqa: BLE001 - whoever asked is to see it
+            except Exception as error:
                 if not answer.done():
                     answer.set_exception(error)
             else:

@@ -70,6 +70,7 @@ class Lineage:
         self._world = world
         self._views: dict[tuple[str, str], View] = {}
         self._epochs: dict[tuple[str, str, int, str], str] = {}
+        self._reported: dict[tuple[str, str], set[Origin]] = {}
         self._received: dict[str, dict[int, tuple[str, ...]]] = {}
         self._mirrored: tuple[bool, frozenset[Origin]] = (False, frozenset())
         """What came to the performance view of a DR secondary with the record in hand."""
@@ -116,7 +117,9 @@ class Lineage:
             view.mixed = True
         if self._is_mirrored(cluster, mode):
             view.origins.append(self._mirrored)
-        elif isinstance(before, SecondaryRole) and role_raw is None:
+        elif isinstance(before, SecondaryRole) and (
+            role_raw is None or isinstance(decode_role(role_raw), SecondaryRole)
+        ):
             self._followed(cluster, mode, view, record, travels, position)
         else:
             written = bool(travels) and record.index > 1
@@ -184,6 +187,7 @@ class Lineage:
         follows = last is not None and not view.mixed and last.generation == position.generation
         source_view = self._view(source, mode)
         self._count("record applied" if follows else "state taken over")
+        self._kept(cluster, source.role(mode), travels, record.index)
         if follows and last is not None and position.index >= last.index:
             changed = {
                 key
@@ -202,6 +206,14 @@ class Lineage:
         if mode is DR:
             self._mirrored = (True, self.origins(source, PERFORMANCE, position.index))
         return True, self.origins(source, mode, position.index)
+
+    def _kept(self, cluster: Cluster, theirs: Role, travels: Mapping[str, bytes | None], index: int) -> None:
+        """P7: nothing is deleted here because a primary does not hold it."""
+        lacking = theirs.not_held if isinstance(theirs, PrimaryRole) else ()
+        gone = [key for key, value in travels.items() if value is None and partition_of(key) in lacking]
+        if gone:
+            what = f"record {index} deletes {min(gone)}, of a mount that its primary does not hold"
+            self._violated(cluster, "P7", what)
 
     def compare_all(self, cluster: Cluster, mode: Mode, source: Cluster, index: int, what: str) -> None:
         """All that travels."""
@@ -241,8 +253,21 @@ class Lineage:
             if owner != cluster.name:
                 what = f"epoch {role.epoch.number} has two primaries in mode {mode.name}: {owner} and {cluster.name}"
                 self._violated(cluster, "P11", what)
+        if isinstance(before, PrimaryRole) and isinstance(role, SecondaryRole):
+            self._ended(cluster, mode, record)
         if isinstance(before, SecondaryRole) and isinstance(role, SecondaryRole) and before.history != role.history:
             self._adopted(cluster, mode, view, role, effects)
+
+    def _ended(self, cluster: Cluster, mode: Mode, record: Record) -> None:
+        """P11: a demotion names the end of its log, and nothing that travels is written behind that."""
+        end = record.header.positions.get(mode.name)
+        if end is None or end.generation != cluster.generation:
+            self._violated(cluster, "P11", f"record {record.index} demotes and does not say where its log ends")
+            return
+        for index in range(end.index + 1, record.index):
+            if any(class_of(key) in mode.classes for key in cluster.witness.fold.effects[index - 1]):
+                what = f"record {record.index} demotes at {end.index}, and record {index} writes what travels"
+                self._violated(cluster, "P11", what)
 
     def origins(self, cluster: Cluster, mode: Mode, index: int) -> frozenset[Origin]:
         """Every write that cluster had, in one way or another, as of its record ``index``."""
@@ -264,13 +289,14 @@ class Lineage:
         primary = self._world.clusters[owner]
         self._count("history adopted")
         mine = self.origins(cluster, mode, cluster.head)
+        known = self._reported.setdefault((cluster.name, mode.name), set())
         lost = mine - self.origins(primary, mode, primary.head)
+        unsaid = lost - known
+        known |= lost
         head_key = next((key for key in effects if key.startswith(f"c/replication/lost/{mode.name}/")), None)
         if head_key is None:
-            if lost:
-                what = (
-                    f"{len(lost)} records exist here and not on {primary.name}, first {min(lost)}, and none is reported"
-                )
+            if unsaid:
+                what = f"{len(unsaid)} records exist here and not on {primary.name}, none is reported: {min(unsaid)}"
                 self._violated(cluster, "P10", what)
             return
         raw = effects[head_key]
@@ -288,13 +314,36 @@ class Lineage:
         missing = truth - reported
         if missing and not head.at_least:
             self._violated(cluster, "P10", f"{len(missing)} lost entries are not reported, first {min(missing)[:2]}")
+        said = {(key, value) for key, _, value in reported}
+        silent = [one for one in self._brought(cluster, mode, unsaid) if one not in said]
+        if silent and not head.at_least:
+            self._violated(
+                cluster, "P10", f"{len(silent)} entries that only this cluster has are not reported: {min(silent)}"
+            )
         too_many = {one for one in reported - truth if (cluster.name, one[1]) in mine - lost}
         if too_many and head.certain:
             self._violated(cluster, "P10", f"{len(too_many)} entries are reported as lost and are not")
         if not head.at_least and len(own) == len(lost) and head.certain and head.records != len(own):
             self._violated(cluster, "P10", f"{head.records} records are reported as lost, {len(own)} are")
-        if head.at_least and head.certain and cluster.witness.oldest_index <= min((i for i in own), default=1):
+        if head.at_least and head.certain and cluster.witness.oldest_index <= self._last_common(cluster, mode, own):
             self._violated(cluster, "P10", "the report says at least, and the log reaches far enough")
+
+    def _last_common(self, cluster: Cluster, mode: Mode, own: Iterable[int]) -> int:
+        """The newest record of what travels before those that are lost; 0 for none."""
+        effects = cluster.witness.fold.effects
+        before = range(min(own, default=1) - 1, 0, -1)
+        return next((at for at in before if any(class_of(key) in mode.classes for key in effects[at - 1])), 0)
+
+    def _brought(self, cluster: Cluster, mode: Mode, lost: Iterable[Origin]) -> Iterable[tuple[str, bytes]]:
+        """Entries of other clusters' writes that came here: where several came together only the last is kept."""
+        for name, index in lost:
+            if name == cluster.name:
+                continue
+            for key, value in self._world.clusters[name].witness.fold.effects[index - 1].items():
+                here = cluster.witness.fold.versions.get(key, ())
+                travels = class_of(key) in mode.classes and key not in mode.keyrings
+                if value is not None and travels and any(one == value for _, one in here):
+                    yield key, value
 
     def _pages(self, cluster: Cluster, head_key: str, head: LostHead) -> set[tuple[str, int, bytes | None]]:
         found: set[tuple[str, int, bytes | None]] = set()

@@ -36,7 +36,8 @@ from sidecar.replication.selection import Mount
 from sidecar.replication.upstream import STALL_WARNING
 from sidecar.replication.wiring import Callbacks, Executed, ForwardAnswer, NodeInfo, SecretMaterial
 from sidecar.transport.forwarding import ForwardRequest
-from tests.sim.clusters.port import Links, Port
+from tests.sim.clusters.links import Links
+from tests.sim.clusters.port import Port
 from tests.sim.node import Node
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a client is told. ``outcome``: ok, fail, unknown, refused or gone. ``index``: of the primary's log, where the
+    """What a client is told. ``outcome``: ok, fail, unknown or refused. ``index``: of the primary's log, where the
     answer says so; ``forwarded``; ``late``: with the warning that this cluster may not show it yet."""
 
     outcome: str

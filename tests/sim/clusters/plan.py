@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from consul_backend.allowance import DeleteAllowance
 from consul_backend.election import ElectionOptions
 from consul_backend.limits import BODY_BYTES_MIN, Limits
 from consul_backend.replicated import StoreOptions
@@ -140,18 +141,18 @@ def make_plan(seed: int) -> SetPlan:
         topology=topology,
         nodes=rnd.choice((1, 1, 2)),
         clients=rnd.choice((1, 2)),
-        think_s=rnd.choice((0.03, 0.08, 0.2)),
+        think_s=rnd.choice((0.05, 0.1, 0.25)),
         keys=rnd.choice((4, 20, 60)),
         value_bytes=rnd.choice((0, 40, 1_000)),
         delete_share=rnd.choice((0.0, 0.2, 0.5)),
-        large_share=rnd.choice((0.0, 0.02, 0.1)),
+        large_share=rnd.choice((0.0, 0.0, 0.02, 0.1)),
         read_share=rnd.choice((0.1, 0.4)),
         duration_s=duration_s,
         shuffle=rnd.random() < 0.7,
         usual_s=rnd.choice((0.001, 0.005)),
         faults={name: chance for name, chance in faults.items() if chance},
         limits=limits,
-        store=_store(rnd),
+        store=_store(rnd, far=delay_s > 0.1),
         election=ElectionOptions(step_down_grace_s=rnd.choice((0.0, 0.5)), watch_wait_s=2.0),
         replication=_replication(rnd, limits, far=delay_s > 0.1),
         link=LinkPlan(delay_s, dict.fromkeys(kinds, damage) if damage else {}),
@@ -159,12 +160,13 @@ def make_plan(seed: int) -> SetPlan:
     )
 
 
-def _store(rnd: random.Random) -> StoreOptions:
+def _store(rnd: random.Random, *, far: bool) -> StoreOptions:
     return StoreOptions(
         cache_bytes_max=rnd.choice((0, 1 << 20)),
         ring_records_max=rnd.choice((4, 4096)),
-        wal_keep_records=rnd.choice((4, 16, 4096, 4096)),
-        wal_keep_bytes=rnd.choice((2_000, 1 << 28, 1 << 28)),
+        # Over a far link a log of a few records is shorter than any sync takes.
+        wal_keep_records=4096 if far else rnd.choice((4, 16, 4096, 4096)),
+        wal_keep_bytes=1 << 28 if far else rnd.choice((2_000, 1 << 28, 1 << 28)),
         segment_records=rnd.choice((2, 8, 32)),
         flush_interval_s=rnd.choice((0.3, 1.0, 5.0)),
         collect_interval_s=rnd.choice((0.2, 1.0)),
@@ -190,6 +192,7 @@ def _replication(rnd: random.Random, limits: Limits, *, far: bool) -> Replicatio
         window_records=1024 if far else rnd.choice((2, 16, 1024)),  # or it would take minutes to catch up
         window_bytes=4 * 1024 * 1024 if far else rnd.choice((2_000, 4 * 1024 * 1024)),
         limits=limits,
+        allowance=DeleteAllowance(entries=1_000_000),  # what is deleted here was written here
         staging=rnd.choice((Staging(), Staging(), Staging(entries_max=4, bytes_max=4_000))),
     )
 

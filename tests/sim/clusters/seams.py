@@ -34,7 +34,8 @@ from sidecar.replication.activation import ActivationResult, Bundle, bootstrap
 from sidecar.replication.modes import Mode
 from sidecar.transport import certificates
 from tests.sim.clusters import papers
-from tests.sim.clusters.port import Links, StreamResponse, accept_websocket, make_client
+from tests.sim.clusters.links import Links
+from tests.sim.clusters.port import StreamResponse, accept_websocket, make_client
 from tests.sim.loop import SimLoop
 
 THREAD_S = 0.002

@@ -24,7 +24,7 @@ from sidecar.replication.protocol import (
     decode_from_primary,
     decode_from_secondary,
 )
-from tests.sim.clusters.port import Channel, Connection, tag_of
+from tests.sim.clusters.links import Channel, Connection, tag_of
 from tests.sim.loop import Process
 from tests.sim.witness import Violation
 

@@ -1,4 +1,4 @@
-"""What the plan does to nodes, stores and links; operators' acts are handed on (:mod:`tests.sim.clusters.operators`)."""
+"""What the plan does to nodes, stores and links; an operator's acts go to :mod:`tests.sim.clusters.operators`."""
 
 from __future__ import annotations
 

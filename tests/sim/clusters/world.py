@@ -15,23 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from consul_backend.replicated import ReplicatedStore
-from sidecar.replication.modes import DR, MODES, PERFORMANCE, Mode
-from sidecar.replication.protocol import Ack, Heartbeat, HelloReply, RecordFrame, decode_from_secondary, encode
-from sidecar.replication.roles import PrimaryRole
+from sidecar.replication.modes import MODES, Mode
 from sidecar.replication.shipped import Shipped
 from tests.sim.checkers import data_is_fold, index_is_exact, landed
 from tests.sim.clusters.client import Client
-from tests.sim.clusters.cluster import Cluster, Gone
+from tests.sim.clusters.cluster import Cluster
 from tests.sim.clusters.lineage import Lineage
-from tests.sim.clusters.node import KEYRINGS, SEAL_KEY, SetNode
+from tests.sim.clusters.links import Links
+from tests.sim.clusters.node import KEYRINGS, SEAL_KEY
 from tests.sim.clusters.operators import Operator
 from tests.sim.clusters.plan import CALM_S, SetPlan
-from tests.sim.clusters.port import Channel, Links
 from tests.sim.clusters.seams import Tokens, simulated
 from tests.sim.clusters.stream import StreamWatch
 from tests.sim.clusters.trouble import Trouble
 from tests.sim.history import Write
-from tests.sim.loop import Deadlock, Livelock, Process, SimLoop
+from tests.sim.loop import Deadlock, Livelock, SimLoop
 from tests.sim.witness import Violation
 
 HEAL_S = 90.0
@@ -162,7 +160,7 @@ class SetWorld:
 
     async def _begin(self) -> None:
         first = self.clusters[self.plan.names[0]]
-        entries = {key: b"keyring 1" for key in KEYRINGS} | {SEAL_KEY: b"seal", "r/policy/first": b"first"}
+        entries = dict.fromkeys(KEYRINGS, b"keyring 1") | {SEAL_KEY: b"seal", "r/policy/first": b"first"}
         await first.found(entries)
         for follow in self.plan.follows:
             await self._within(lambda follow=follow: self.operator.enlist(follow), f"{follow.who} was not activated")
