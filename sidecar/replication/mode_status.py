@@ -274,7 +274,7 @@ def _secondary(manager: ModeManager, role: SecondaryRole, index: statuses.IndexF
             last_sync=service.last_sync,
             sync_progress=service.sync_progress,
             shrink=service.shrink,
-            primary=beats if upstream.heard_at_s is not None else None,
+            primary=beats if role.attached and upstream.heard_at_s is not None else None,
         )
     )
 

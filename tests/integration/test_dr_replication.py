@@ -278,6 +278,8 @@ async def test_a_chain_of_three_follows_without_a_wipe(pair: Pair) -> None:
 
 async def test_a_secondary_that_was_ahead_of_the_promoted_one_keeps_what_it_had(pair: Pair) -> None:
     us, slow, fast = pair.primary, await followed(pair, DR, "slow"), await followed(pair, DR, "fast")
+    us.store.write(("r/m/both", b"1"))  # so that what the other was filled with is no more than this one has
+    await until(lambda: in_step(us, slow, DR) and in_step(us, fast, DR))
     await slow.stop()
     us.store.write(("r/m/only-fast", b"1"))
     await until(lambda: in_step(us, fast, DR))
