@@ -16,6 +16,7 @@ import contextlib
 import gc
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -362,6 +363,7 @@ def main() -> None:
     one.add_argument("--seconds", type=float, default=5.0)
     functions = {"lag": lag, "stream": stream, "catch-up": catch_up, "fill": first_fill, "fan-out": fan_out}
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or else the Consul servers would stay
     figures: dict[str, Any] = {"load": [round(one, 1) for one in os.getloadavg()]}
     for case in [arguments.case] if arguments.case else functions:
         chosen = arguments if arguments.case else parser.parse_args([case])
