@@ -113,6 +113,8 @@ class World:
     def __init__(self, primary: Node, secondary: Node) -> None:
         self.primary = primary
         self.secondary = secondary
+        self.source = SOURCE
+        self.denied: dict[str, str] = {}
         self.shipper_options = ShipperOptions(beat_s=0.05, silent_beats_max=100)
         self.wrap: Callable[[Channel], Channel] = lambda channel: channel
         self.applied: list[str] = []
@@ -126,10 +128,11 @@ class World:
         self.shipper = Shipper(
             PERFORMANCE,
             self.primary.store,
-            SOURCE,
+            self.source,
             self.shipper_options,
             CLOCK,
             advertise=lambda: Advertised("https://primary:8200", ("https://primary:8201",)),
+            denied=self.denied.__setitem__,
         )
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -141,9 +144,8 @@ class World:
         body = await request.read()
         if request.path == "/diff":
             asked = wire.decode_diff_request(body)
-            return web.Response(
-                body=encode(await answer_diff(self.primary.store, SOURCE, asked, mode=PERFORMANCE, hold_as="second"))
-            )
+            answer = await answer_diff(self.primary.store, self.source, asked, mode=PERFORMANCE, hold_as="second")
+            return web.Response(body=encode(answer))
         response = web.StreamResponse()
         await response.prepare(request)
         async for chunk in answer_fetch(self.primary.store, wire.decode_fetch_request(body), mode=PERFORMANCE):
@@ -387,7 +389,8 @@ async def test_exactly_once_over_crashes_at_any_moment(world: World, who: str):
     await world.assert_exactly_once()
 
 
-async def test_a_diverged_secondary_is_sent_to_the_diff(world: World):
+async def test_a_diverged_secondary_is_sent_to_the_diff_once_somebody_has_decided(world: World):
+    """Until then its primary hears that one of the two stores is not what it was, and nothing is replaced."""
     await fill(world.primary.store, 100)
     await world.join()
     await write_some(world.primary.store, random.Random(4), 40)
@@ -395,12 +398,15 @@ async def test_a_diverged_secondary_is_sent_to_the_diff(world: World):
     diverged = Position(position.set_id, position.generation, position.epoch, position.index, bytes(32))
     await world.secondary.store.commit([], positions={"performance": diverged})
     outcome = await world.stream()
+    assert outcome.end is End.LOST
+    assert "has another of that number" in outcome.reason
+    assert f"secondary second has record {position.index} of this store" in world.denied["second"]
+    world.source = replace(SOURCE, epoch=2, epoch_id="epoch-2-id")
+    world.serve_primary()
+    outcome = await world.stream()
     assert outcome.end is End.NEED_DIFF
-    assert "diverged" in outcome.reason
-    result = await world.sync()
-    assert result.event is Event.SYNCED
-    await world.stream_while(asyncio.sleep(0))
-    world.assert_same()
+    assert "another store or epoch" in outcome.reason
+    assert world.denied == {"second": ""}
 
 
 async def test_a_wrong_entry_is_noticed_while_streaming(world: World):
