@@ -175,19 +175,25 @@ def _braked(
 
 
 async def _from_log(parts: Inspected, wanted: dict[str, bytes]) -> dict[str, bytes]:
-    """The values that the index means, as far as the log reaches back; those of large batches whole."""
+    """The values that the index means, as far as the log reaches back; those of large batches whole. A batch of which
+    the parts are collected, and its commit record not yet, is out of reach."""
     replay = Replay()
     found: dict[str, bytes] = {}
-    index = parts.oldest()
+    start = index = parts.oldest()
     while index <= parts.head().index:
         try:
             records = await parts.records(index, _RECORDS_AT_ONCE)
         except RecordGone:
-            index = max(index + 1, parts.oldest())  # collected meanwhile
+            start = index = max(index + 1, parts.oldest())  # collected meanwhile
+            replay = Replay()
             continue
         if not records:
             break
         for record in records:
+            large = record.header.large
+            if large is not None and large.parts and large.parts[0].index < start:
+                replay.open.pop(large.id, None)
+                continue
             for write in replay.feed(record):
                 digest = wanted.get(write.key)
                 if digest is not None and write.value is not None and entry_digest(write.key, write.value) == digest:

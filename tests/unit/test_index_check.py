@@ -351,6 +351,28 @@ async def test_a_reindex_goes_on_where_the_log_is_left(cluster):
         assert await store.get(victim) == b"newest"
 
 
+async def test_a_batch_whose_parts_are_collected_is_out_of_reach_and_no_damage(cluster):
+    """The collector deletes one segment after the other: the commit record stands alone for a while."""
+    async with cluster.running(KEEP) as store:
+        first = store.head.index + 1
+        names = [key(f"part/{n}") for n in range(40)]
+        await store.commit([Write(name, name.encode() * 400) for name in names])
+        await store.rolled()
+        await store.commit([Write(key("after"), b"1")])
+        (commit,) = [one for one in await store.records(first, 1000) if one.header.kind == "commit"]
+        for name in (names[0], key("after")):
+            await cluster.inner.txn([Set(where(name), b"foreign")])
+        for oldest in (first + 1, commit.index):
+            parts = store.inspected()
+            parts.oldest = lambda oldest=oldest: oldest
+            report = await reindex(parts, ReindexOptions(), Progress())
+            assert report.unresolved == 1
+            assert report.restored == (oldest == first + 1)
+        assert await store.get(key("after")) == b"1"
+        assert (await repaired(store)).restored == 1
+        await cluster.check(store)
+
+
 async def test_a_flush_without_an_answer_is_no_damage(cluster):
     """The extent may be stored as it was or as it shall be, until that is resolved."""
     async with cluster.running(FORGET) as store:
