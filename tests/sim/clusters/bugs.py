@@ -254,16 +254,6 @@ def answer_is_not_held(stack: ExitStack) -> None:
     stack.enter_context(patch.object(Applier, "wait_applied", wait_applied))
 
 
-@bug("bare-index-is-a-position", focus.SWITCHING)
-def bare_index_is_a_position(stack: ExitStack) -> None:
-    """A forwarded write waits for a number, whichever log this cluster's own position is in."""
-
-    def reached(self: Applier, index: int, generation: str) -> bool:
-        return self._position is not None and self._position.index >= index
-
-    stack.enter_context(patch.object(Applier, "_reached", reached))
-
-
 @bug("forwarded-again-when-unknown", focus.FORWARDING_LOSSY)
 def forwarded_again_when_unknown(stack: ExitStack) -> None:
     """A forwarded request whose answer was lost is sent again."""

@@ -42,12 +42,13 @@ def focused(seed: int, focus: SetFocus) -> SetPlan:
     while focus.kinds and (at_s := at_s + rnd.expovariate(1 / focus.every_s)) < CALM_S + DURATION_S:
         one, other = rnd.sample(range(len(plan.names)), 2)
         events.append(Event(at_s, rnd.choice(focus.kinds), one, other, focus.for_s * rnd.random()))
+    far = {"wal_keep_records": 4096, "wal_keep_bytes": 1 << 28} if focus.delay_s >= 0.1 else {}
     fields = {"think_s": 0.05, "clients": 1, "large_share": 0.0, "keys": 12, "faults": {}, "usual_s": 0.003}
     return replace(
         plan,
         events=focus.script or tuple(events),
         duration_s=DURATION_S,
-        store=replace(plan.store, **focus.store),
+        store=replace(plan.store, **{**far, **focus.store}),
         replication=replace(plan.replication, **{"window_records": 64, **focus.replication}),
         link=replace(plan.link, delay_s=focus.delay_s, tampering=dict(focus.tampering)),
         **{**fields, **focus.plan},
@@ -95,7 +96,6 @@ FORECASTING_FILL = SetFocus(
 )
 CROWDED = SetFocus(kinds=("switch-over",), every_s=1.5, plan={"clients": 2, "think_s": 0.01, "usual_s": 0.01})
 CHAINED = SetFocus(("chain",), ("switch-over",), every_s=2.0, plan={"clients": 2, "think_s": 0.02, "usual_s": 0.005})
-SWITCHING = SetFocus(kinds=("switch-over", "force-promote"), every_s=1.5)
 FORWARDING = SetFocus(plan={"think_s": 0.02, "keys": 6}, delay_s=0.05)
 FORWARDING_LOSSY = SetFocus(
     kinds=("reset-links",), every_s=0.3, plan={"think_s": 0.02, "usual_s": 0.02, "read_share": 0.0}, delay_s=0.05

@@ -280,8 +280,11 @@ class Operator:
         """P10: what a promotion says that it may lose, against what it would lose now. ``position`` is where the store
         stood a moment before."""
         world = self._world
-        source = world.by_generation(position.generation) if position is not None and position.index else None
-        if source is None or position is None:
+        now = node.store.positions.get(mode.name) if node.store is not None else None
+        if now is None or position is None or now.generation != position.generation:
+            return  # it came to follow another store meanwhile
+        source = world.by_generation(position.generation) if position.index else None
+        if source is None:
             return
         world.count("forecast")
         now_s = world.loop.time()
