@@ -126,15 +126,17 @@ class ReplicatedStore:
             random_bytes=random_bytes,
         )
         self._crossings = {**recovered.crossings, **crossing(recovered.replay.spans, options.segment_records)}
-        self._flusher = self._make_flusher(recovered)
-        self._collector = Collector(
-            physical,
-            generation,
-            tenure,
+        self._flusher, self._collector = self._make_flusher(recovered), self._make_collector()
+
+    def _make_collector(self) -> Collector:
+        return Collector(
+            self._physical,
+            self.generation,
+            self.tenure,
             facts=self._retention_facts,
             gone=self._segment_gone,
-            newest=newest,
-            interval_s=options.collect_interval_s,
+            newest=self._group_commit.newest,
+            interval_s=self._options.collect_interval_s,
         )
 
     def _make_flusher(self, recovered: Recovered) -> Flusher:

@@ -6,12 +6,18 @@ transaction; whatever fails before the flip leaves the cluster as it was.
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
 
-from consul_backend.errors import Corrupt, SentinelMissing
+from consul_backend.errors import BackendError, Conflict, Corrupt, SentinelMissing
+from consul_backend.failpoint import failpoint
 from consul_backend.physical import EPOCH_KEY, GENERATION_KEY, LOCK_KEY, SENTINEL_KEY, PhysicalStore
+from consul_backend.replicated import drop_generation
 from consul_backend.tenure import Tenure
 from consul_backend.txn import Cas, CheckIndex, CheckSession, Op
+
+log = logging.getLogger("core")
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -65,3 +71,21 @@ async def flip_generation(physical: PhysicalStore, tenure: Tenure, expected_inde
             Cas(GENERATION_KEY, msgspec.json.encode(target), expected_index),
         ]
     )
+
+
+async def drop_others(physical: PhysicalStore, kept: str, tenure: Tenure) -> None:
+    """Delete every store but ``kept``, the one that the pointer named, read consistently, when ``tenure`` began. What
+    cannot be deleted now is left to the next tenure."""
+    for name in await physical.list("g/", consistent=True):
+        generation = name.rstrip("/")
+        if generation == kept:
+            continue
+        failpoint("activation:before-drop")
+        try:
+            await drop_generation(physical, generation, tenure)
+            failpoint("activation:after-drop")
+            log.info("deleted the replaced store generation %s", generation)
+        except Conflict:
+            return  # the tenure is over
+        except BackendError as error:
+            log.warning("the replaced store generation %s is not deleted yet: %s", generation, error)

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,10 @@ from consul_backend.allowance import DeleteAllowance
 from consul_backend.clock import Clock, SteadyTime
 from consul_backend.deadline import deadline
 from consul_backend.election import Held
-from consul_backend.errors import BackendError, Conflict, OutcomeUnknown
+from consul_backend.errors import OutcomeUnknown
 from consul_backend.failpoint import failpoint
 from consul_backend.physical import PhysicalStore
-from consul_backend.replicated import ReplicatedStore, StoreOptions, drop_generation, genesis
+from consul_backend.replicated import ReplicatedStore, StoreOptions, genesis
 from consul_backend.wal import Write
 from plugin_api.errors import Unavailable
 from sidecar.api.mirror_service import MirrorService
@@ -45,7 +45,7 @@ from sidecar.core.store_view import SealedStore
 from sidecar.core.write_gate import GatedStore, WriteGate
 from sidecar.forwarding import LEADER_KEY, ForwardingServer, TenureCredentials, Told, from_message
 from sidecar.gauges import store_gauges, store_totals
-from sidecar.generation import Generation, flip_generation, read_generation
+from sidecar.generation import Generation, drop_others, flip_generation, read_generation
 from sidecar.node import ActiveRole, Node
 from sidecar.replication.activation import ActivationResult
 from sidecar.replication.manager import Replication
@@ -208,8 +208,48 @@ class ActiveScope:
         mirror = isinstance(decode_role(await sealed.get(DR.role_key)), SecondaryRole)
         cluster = await ClusterInfo.load(sealed, mirror=mirror)
         await sealed.put(LEADER_KEY, msgspec.msgpack.encode(self._credentials.record(cluster)))
+        self._replication = self._make_replication(
+            store, sealed, barrier, cluster, lambda: forwarding.cluster_addresses()
+        )
+        await self._replication.load()
+        self._time = SteadyTime(self._clock, store.head.time_ms)
+        gated = GatedStore(store, self._writes)
+        self._service = self._make_service(gated, barrier, cluster)
+        lock = self._service.seal_lock if isinstance(self._service, Service) else asyncio.Lock()
+        self._shares = SharesKeeper(
+            SealedStore(gated, barrier), self.modes, self._replication.is_primary_writable, lock
+        )
+        await self._service.start()
+        role = ActiveRole(self._service, self, cluster, time.time(), standbys=lambda: forwarding.standbys())
+        self._role = role
+        forwarding = ForwardingServer(
+            self._credentials,
+            cluster_id=cluster.cluster_id,
+            own_cluster_addr=self._node.identity.cluster_addr,
+            handle=role.run,
+            told=self._told,
+            root_key_of=self._root_key_of,
+            first_heard=self._claims.heard,
+        )
+        self._listener.add(forwarding.purpose())
+        self._spawn(tasks, self._service.run(), "service")
+        self._spawn(tasks, self._replication.run(), "replication")
+        self._spawn(tasks, self._shares.run(), "key shares")
+        self._spawn(tasks, watch_wall_clock(self._time), "wall clock")
+        self._spawn(tasks, drop_others(self._physical, generation, store.tenure), "drop old generations")
+        self._spawn(tasks, self._claims.run(store), "claims of standbys")
+        return role
+
+    def _make_replication(
+        self,
+        store: ReplicatedStore,
+        sealed: SealedStore,
+        barrier: Barrier,
+        cluster: ClusterInfo,
+        cluster_addresses: Callable[[], Sequence[str]],
+    ) -> Replication:
         identity = self._node.identity
-        self._replication = Replication(
+        return Replication(
             store=store,
             sealed=sealed,
             listener=self._listener,
@@ -218,7 +258,7 @@ class ActiveScope:
                 local_cluster_id=cluster.cluster_id,
                 api_addr=identity.api_addr,
                 cluster_addr=identity.cluster_addr,
-                cluster_addresses=lambda: forwarding.cluster_addresses(),
+                cluster_addresses=cluster_addresses,
             ),
             callbacks=Callbacks(
                 on_applied=self._on_applied,
@@ -239,34 +279,6 @@ class ActiveScope:
             clock=self._clock,
             options=self._parts.replication,
         )
-        await self._replication.load()
-        self._time = SteadyTime(self._clock, store.head.time_ms)
-        gated = GatedStore(store, self._writes)
-        self._service = self._make_service(gated, barrier, cluster)
-        lock = self._service.seal_lock if isinstance(self._service, Service) else asyncio.Lock()
-        self._shares = SharesKeeper(
-            SealedStore(gated, barrier), self.modes, self._replication.is_primary_writable, lock
-        )
-        await self._service.start()
-        role = ActiveRole(self._service, self, cluster, time.time(), standbys=lambda: forwarding.standbys())
-        self._role = role
-        forwarding = ForwardingServer(
-            self._credentials,
-            cluster_id=cluster.cluster_id,
-            own_cluster_addr=identity.cluster_addr,
-            handle=role.run,
-            told=self._told,
-            root_key_of=self._root_key_of,
-            first_heard=self._claims.heard,
-        )
-        self._listener.add(forwarding.purpose())
-        self._spawn(tasks, self._service.run(), "service")
-        self._spawn(tasks, self._replication.run(), "replication")
-        self._spawn(tasks, self._shares.run(), "key shares")
-        self._spawn(tasks, watch_wall_clock(self._time), "wall clock")
-        self._spawn(tasks, self._drop_old_generations(), "drop old generations")
-        self._spawn(tasks, self._claims.run(store), "claims of standbys")
-        return role
 
     def _make_service(self, store: GatedStore, barrier: Barrier, cluster: ClusterInfo) -> Service | MirrorService:
         now = self._time.now_s
@@ -480,19 +492,3 @@ class ActiveScope:
                 "the store did not confirm the activation: this node gives up leadership; look at "
                 "sys/replication/status before you try again with a new token"
             ) from error
-
-    async def _drop_old_generations(self) -> None:
-        """Delete stores that are no longer used; the pointer was read, consistently, when this tenure began."""
-        for name in await self._physical.list("g/", consistent=True):
-            generation = name.rstrip("/")
-            if generation == self._opened.generation.id:
-                continue
-            failpoint("activation:before-drop")
-            try:
-                await drop_generation(self._physical, generation, self._store.tenure)
-                failpoint("activation:after-drop")
-                log.info("deleted the replaced store generation %s", generation)
-            except Conflict:
-                return  # the tenure is over; the next one deletes it
-            except BackendError as error:
-                log.warning("the replaced store generation %s is not deleted yet: %s", generation, error)

@@ -10,6 +10,7 @@ no longer reaches the point where the histories part, it says *at least*.
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ from sidecar.replication.parts import concerns
 from sidecar.replication.protocol import is_none
 from sidecar.replication.store_view import PrimaryStore
 from sidecar.replication.wiring import SealedEntries
+
+logger = logging.getLogger(__name__)
 
 _RECORDS_AT_ONCE = 64
 PAGE_BYTES = 256 * 1024
@@ -97,6 +100,21 @@ class _Reach:
     start: int
     whole: bool = True
     certain: bool = True
+
+
+def log_loss(head: LostHead) -> None:
+    """For the operator who reads logs first."""
+    logger.error(
+        "replication: %s%d entries in %d records (%d to %d of this cluster's log) exist here and not on the new "
+        "primary; they are kept as %s lost-writes %s and will be replaced",
+        "at least " if head.at_least else "",
+        head.entries,
+        head.records,
+        head.first,
+        head.last,
+        head.mode,
+        head.id,
+    )
 
 
 class LostWrites:

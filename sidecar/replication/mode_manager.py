@@ -27,7 +27,7 @@ from sidecar.replication.former import FormerPrimary
 from sidecar.replication.heard import HeardKeeper, load_heard, resume
 from sidecar.replication.hello import Source
 from sidecar.replication.history import Epoch, history_of_data, parting
-from sidecar.replication.lost_writes import LostHead, LostWrites
+from sidecar.replication.lost_writes import LostHead, LostWrites, log_loss
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.primary import PrimaryService
 from sidecar.replication.protocol import is_none
@@ -492,15 +492,5 @@ class ModeManager:
             after = await self._commit(roles.adopt(selecting, source.history, mine), also)
             if head is not None:
                 self.lost_heads = [*(one for one in self.lost_heads if one.id != head.id), head]
-                logger.error(
-                    "replication: %s%d entries in %d records (%d to %d of this cluster's log) exist here and not on "
-                    "the new primary; they are kept as %s lost-writes %s and will be replaced",
-                    "at least " if head.at_least else "",
-                    head.entries,
-                    head.records,
-                    head.first,
-                    head.last,
-                    self.mode.name,
-                    head.id,
-                )
+                log_loss(head)
             return after
