@@ -40,7 +40,7 @@ TESTS = {
     "consul_backend.lease": ["lease"],
     "consul_backend.limits": ["limits", "packing_machine"],
     "consul_backend.merkle": ["forest_pages", "merkle", "merkle_machine", "lazy_index"],
-    "consul_backend.merkle_pages": ["merkle", "merkle_machine", "lazy_index"],
+    "consul_backend.merkle_pages": ["extent_table", "merkle", "merkle_machine", "lazy_index"],
     "consul_backend.recovery": ["recovery", "lazy_index", "large_crashes"],
     "consul_backend.retention": ["retention"],
     "consul_backend.wal": ["wal"],

@@ -215,6 +215,22 @@ def test_the_longest_path_is_taken_and_one_longer_is_not():
         forest.change(*P, longest + "x", digest(1))
 
 
+def test_the_first_and_the_last_bucket_belong_to_a_partition():
+    forest, entry = Forest(), pack_entries([("x", digest(1))])
+    assert forest.cold_between(*P, 0, BUCKETS) is False
+    assert forest.count(*P) == 0
+    for bucket in (0, BUCKETS - 1):
+        forest.load_blob(*P, bucket, entry)
+    assert list(forest.keys(*P)) == [("x", digest(1))] * 2
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 5000])
+def test_paths_of_any_length_are_counted_and_read(size):
+    entries = [("a" * size, digest(1)), ("b" * size, digest(2))]
+    assert count_entries(pack_entries(entries)) == 2
+    assert list(unpack_entries(pack_entries(entries))) == entries
+
+
 def test_a_subpage_names_no_path_twice_and_all_in_order():
     one, two = pack_entries([("a", digest(1))]), pack_entries([("b", digest(2))])
     assert list(unpack_entries(one + two)) == [("a", digest(1)), ("b", digest(2))]

@@ -1,0 +1,70 @@
+"""What the table says of extents that are known by name, before and after they were read."""
+
+from consul_backend.extents import CHECKSUM_BYTES, Extent
+from consul_backend.merkle import SUBPAGES
+from consul_backend.merkle_pages import ExtentTable
+
+P = ("r", "p")
+
+
+def extent(checksum, lsn=1):
+    return Extent(lsn, ((0, b"x"),), checksum.to_bytes(CHECKSUM_BYTES, "big"))
+
+
+def test_extents_above_others_are_splits_that_are_not_complete():
+    table = ExtentTable("g1")
+    assert table.add_names(*P, [(1, 0), (1, 0x8000)]) == []
+    assert table.add_names("r", "q", [(0, 0), (1, 0)]) == [(0, 0)]
+    assert sorted(table.add_names("r", "s", [(0, 0), (1, 0), (1, 0x8000), (2, 0)])) == [(0, 0), (1, 0)]
+
+
+def test_number_and_sum_are_those_of_what_was_read():
+    table = ExtentTable("g1")
+    table.add_names(*P, [(1, 0), (1, 0x8000)])
+    table.add_names("r", "q", [(0, 0)])
+    table.set_loaded(*P, 1, 0, extent(2**128 - 1))
+    table.set_loaded(*P, 1, 0x8000, extent(5))
+    table.set_loaded("r", "q", 0, 0, extent(7))
+    table.recount()
+    assert table.count == 3
+    assert table.total == (11).to_bytes(CHECKSUM_BYTES, "big")
+    table.resume(9, (2**128 - 1).to_bytes(CHECKSUM_BYTES, "big"))
+    assert (table.count, table.total) == (9, b"\xff" * CHECKSUM_BYTES)
+
+
+def test_pages_are_loaded_together_with_their_shallowest_extent():
+    table = ExtentTable("g1")
+    table.add_names(*P, [(1, 0), (2, 0x4000), (3, 0x8000), (8, 0xFF00)])
+    assert table.unit_of(*P, 5) == (0, 128)
+    assert table.unit_of(*P, 127) == (0, 128), "the shallowest one, also where there are deeper ones"
+    assert table.unit_of(*P, 128) == (128, 160)
+    assert table.unit_of(*P, 159) == (128, 160)
+    assert table.unit_of(*P, 160) == (160, 161)
+    assert table.unit_of(*P, 255) == (255, 256), "one page alone"
+    assert table.unit_of("r", "none", 7) == (7, 8)
+
+
+def test_what_is_stored_over_a_range_is_told_from_the_shallow_to_the_deep():
+    table = ExtentTable("g1")
+    table.add_names(*P, [(8, 0x0100), (1, 0), (3, 0x8000), (16, 0xFFFF)])
+    assert table.stored_over(*P, 0, 1) == [(1, 0)]
+    assert table.stored_over(*P, SUBPAGES, 2 * SUBPAGES) == [(1, 0), (8, 0x0100)]
+    assert table.stored_over(*P, 0x8000, 0x8001) == [(3, 0x8000)]
+    assert table.stored_over(*P, 0x7FFF, 0x8001) == [(1, 0), (3, 0x8000)]
+    assert table.stored_over(*P, 0xA000, 0xFFFF) == []
+    assert table.stored_over(*P, 0xFFFF, 0x10000) == [(16, 0xFFFF)]
+    assert table.stored_over("r", "none", 0, 0x10000) == []
+
+
+def test_checksums_are_known_of_what_is_stored_and_clean():
+    table = ExtentTable("g1")
+    table.add_names(*P, [(1, 0), (1, 0x8000)])
+    table.set_loaded(*P, 1, 0, extent(3))
+    table.set_loaded(*P, 1, 0x8000, extent(4))
+    assert table.stored_checksum(*P, 1, 0) == (3).to_bytes(CHECKSUM_BYTES, "big")
+    assert table.stored_checksum(*P, 2, 0) is None
+    assert table.stored_checksum("r", "none", 1, 0) is None
+    assert sorted(table.clean_leaves(*P)) == [(1, 0), (1, 0x8000)]
+    table.mark(*P, 0x8001, 7)
+    assert table.stored_checksum(*P, 1, 0x8000) is None, "about to be written anew"
+    assert list(table.clean_leaves(*P)) == [(1, 0)]
