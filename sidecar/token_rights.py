@@ -14,7 +14,7 @@ from consul_backend.errors import PermissionDenied
 log = logging.getLogger("core")
 
 PAUSE_MIN_S = 1.0
-PAUSE_MAX_S = 30.0
+PAUSE_MAX_S = 10.0
 HINT = "mend the token's policy (deploy/nomad/consul-acl-policy.hcl has every rule); this node tries again by itself"
 
 

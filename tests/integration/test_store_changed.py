@@ -310,7 +310,7 @@ def test_the_token_loses_its_rights(server: ConsulServer, tmp_path: Path, rules:
                 assert 'needed: key_prefix "outrider/' in health.body["stopped_reason"]
             server.change_policy(policy, POLICY_FILE.read_text())
         assert node.running
-        cluster.wait_active()
+        cluster.wait_active(60.0)
         assert not node.call("GET", "sys/seal-status").body["sealed"]
         assert cluster.call("GET", f"{MOUNT}/kept").data == {"v": "1"}
         assert "stopped_reason" not in node.call("GET", "sys/health").body
