@@ -281,10 +281,10 @@ def secondary_writes_by_itself(stack: ExitStack) -> None:
 def demotion_does_not_settle(stack: ExitStack) -> None:
     """A demotion does not wait for commits that were let in before."""
 
-    async def settled(self: WriteGate) -> None:
+    async def settle(self: ModeManager) -> None:
         return None
 
-    stack.enter_context(patch.object(WriteGate, "settled", settled))
+    stack.enter_context(patch.object(ModeManager, "_settle", settle))
 
 
 @bug("other-mode-writes-on", focus.CHAINED)
