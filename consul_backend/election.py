@@ -133,7 +133,10 @@ class Election:
             try:
                 await self._bury()
                 item, index = await self._watch_lock(index)
-                if item is not None and item.session:
+                if item is not None and item.session and item.session == self._session:
+                    log.warning("an attempt at the lock landed after it was given up: its session is ended")
+                    await self._abandon()
+                elif item is not None and item.session:
                     self._move(Event.LOCK_TAKEN)
                     continue
                 held = await self._attempt()

@@ -9,7 +9,7 @@ import pytest
 from consul_backend.clock import SystemClock
 from consul_backend.election import Election, ElectionOptions, LeaderInfo, above, decode_epoch
 from consul_backend.embedded import EmbeddedStore
-from consul_backend.errors import Corrupt, FenceLost, OutcomeUnknown, Unavailable
+from consul_backend.errors import Conflict, Corrupt, FenceLost, OutcomeUnknown, Unavailable
 from consul_backend.lease import Phase
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, Item, TxnResult
 from consul_backend.txn import Delete, Lock, Op, Set
@@ -95,6 +95,33 @@ async def test_a_lost_answer_to_the_acquire_is_resolved(physical: EmbeddedStore,
     assert epoch is not None
     assert decode_epoch(epoch).number == held.tenure.epoch == 1
     assert epoch.modify_index == held.tenure.epoch_index
+    await node.release(held)
+
+
+class DoublingStore(LossyStore):
+    """The first attempt at the lock is refused, and a double of it lands when the refusal was looked into already."""
+
+    double: Sequence[Op] = ()
+
+    async def get(self, key: str, *, consistent: bool = False) -> Item | None:
+        found = await self._inner.get(key, consistent=consistent)
+        if self.double and key == EPOCH_KEY:
+            ops, self.double = self.double, ()
+            await self._inner.txn(ops)
+        return found
+
+    async def txn(self, ops: Sequence[Op]) -> TxnResult:
+        if not self.lost and any(isinstance(op, Lock) for op in ops):
+            self.lost, self.double = 1, ops
+            raise Conflict("failed to lock key due to lock delay")
+        return await super().txn(ops)
+
+
+async def test_an_attempt_that_lands_after_it_was_refused_locks_nobody_out(physical: EmbeddedStore) -> None:
+    doubling = DoublingStore(physical, applied=False)
+    node = election(doubling, "a")
+    held = await asyncio.wait_for(node.campaign(), 10)
+    assert held.tenure.epoch == 2, "the double was numbered 1, and led nothing"
     await node.release(held)
 
 
