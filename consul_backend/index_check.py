@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -32,6 +32,8 @@ from consul_backend.physical import Item, PhysicalStore
 from consul_backend.tenure import Tenure
 from consul_backend.wal import Head, Record, Write
 
+PAGES = BUCKETS // SUBPAGES
+PAGES_AT_ONCE = 16
 READ_AT_ONCE = 64
 READS_AT_ONCE = 4
 LISTS_AT_ONCE = 4
@@ -214,14 +216,22 @@ async def _check_partition(
         progress.done = report.keys
         await asyncio.sleep(0)
     # Counters only say where to look: a commit during the scan makes them differ and changes nothing else.
-    for page in range(BUCKETS // SUBPAGES):
-        if (*name, page) in report.damaged:
-            continue
-        for bucket, blob in list(parts.forest.blobs(*name, page * SUBPAGES, (page + 1) * SUBPAGES)):
+    damaged = [number for cls, partition, number in report.damaged if (cls, partition) == name]
+    for start, stop in _between(damaged):
+        for bucket, blob in list(parts.forest.blobs(*name, start * SUBPAGES, stop * SUBPAGES)):
             if count_entries(blob) != met[bucket]:
                 for path, _ in unpack_entries(blob):
                     await _look_again(parts, prefix + path, parts.where(prefix + path), report)
         await asyncio.sleep(0)
+
+
+def _between(damaged: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Runs of pages, first and last exclusive, without those that cannot be read."""
+    start = 0
+    for stop in sorted({*damaged, *range(PAGES_AT_ONCE, PAGES + 1, PAGES_AT_ONCE)}):
+        if start < stop:
+            yield start, stop
+        start = stop + 1 if stop in damaged else stop
 
 
 async def _look_again(parts: Inspected, key: str, where: str, report: CheckReport) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 from consul_backend import lease as lease_table
 from consul_backend import merkle_flush, retention
 from consul_backend.delivery import Delivery
+from consul_backend.election import Election
 from consul_backend.errors import BackendError, Conflict, OutcomeUnknown, Unavailable
 from consul_backend.fenced import Newest
 from consul_backend.group_commit import GroupCommit
 from consul_backend.lease import Action, Event, Phase
 from consul_backend.merkle_flush import Flusher
-from consul_backend.physical import PhysicalStore, TxnResult
+from consul_backend.physical import Item, PhysicalStore, TxnResult
 from consul_backend.read_lease import ReadLease
 from consul_backend.tenure import Tenure
 from consul_backend.testing import SimulatedStore
@@ -281,6 +283,15 @@ def session_without_lock_delay(stack: ExitStack) -> None:
 
 @bug("session-kept-after-lost-acquire", ACQUIRE)
 def session_kept_after_lost_acquire(stack: ExitStack) -> None:
-    """An acquire without an answer that is not there yet is forgotten; it lands later and nobody leads with it."""
+    """An acquire without an answer that is not there yet is forgotten; it lands later, nobody leads with it, and the
+    node takes its own lock for another's."""
     row = {(Phase.RESOLVING_UNKNOWN, Event.FOUND_FOREIGN): (Phase.STANDBY, Action.WAIT)}
     stack.enter_context(patch.dict(lease_table.TABLE, row))
+    watch = Election._watch_lock
+
+    async def watched(self: Election, index: int) -> tuple[Item | None, int]:
+        item, index = await watch(self, index)
+        own = item is not None and item.session == self._session
+        return (replace(item, session="another") if item is not None and item.session and own else item), index
+
+    stack.enter_context(patch.object(Election, "_watch_lock", watched))

@@ -15,8 +15,7 @@ from consul_backend.position import Position
 from consul_backend.wal import Record
 from sidecar.core.write_gate import WriteGate
 from sidecar.replication import applier as applier_module
-from sidecar.replication import lost_writes, mode_manager, roles
-from sidecar.replication import sync as sync_module
+from sidecar.replication import lost_writes, mode_manager, roles, staging
 from sidecar.replication.applier import Applier
 from sidecar.replication.history import Parting
 from sidecar.replication.intake import Batch, Intake
@@ -175,13 +174,13 @@ def readers_see_a_mix(stack: ExitStack) -> None:
 @bug("mix-keeps-its-position", focus.RESYNCING)
 def mix_keeps_its_position(stack: ExitStack) -> None:
     """A sync that commits piece by piece leaves the old position: a crash in between streams into a mix."""
-    commit = sync_module.commit
+    commit = staging.commit
 
     async def same(store: Any, writes: Sequence[Any], positions: Mapping[str, Position]) -> None:
         moved = {name: position for name, position in positions.items() if position.index}
         await commit(store, writes, moved)
 
-    stack.enter_context(patch.object(sync_module, "commit", same))
+    stack.enter_context(patch.object(staging, "commit", same))
 
 
 @bug("gone-means-deleted", focus.FILTERED)

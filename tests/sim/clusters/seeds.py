@@ -11,7 +11,7 @@ import time
 from tests.sim.runs import SETS, Totals, failure_text, run_seeds
 
 FIRST = int(os.environ.get("SIM_CLUSTER_FIRST", "0"))
-SEEDS = int(os.environ.get("SIM_CLUSTER_SEEDS", "400"))
+SEEDS = int(os.environ.get("SIM_CLUSTER_SEEDS", "120"))
 SHARES = 2
 CHUNK = 20
 ACKNOWLEDGED_PER_SEED_MIN = 40
