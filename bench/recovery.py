@@ -16,13 +16,14 @@ import statistics
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.report import PeakMemory, result, table
+from bench.report import result, table
 from consul_backend.clock import SystemClock
 from consul_backend.config import ConsulConfig
 from consul_backend.embedded import EmbeddedStore
@@ -52,7 +53,7 @@ def key_of(number: int) -> str:
 
 @dataclass(slots=True)
 class Times:
-    """Seconds of each repeat, and MiB by which the process grew: until active, and with the index loaded."""
+    """Seconds of each repeat, and MiB that Python holds: once active, and with the index loaded."""
 
     active: list[float] = field(default_factory=list)
     first_read: list[float] = field(default_factory=list)
@@ -138,20 +139,30 @@ class Bench:
         """One recovery. Nothing is flushed, so the distance stays."""
         rng = random.Random()
         held = await self.lead()
-        with PeakMemory() as memory:
-            started = time.perf_counter()
-            store = await self.active(held)
-            times.active.append(time.perf_counter() - started)
-        times.active_mib.append(memory.mib)
+        started = time.perf_counter()
+        store = await self.active(held)
+        times.active.append(time.perf_counter() - started)
         times.first_read.append(await self._timed(lambda: store.get(key_of(rng.randrange(keys)))))
         running = asyncio.create_task(store.run())
         write = Write(key_of(rng.randrange(keys)), os.urandom(8))
         times.first_write.append(await self._timed(lambda: store.commit([write])))
-        with PeakMemory() as memory:
-            times.rooted.append(await self._timed(store.rooted))
-            times.loaded.append(await self._timed(store.load_index))
-        times.loaded_mib.append(memory.mib)
+        times.rooted.append(await self._timed(store.rooted))
+        times.loaded.append(await self._timed(store.load_index))
         await self._stop(running)
+
+    async def weigh(self, times: Times) -> None:
+        """One recovery more, not timed: what Python then holds more than before it."""
+        held = await self.lead()
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            store = await self.active(held)
+            times.active_mib.append((tracemalloc.get_traced_memory()[0] - before) / 2**20)
+            await store.rooted()
+            await store.load_index()
+            times.loaded_mib.append((tracemalloc.get_traced_memory()[0] - before) / 2**20)
+        finally:
+            tracemalloc.stop()
 
     async def _timed(self, call: Callable[[], Awaitable[object]]) -> float:
         started = time.perf_counter()
@@ -168,6 +179,8 @@ async def one_size(physical: PhysicalStore, keys: int, distance: int, repeats: i
         for _ in range(repeats):
             gc.collect()  # the index of the repeat before is not what this one has to pay for
             await bench.measure(keys, times)
+        gc.collect()
+        await bench.weigh(times)
         if keys > CHECKED_KEYS_MAX:
             return times
         parts = (await bench.recover()).inspected()
