@@ -125,6 +125,16 @@ def test_a_length_that_lies_costs_nothing(payload):
         tracemalloc.stop()
 
 
+def test_26_control_a_reader_that_believes_the_length_allocates_it():
+    believed = 256 * 1024 * 1024
+    tracemalloc.start()
+    try:
+        bytearray(struct.unpack(">I", struct.pack(">I", believed))[0])
+        assert tracemalloc.get_traced_memory()[1] >= believed, "what the bound of the test above would notice"
+    finally:
+        tracemalloc.stop()
+
+
 def test_frames_over_the_limit_are_refused():
     with pytest.raises(wire.ProtocolViolation, match="allowed are up to"):
         wire.decode_from_primary(wire.encode(wire.RecordFrame(bytes(wire.FRAME_BYTES_MAX))))

@@ -20,8 +20,8 @@ def test_every_statement_has_its_row() -> None:
     assert rows == [*range(1, 19), *range(26, 29), *range(42, 49), *range(53, 57)]
 
 
-def test_every_statement_of_the_service_has_a_test_and_a_control() -> None:
+def test_every_statement_of_the_page_has_a_test_and_a_control() -> None:
     text = (ROOT / "docs" / "security.md").read_text()
-    for number in (*range(1, 19), *range(42, 49), *range(53, 57)):
+    for number in (*range(1, 19), *range(26, 29), *range(42, 49), *range(53, 57)):
         cells = re.search(rf"^\| {number} \|(.*)\|$", text, re.MULTILINE)[1].split("|")
         assert [bool(NAMED.search(cell)) for cell in cells[-2:]] == [True, True], f"statement {number}"

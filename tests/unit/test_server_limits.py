@@ -280,6 +280,13 @@ async def test_headers_of_hops_are_stripped() -> None:
     assert seen.trail == ()
 
 
+async def test_28_control_unstripped_they_would_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.api.server._INTERNAL_PREFIX", "nothing begins so")
+    async with serving() as served:
+        await served.raw(request("GET", "/v1/x", "X-Vault-Internal-No-Request-Forwarding: 1"))
+    assert "X-Vault-Internal-No-Request-Forwarding" in served.requests[0].headers
+
+
 async def test_the_request_header_can_be_required() -> None:
     async with serving(ServerLimits(require_request_header=True)) as served:
         assert (await served.raw(request())).status == 412
