@@ -82,6 +82,11 @@ def test_failover_with_living_tokens_and_failback_with_what_was_lost(two: tuple[
     eu_leader = disaster.leader(eu)
     write(us, "both", "1")
     disaster.wait_in_step(us, eu)
+    for action in ("merkle-check", "reindex", "recover"):
+        path = f"{disaster.BASE}/secondary/{action}"
+        assert eu_leader.call("POST", path, {"dr_operation_token": "hvs.wrong"}).status == 403, action
+        disaster.require(eu_leader.call("POST", path, {"dr_operation_token": token}), 200, 202)
+    disaster.wait_in_step(us, eu)
     us.kill()
     preview = disaster.promote(eu, token, preview=True).data["promotion_forecast"]
     assert preview["known_missing_records"] == 0
@@ -125,7 +130,13 @@ def test_failover_with_living_tokens_and_failback_with_what_was_lost(two: tuple[
     done = disaster.promote(us, us_token)
     assert done.status == 200, done.errors
     assert read(hvac.Client(us.wait_active().address, token=client.token), "db") == {"v": "2"}
-    disaster.update_primary(eu, us, "eu-again", disaster.operation_token(eu))
+    last = disaster.operation_token(eu)
+    disaster.update_primary(eu, us, "eu-again", last)
+    for status in (204, 403):
+        deleted = disaster.leader(eu).call(
+            "POST", f"{disaster.BASE}/secondary/operation-token/delete", {"dr_operation_token": last}
+        )
+        assert deleted.status == status
     assert [one["number"] for one in disaster.status(disaster.leader(eu))["epochs"]] == [1, 2, 3]
 
 

@@ -77,6 +77,17 @@ async def test_an_operation_in_a_role(kind: str, other: str, mode: Mode, operati
 
 
 @pytest.mark.parametrize("operation", roles.TABLE)
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_old_spelling_means_performance(kind: str, operation: str) -> None:
+    body, _, _ = REQUESTS[operation]
+    old, new = [await role_node(kind, "disabled") for _ in range(2)]
+    said = await old.call("POST", f"sys/replication/{operation}", body)
+    now = await new.call("POST", f"sys/replication/performance/{operation}", body)
+    assert (said.status, said.errors) == (now.status, now.errors)
+    assert old.replication.performance.role.kind == new.replication.performance.role.kind
+
+
+@pytest.mark.parametrize("operation", roles.TABLE)
 async def test_on_a_dr_secondary_the_operation_token_counts(operation: str) -> None:
     node = await role_node("primary", "secondary")
     token = await node.service._tokens.issue()  # type: ignore[union-attr]  # the role decides which service it is
