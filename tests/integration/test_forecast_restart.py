@@ -36,6 +36,8 @@ async def preview(cluster: Cluster) -> dict[str, Any]:
 async def test_a_restart_forgets_nothing_that_was_heard_of_a_primary_that_is_dead_by_then(pair: Pair) -> None:
     secondary = await pair.activate("mirror", mode=DR)
     await until(lambda: in_step(pair.primary, secondary, DR))
+    # It has everything of a moment, too: without that word no age of it can be shown later.
+    await until(lambda: (service := secondary.of(DR).secondary) is not None and service.applier.lag_s() is not None)
     applied = secondary.store.commit
 
     async def only_what_is_its_own(writes: Any, **options: Any) -> Any:
