@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import hvac  # noqa: E402 - the path above must come first
-import hvac.exceptions  # noqa: E402
+import hvac.exceptions  # noqa: E402 - the folder above must be importable first
 
-from tests.support.cluster import (  # noqa: E402
+from tests.support.cluster import (  # noqa: E402 - the folder above must be importable first
     Cluster,
     Node,
     call,
@@ -33,7 +33,7 @@ from tests.support.cluster import (  # noqa: E402
     in_step,
     performance,
 )
-from tests.support.consul_server import ConsulServer  # noqa: E402
+from tests.support.consul_server import ConsulServer  # noqa: E402 - the folder above must be importable first
 
 BURST = 1000
 OUTRIDER = Path(sys.executable).with_name("outrider")

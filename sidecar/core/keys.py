@@ -33,14 +33,14 @@ PASSWORD_POLICIES = "r/policy/password/"  # noqa: S105 - a name, not a secret
 
 TOKEN_ROLES = "r/token/role/"  # noqa: S105 - a name, not a secret
 TOKEN_SALT = "l/token/salt"  # noqa: S105 - a name, not a secret
-TOKEN_IDS = "l/token/id/"  # noqa: S105
-TOKEN_ACCESSORS = "l/token/accessor/"  # noqa: S105
-TOKEN_PARENTS = "l/token/parent/"  # noqa: S105
-TOKEN_REVOKING = "l/token/revoking/"  # noqa: S105
+TOKEN_IDS = "l/token/id/"  # noqa: S105 - a path, no secret
+TOKEN_ACCESSORS = "l/token/accessor/"  # noqa: S105 - a path, no secret
+TOKEN_PARENTS = "l/token/parent/"  # noqa: S105 - a path, no secret
+TOKEN_REVOKING = "l/token/revoking/"  # noqa: S105 - a path, no secret
 # One entry a lease, of tokens too, and nothing else: their number is the number of leases.
 LEASES = "l/expire/"
 LEASES_DUE = "l/lease/due/"
-LEASES_BY_TOKEN = "l/lease/token/"  # noqa: S105
+LEASES_BY_TOKEN = "l/lease/token/"  # noqa: S105 - a path, no secret
 LEASES_IRREVOCABLE = "l/lease/irrevocable/"
 LOCKED_USERS = "l/lockout/"
 

@@ -188,16 +188,17 @@ class PrimaryService:
     async def drained(self) -> None:
         """Wait until every secondary that is there has everything; cancel it when that takes too long. One that was
         heard of within the silence that ends a stream is there: it may be on its way from a sync to its stream."""
-        head_index = self._store.head.index
-        while self.behind(head_index):  # noqa: ASYNC110
-            await asyncio.sleep(DRAIN_POLL_S)  # acknowledgements of many streams, for seconds at most
+        await self._none_behind(self._store.head.index)
+
+    async def _none_behind(self, index: int) -> None:
+        while self.behind(index):  # noqa: ASYNC110 - acknowledgements of many streams, for seconds at most
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def lacking(self, index: int) -> list[str]:
         """The ids of all known secondaries that do not have record ``index``; connected ones get a moment for it."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LACKING_WAIT_S):
-                while self.behind(index):  # noqa: ASYNC110
-                    await asyncio.sleep(DRAIN_POLL_S)
+                await self._none_behind(index)
         role = self._newest()
         known = sorted(role.secondaries) if role is not None else []
         return [name for name in known if name not in self.shipper.peers or self.shipper.peers[name].applied < index]

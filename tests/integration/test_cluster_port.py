@@ -293,10 +293,10 @@ async def test_tls_buffers_are_16_kib_on_both_ends(port: Port) -> None:
     sizes: list[int] = []
 
     async def look(request: web.BaseRequest) -> web.StreamResponse:
-        sizes.append(len(request.transport._ssl_protocol._ssl_buffer))  # type: ignore[union-attr]
+        sizes.append(len(request.transport._ssl_protocol._ssl_buffer))  # type: ignore[union-attr]  # asyncio's TLS transport has one
         return web.Response()
 
-    port.handle = look  # type: ignore[method-assign]
+    port.handle = look  # type: ignore[method-assign]  # stands in for one call
     side = SIDES[0]
     await port.listener.remove(side.sni)
     port.listener.add(Purpose(side.sni, side.alpn, side.server, side.authority.certificate_pem, look, lambda _: True))

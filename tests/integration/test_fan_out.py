@@ -64,7 +64,7 @@ async def write(pair: Pair, records: int, value: bytes = b"v" * 100) -> float:
 
 async def settled(what: Callable[[], bool]) -> None:
     async with asyncio.timeout(SETTLE_S):
-        while not what():  # noqa: ASYNC110
+        while not what():  # noqa: ASYNC110 - any condition, of other processes too
             await asyncio.sleep(0.02)
 
 

@@ -197,7 +197,7 @@ def test_the_same_configuration_twice(site: Site, tmp_path: Path) -> None:
     stolen = stolen.replace(f'cluster_addr = "{standby.cluster_address}"', f'cluster_addr = "{active.cluster_address}"')
     assert stolen != honest
     impostor = standby
-    impostor.write_config = lambda: impostor.config_path.write_text(stolen)  # type: ignore[method-assign,assignment]
+    impostor.write_config = lambda: impostor.config_path.write_text(stolen)  # type: ignore[method-assign,assignment]  # a configuration of its own, stolen as it is
     try:
         with under_load(site, "two nodes of one name", timeout_s=1.0) as traffic:
             impostor.start()
@@ -207,7 +207,7 @@ def test_the_same_configuration_twice(site: Site, tmp_path: Path) -> None:
             traffic.wait_acked(FLOOR)
             assert [leads(node) for node in site.cluster.nodes].count(True) <= 1
     finally:
-        del impostor.write_config  # type: ignore[method-assign]
+        del impostor.write_config  # type: ignore[method-assign]  # stands in for one call
         impostor.kill()
         impostor.start()
         impostor.unseal(site.cluster.keys)

@@ -57,7 +57,7 @@ async def test_a_restart_forgets_nothing_that_was_heard_of_a_primary_that_is_dea
     await until(lambda: stored() == newest)
     await secondary.stop()
     await pair.primary.stop()
-    secondary.store.commit = applied  # type: ignore[method-assign]
+    secondary.store.commit = applied  # type: ignore[method-assign]  # stands in for one call
     again = await pair.start("mirror", secondary.store)
     shown = await preview(again)
     assert shown["known_missing_records"] == 2

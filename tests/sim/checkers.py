@@ -125,7 +125,7 @@ class _Register:
         else:
             index = self._by_value.get(read.value)
             version = None if index is None else (index, 1)
-            choose = lambda low: version if version is not None and version >= low else None  # noqa: E731
+            choose = lambda low: version if version is not None and version >= low else None  # noqa: E731 - two choices side by side
         what = "nothing" if read.value is None else f"the value of record {self._by_value.get(read.value, 'none')}"
         self._reads.append((read.invoked_s, read.completed_s, choose, f"{read.client} read {what}"))
 

@@ -329,7 +329,7 @@ class World:
         start_s = self.loop.time() - CALM_S
         snapshots: list[tuple[Snapshot, int]] = []
         if self.plan.snapshot_at_s is not None:
-            take = lambda: snapshots.append((self.consul.snapshot(), len(self.witness.records)))  # noqa: E731
+            take = lambda: snapshots.append((self.consul.snapshot(), len(self.witness.records)))  # noqa: E731 - a function of the loop, not of the module
             self.loop.call_at(start_s + self.plan.snapshot_at_s, take)
         for number, event in enumerate(self.plan.events):
             await asyncio.sleep(max(0.0, start_s + event.at_s - self.loop.time()))

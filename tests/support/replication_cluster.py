@@ -326,7 +326,7 @@ class Pair:
 async def until(what: Callable[[], bool]) -> None:
     """Poll: what is waited for happens in another cluster, which has no event for this one."""
     async with asyncio.timeout(TIMEOUT_S):
-        while not what():  # noqa: ASYNC110
+        while not what():  # noqa: ASYNC110 - any condition, of other processes too
             await asyncio.sleep(0.01)
 
 

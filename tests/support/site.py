@@ -78,7 +78,7 @@ class Site:
 
     def traffic(self, **options: int | float) -> Traffic:
         """Clients of every node, to be judged with the rest."""
-        traffic = Traffic(self.cluster.nodes, self.cluster.root_token, **options)  # type: ignore[arg-type]
+        traffic = Traffic(self.cluster.nodes, self.cluster.root_token, **options)  # type: ignore[arg-type]  # passed on as it came
         self.histories.append(traffic.history)
         return traffic
 

@@ -141,9 +141,9 @@ class _Judge:
         self._found += index_is_exact(self._witness, forest, index, roots=True)
         plain = self._plain()
         history = self._logical(histories, plain)
-        at, found = landed(history, plain)  # type: ignore[arg-type]
+        at, found = landed(history, plain)  # type: ignore[arg-type]  # its records are the witness's plain ones
         self._found += found
-        self._found += linearizable(history, plain, at, exempt)  # type: ignore[arg-type]
+        self._found += linearizable(history, plain, at, exempt)  # type: ignore[arg-type]  # its records are the witness's plain ones
         return Verdict(
             self._found,
             operations=len(history.writes) + len(history.reads) + len(history.listings),

@@ -66,7 +66,7 @@ class ListSink(DiscardSink):
 
 @contextlib.contextmanager
 def file_sink(path: Path, **options: object) -> Iterator[FileSink]:
-    sink = FileSink(str(path), timeout_s=0.1, **options)  # type: ignore[arg-type]
+    sink = FileSink(str(path), timeout_s=0.1, **options)  # type: ignore[arg-type]  # passed on as it came
     try:
         yield sink
     finally:
@@ -218,7 +218,7 @@ def test_a_full_pipe_fails_within_its_time_and_goes_on_with_whole_lines(tmp_path
 @contextlib.contextmanager
 def listening(family: int, kind: int, address: object) -> Iterator[socket.socket]:
     with socket.socket(family, kind) as server:
-        server.bind(address)  # type: ignore[arg-type]
+        server.bind(address)  # type: ignore[arg-type]  # a path or a pair, as the family wants it
         server.settimeout(5)
         if kind == socket.SOCK_STREAM:
             server.listen()

@@ -117,7 +117,7 @@ async def test_no_write_of_version_1_comes_after_the_mark() -> None:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(mount(CREATE, "late", {"x": 1}))
         await waiting.wait()
-        mount.storage.put = put  # type: ignore[method-assign]
+        mount.storage.put = put  # type: ignore[method-assign]  # stands in for one call
         retuning = tasks.create_task(mount.engine.retune({"version": "2"}))
         for _ in range(10):
             await asyncio.sleep(0)

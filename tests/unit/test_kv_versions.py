@@ -117,7 +117,7 @@ async def test_v2_a_crash_between_steps_leaves_no_version_without_data(v2: Mount
             raise RuntimeError("crash")
         await MemoryStorage.commit(v2.storage, writes)
 
-    v2.storage.commit = stop_after_two  # type: ignore[method-assign]
+    v2.storage.commit = stop_after_two  # type: ignore[method-assign]  # stands in for one call
     with pytest.raises(RuntimeError):
         await v2(DELETE, "metadata/a")
     metadata = await v2.data(READ, "metadata/a")
@@ -372,11 +372,11 @@ async def test_v2_a_read_that_races_with_destruction_looks_again(v2: Mount) -> N
 
     async def destroy_under_the_reader(path: str) -> bytes | None:
         if path == "versions/a/1":
-            v2.storage.get = get  # type: ignore[method-assign]
+            v2.storage.get = get  # type: ignore[method-assign]  # stands in for one call
             await v2(UPDATE, "destroy/a", {"versions": [1]})
         return await get(path)
 
-    v2.storage.get = destroy_under_the_reader  # type: ignore[method-assign]
+    v2.storage.get = destroy_under_the_reader  # type: ignore[method-assign]  # stands in for one call
     response = await v2(READ, "data/a")
     assert response is not None
     assert response.data is not None

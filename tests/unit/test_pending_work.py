@@ -150,7 +150,7 @@ async def test_a_lease_that_could_not_be_kept_is_undone_in_the_end(node: Harness
 
     node.store.commit = refusing  # type: ignore[method-assign]  # the planted fault
     assert (await node.call("GET", "db/user/ada")).status == 503
-    node.store.commit = commit  # type: ignore[method-assign]
+    node.store.commit = commit  # type: ignore[method-assign]  # stands in for one call
     assert len(notes(node)) == 1
     node.clock.now_s += MIN_AGE_S
     await a_pass(node)

@@ -281,6 +281,6 @@ async def test_of_builds_the_entry_that_vault_would() -> None:
     registration = ServiceRegistration.of(
         ConsulConfig(), service="vault", tags=("blue",), address="10.0.0.1", port=8200, check_ttl_s=10.0
     )
-    entry = registration._entry.entry  # type: ignore[attr-defined]
+    entry = registration._entry.entry  # type: ignore[attr-defined]  # what the mesh would read
     assert (entry.service, entry.id, entry.address, entry.port) == ("vault", "vault:10.0.0.1:8200", "10.0.0.1", 8200)
     assert entry.check_ttl_s > 2 * registration._intervals.check_s - 0.001

@@ -42,7 +42,7 @@ async def sizes_of_reads() -> list[int]:
 
 
 async def test_reads_are_small_enough_to_come_from_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
-    transport: Any = asyncio.selector_events._SelectorTransport  # type: ignore[attr-defined]
+    transport: Any = asyncio.selector_events._SelectorTransport  # type: ignore[attr-defined]  # asyncio names no public one
     monkeypatch.setattr(transport, "max_size", 256 * 1024)
     limit_socket_reads()
     assert max(await sizes_of_reads()) <= READ_BYTES
@@ -53,11 +53,11 @@ async def test_reads_are_small_enough_to_come_from_the_heap(monkeypatch: pytest.
 
 
 async def test_the_api_server_s_connections_read_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asyncio.selector_events._SelectorTransport, "max_size", 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(asyncio.selector_events._SelectorTransport, "max_size", 1)  # type: ignore[attr-defined]  # asyncio names no public one
     seen: list[int] = []
 
     async def fallback(request: web.BaseRequest) -> web.StreamResponse:
-        seen.append(request.transport.max_size)  # type: ignore[union-attr]
+        seen.append(request.transport.max_size)  # type: ignore[union-attr]  # asyncio's own transport
         return web.Response()
 
     async def handle(_: HttpRequest) -> HttpResponse:

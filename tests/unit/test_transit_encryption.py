@@ -354,7 +354,7 @@ async def test_an_invalidation_beats_a_read_that_began_before_it(mount: Mount) -
     mount.storage.get = slow  # type: ignore[method-assign]  # a store that answers late
     task = asyncio.create_task(secondary.encrypt("k", b"x"))
     await reading.wait()
-    mount.storage.get = get  # type: ignore[method-assign]
+    mount.storage.get = get  # type: ignore[method-assign]  # stands in for one call
     await mount.post("keys/k/rotate")
     await secondary.engine.invalidate("key/k")
     go_on.set()

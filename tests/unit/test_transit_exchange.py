@@ -380,7 +380,7 @@ async def test_a_restore_that_was_cut_short_leaves_the_old_key(mount: Mount) -> 
         mount.storage.commit = cut_short  # type: ignore[method-assign]  # a store that goes away
         with pytest.raises(Unavailable):
             await mount(UPDATE, "restore", {"backup": text, "force": True})
-        mount.storage.commit = commit  # type: ignore[method-assign]
+        mount.storage.commit = commit  # type: ignore[method-assign]  # stands in for one call
         assert await mount.decrypt("k", ciphertext) == b"x"
     await mount.engine._store.sweep()
     assert sorted(path.split("/")[0] for path in mount.storage.entries) == ["key", "version", "version", "wrapping_key"]

@@ -297,7 +297,7 @@ async def test_a_delete_that_was_cut_short_is_finished_by_the_next(mount: Mount)
     mount.storage.commit = cut_short  # type: ignore[method-assign]  # a store that goes away
     with pytest.raises(Unavailable):
         await mount(DELETE, "keys/k")
-    mount.storage.commit = commit  # type: ignore[method-assign]
+    mount.storage.commit = commit  # type: ignore[method-assign]  # stands in for one call
     assert await mount.refused("encrypt/k", plaintext="") == keys.NOT_FOUND
     assert any(path.startswith("version/") for path in mount.storage.entries)
     await mount(DELETE, "keys/other")

@@ -125,7 +125,7 @@ def acknowledged_before_commit(stack: ExitStack) -> None:
     async def early(self: Applier, batch: Batch, *, durable_now: bool) -> None:
         self._durable = batch.position
         self._moved(batch.position)
-        self._later = asyncio.ensure_future(apply(self, batch, durable_now=durable_now))  # type: ignore[attr-defined]
+        self._later = asyncio.ensure_future(apply(self, batch, durable_now=durable_now))  # type: ignore[attr-defined]  # the planted bug's own state
         await asyncio.sleep(0)
 
     stack.enter_context(patch.object(Applier, "_apply", early))
@@ -206,8 +206,8 @@ def window_never_opens_again(stack: ExitStack) -> None:
     room = Progress.has_room
 
     def closed(self: Progress) -> bool:
-        self.closed_for_good = not room(self) or getattr(self, "closed_for_good", False)  # type: ignore[attr-defined]
-        return not self.closed_for_good  # type: ignore[attr-defined]
+        self.closed_for_good = not room(self) or getattr(self, "closed_for_good", False)  # type: ignore[attr-defined]  # the planted bug's own state
+        return not self.closed_for_good  # type: ignore[attr-defined]  # the planted bug's own state
 
     stack.enter_context(patch.object(Progress, "has_room", closed))
 
@@ -234,7 +234,7 @@ def revoked_is_not_cut(stack: ExitStack) -> None:
     dismiss = PrimaryService.dismiss
 
     async def later(self: PrimaryService, secondary_id: str, fingerprints: Sequence[str]) -> None:
-        self._later = asyncio.ensure_future(dismiss(self, secondary_id, fingerprints))  # type: ignore[attr-defined]
+        self._later = asyncio.ensure_future(dismiss(self, secondary_id, fingerprints))  # type: ignore[attr-defined]  # the planted bug's own state
 
     stack.enter_context(patch.object(PrimaryService, "dismiss", later))
     stack.enter_context(patch.object(Port, "cut", lambda self, fingerprint: 0))

@@ -138,11 +138,16 @@ class SetNode(Node):
         """Where its cluster port is."""
         return f"https://{self.host}:8201"
 
-    def mode(self, mode: str) -> ModeManager:
-        """The manager of one mode. Raises Unavailable when this node does not lead."""
+    @property
+    def manager(self) -> Replication:
+        """The manager of both modes. Raises NotAvailable when this node does not lead."""
         if self.replication is None:
             raise NotAvailable("this node does not lead")
-        return self.replication.dr if mode == "dr" else self.replication.performance
+        return self.replication
+
+    def mode(self, mode: str) -> ModeManager:
+        """The manager of one mode. Raises NotAvailable when this node does not lead."""
+        return self.manager.dr if mode == "dr" else self.manager.performance
 
     async def _ride(self, tasks: asyncio.TaskGroup, store: ReplicatedStore) -> Sequence[asyncio.Task[None]]:
         self.gate = None

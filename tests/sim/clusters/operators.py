@@ -64,7 +64,7 @@ class Operator:
         source, cluster = world.clusters[follow.source], world.clusters[follow.who]
         try:
             if mode.name not in self.primary:
-                await source.ask(lambda node: node.replication.primary_enable(mode.name, ""))  # type: ignore[union-attr]
+                await source.ask(lambda node: node.manager.primary_enable(mode.name, ""))
                 self.primary[mode.name] = source.name
                 self._members[mode.name] = [source.name]
             token = await self._token(source, mode, follow.who)
@@ -84,8 +84,7 @@ class Operator:
         secondary_id = f"{who}-{self._numbers}"
 
         async def issue(node: SetNode) -> tuple[Any, Any]:
-            assert node.replication is not None
-            return await node.replication.secondary_token(mode.name, secondary_id, 1800, "")
+            return await node.manager.secondary_token(mode.name, secondary_id, 1800, "")
 
         payload, _ = await source.ask(issue)
         payload["address"] = (source.active() or source.nodes[0]).address
@@ -140,12 +139,11 @@ class Operator:
         """What an operator does who believes the primary dead, and who may be wrong."""
 
         async def promote(node: SetNode) -> None:
-            assert node.replication is not None
             stood = node.store.positions.get(mode.name) if node.store is not None else None
             await asyncio.sleep(LOOK_S)
-            preview = await node.replication.secondary_promote(mode.name, "", force=True, preview=True)
-            self._judge_forecast(cluster, node, mode, stood, preview.data["promotion_forecast"])  # type: ignore[index]
-            await node.replication.secondary_promote(mode.name, "", force=True, preview=False)
+            preview = await node.manager.secondary_promote(mode.name, "", force=True, preview=True)
+            self._judge_forecast(cluster, node, mode, stood, preview.data["promotion_forecast"])  # type: ignore[index]  # a preview always has data
+            await node.manager.secondary_promote(mode.name, "", force=True, preview=False)
 
         was = cluster.role(mode)
         try:
@@ -170,11 +168,10 @@ class Operator:
     async def _switch_over(self, cluster: Cluster, mode: Mode) -> None:
         """An orderly change of primary: nothing may be lost, so nothing is forced."""
         old = self._world.clusters[self.primary[mode.name]]
-        await self._call(old, lambda node: node.replication.primary_demote(mode.name))  # type: ignore[union-attr]
+        await self._call(old, lambda node: node.manager.primary_demote(mode.name))
 
         async def promote(node: SetNode) -> None:
-            assert node.replication is not None
-            await node.replication.secondary_promote(mode.name, "", force=False, preview=False)
+            await node.manager.secondary_promote(mode.name, "", force=False, preview=False)
 
         was = cluster.role(mode)
         for _ in range(10):
@@ -202,7 +199,7 @@ class Operator:
         token = await self._token(primary, mode, cluster.name)
         await self._call(
             cluster,
-            lambda node: node.replication.secondary_update_primary(mode.name, token),  # type: ignore[union-attr]
+            lambda node: node.manager.secondary_update_primary(mode.name, token),
         )
 
     async def _repoint(self, cluster: Cluster, mode: Mode) -> None:
@@ -212,11 +209,11 @@ class Operator:
         """``update-primary`` with a blank token: it follows nobody for a while."""
         await self._call(
             cluster,
-            lambda node: node.replication.secondary_update_primary(mode.name, ""),  # type: ignore[union-attr]
+            lambda node: node.manager.secondary_update_primary(mode.name, ""),
         )
 
     async def _recover(self, cluster: Cluster, mode: Mode) -> None:
-        await self._call(cluster, lambda node: node.replication.recover())  # type: ignore[union-attr]
+        await self._call(cluster, lambda node: node.manager.recover())
 
     async def _revoke(self, cluster: Cluster, mode: Mode) -> None:
         """It is cut off at once; in the end it gets another token."""
@@ -228,8 +225,7 @@ class Operator:
             return
 
         async def revoke(node: SetNode) -> None:
-            assert node.replication is not None
-            await node.replication.revoke_secondary(mode.name, secondary_id)
+            await node.manager.revoke_secondary(mode.name, secondary_id)
             self._world.streams.revoked(primary.name, known.fingerprints)
 
         await self._call(primary, revoke)
@@ -243,11 +239,10 @@ class Operator:
             return
 
         async def change(node: SetNode) -> None:
-            assert node.replication is not None
             if secondary_id in role.filters:
-                await node.replication.filters.delete(secondary_id)
+                await node.manager.filters.delete(secondary_id)
             else:
-                await node.replication.filters.set(secondary_id, self._random.choice(("allow", "deny")), ["two/"])
+                await node.manager.filters.set(secondary_id, self._random.choice(("allow", "deny")), ["two/"])
 
         await self._call(primary, change)
 
@@ -350,7 +345,7 @@ class Operator:
                 await self._force_promote(cluster, mode)
             return
         if isinstance(role, PrimaryRole):
-            await self._call(cluster, lambda node: node.replication.primary_demote(mode.name))  # type: ignore[union-attr]
+            await self._call(cluster, lambda node: node.manager.primary_demote(mode.name))
             return
         if self.follows(cluster, mode):
             self._waits_since.pop((cluster.name, mode.name), None)

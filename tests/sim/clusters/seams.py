@@ -88,7 +88,7 @@ def simulated(loop: SimLoop, links: Links, tokens: Tokens, seed: int) -> Iterato
     printer = papers.Printer()
     client = make_client(links)
     numbered = SimpleNamespace(uuid4=lambda: uuid.UUID(int=rnd.getrandbits(128), version=4))
-    same: Callable[[Any], Any] = lambda socket: socket  # noqa: E731
+    same: Callable[[Any], Any] = lambda socket: socket  # noqa: E731 - the choice of doing nothing
     pages = SimpleNamespace(Response=web.Response, StreamResponse=StreamResponse, BaseRequest=web.BaseRequest)
     replaced: list[tuple[Any, str, Any]] = [
         (asyncio, "to_thread", inline),
