@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Sequence
+from functools import partial
 
+from sidecar.core.audit.reconnecting import ReconnectingSocket
 from sidecar.core.audit.sink import SinkError
 
 TCP, UDP, UNIX = "tcp", "udp", "unix"
@@ -20,41 +22,23 @@ class SocketSink:
         self._kind = kind
         self._address = address
         self._timeout_s = timeout_s
-        self._socket: socket.socket | None = None
+        self._connection = ReconnectingSocket(self._connect)
 
     def write(self, lines: Sequence[bytes]) -> None:
-        if self._socket is not None and not self._is_open(self._socket):
-            self.close()
-        fresh = self._socket is None
-        try:
-            self._send(lines)
-        except OSError:
-            if fresh:
-                raise
-            self._send(lines)
+        self._connection.send(partial(self._transmit, lines=lines))
 
     def reopen(self) -> None:
-        self.close()
-        self._socket = self._connect()
+        self._connection.reopen()
 
     def close(self) -> None:
-        connection, self._socket = self._socket, None
-        if connection is not None:
-            connection.close()
+        self._connection.close()
 
-    def _send(self, lines: Sequence[bytes]) -> None:
-        if self._socket is None:
-            self._socket = self._connect()
-        try:
-            if self._kind == UDP:
-                for line in lines:
-                    self._socket.send(line)
-            else:
-                self._socket.sendall(b"".join(lines))
-        except OSError:
-            # Half a line may be on its way: only a new connection begins with a whole one.
-            self.close()
-            raise
+    def _transmit(self, connection: socket.socket, lines: Sequence[bytes]) -> None:
+        if self._kind == UDP:
+            for line in lines:
+                connection.send(line)
+        else:
+            connection.sendall(b"".join(lines))
 
     def _connect(self) -> socket.socket:
         if self._kind == TCP:
@@ -65,17 +49,6 @@ class SocketSink:
             ]
             return _connected(socket.socket(family, kind, protocol), target, self._timeout_s)
         return _connected(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), self._address, self._timeout_s)
-
-    def _is_open(self, connection: socket.socket) -> bool:
-        """False once the other side closed a stream: the first write after that would be lost without an error."""
-        if self._kind == UDP:
-            return True
-        try:
-            return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
 
 
 def split_host(address: str) -> tuple[str, int]:

@@ -6,7 +6,9 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from functools import partial
 
+from sidecar.core.audit.reconnecting import ReconnectingSocket
 from sidecar.core.audit.sink import SinkError
 
 SOCKETS = ("/dev/log", "/var/run/syslog", "/var/run/log")
@@ -28,43 +30,22 @@ class SyslogSink:
         self._tag = tag
         self._timeout_s = timeout_s
         self._sockets = sockets
-        self._socket: socket.socket | None = None
+        self._connection = ReconnectingSocket(self._connect)
 
     def write(self, lines: Sequence[bytes]) -> None:
         for line in lines:
             message = self._message(line)
-            fresh = self._socket is None
-            try:
-                self._send(message)
-            except OSError:
-                if fresh:
-                    raise
-                self._send(message)
+            self._connection.send(partial(_transmit, message=message))
 
     def reopen(self) -> None:
-        self.close()
-        self._socket = self._connect()
+        self._connection.reopen()
 
     def close(self) -> None:
-        connection, self._socket = self._socket, None
-        if connection is not None:
-            connection.close()
+        self._connection.close()
 
     def _message(self, line: bytes) -> bytes:
         stamp = time.strftime("%b %e %H:%M:%S")
         return f"<{self._priority}>{stamp} {self._tag}[{os.getpid()}]: ".encode() + line
-
-    def _send(self, message: bytes) -> None:
-        if self._socket is None:
-            self._socket = self._connect()
-        try:
-            if self._socket.type == socket.SOCK_DGRAM:
-                self._socket.send(message.rstrip(b"\n"))
-            else:
-                self._socket.sendall(message)
-        except OSError:
-            self.close()
-            raise
 
     def _connect(self) -> socket.socket:
         for path in self._sockets:
@@ -78,3 +59,10 @@ class SyslogSink:
                 else:
                     return made
         raise SinkError("no syslog is listening on this machine")
+
+
+def _transmit(connection: socket.socket, message: bytes) -> None:
+    if connection.type == socket.SOCK_DGRAM:
+        connection.send(message.rstrip(b"\n"))
+    else:
+        connection.sendall(message)
