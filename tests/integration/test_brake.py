@@ -23,7 +23,7 @@ from sidecar.replication.staging import Staging
 from sidecar.replication.states import Phase
 from tests.contract.test_consul_store import SESSIONS, keys
 from tests.support.consul_server import ConsulServer
-from tests.support.replication_cluster import OPTIONS, Pair, PrimaryApi, Store, in_step, until
+from tests.support.replication_cluster import OPTIONS, Pair, Store, in_step, primary_in, until
 from tests.support.replication_cluster import Cluster as Site
 from tests.support.store import GENERATION, Cluster, key
 
@@ -35,15 +35,8 @@ REST = f'{SESSIONS} service_prefix "" {{ policy = "write" }} node_prefix "" {{ p
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    primary = await Site("us").start()
-    api = PrimaryApi()
-    await api.start()
-    await primary.manager.primary_enable("performance", "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(PERFORMANCE, primary=Site("us")) as pair:
+        yield pair
 
 
 def fill(store: Store, count: int = ENTRIES) -> None:

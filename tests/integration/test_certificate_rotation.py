@@ -22,7 +22,16 @@ from sidecar.replication.roles import PrimaryRole, SecondaryRole, decode_role, e
 from sidecar.transport import certificates
 from sidecar.transport.forwarding import decode, encode
 from sidecar.transport.peer import PeerAnswer, PeerClient, PeerOutcomeUnknown, PeerUnreachable
-from tests.support.replication_cluster import OPTIONS, Auth, Cluster, Pair, PrimaryApi, Request, in_step, until
+from tests.support.replication_cluster import (
+    OPTIONS,
+    Auth,
+    Cluster,
+    Pair,
+    Request,
+    in_step,
+    primary_in,
+    until,
+)
 
 BOTH = (PERFORMANCE, DR)
 QUICK = replace(OPTIONS, certificate_check_s=0.05, forward_timeout_s=5.0)
@@ -40,16 +49,8 @@ class Later(SystemClock):
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    primary = await Cluster("us", options=QUICK).start()
-    api = PrimaryApi()
-    await api.start()
-    for mode in BOTH:
-        await primary.manager.primary_enable(mode.name, "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(*BOTH, primary=Cluster("us", options=QUICK)) as pair:
+        yield pair
 
 
 def primary_role(cluster: Cluster, mode: Mode = PERFORMANCE) -> PrimaryRole:

@@ -12,22 +12,14 @@ from sidecar.core.write_gate import GatedStore
 from sidecar.replication import texts
 from sidecar.replication.denials import STOPPED
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
-from tests.support.replication_cluster import Cluster, Pair, PrimaryApi, in_step, until
+from tests.support.replication_cluster import Cluster, Pair, in_step, primary_in, until
 
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
     """A cluster that is primary in both modes."""
-    primary = await Cluster("us").start()
-    api = PrimaryApi()
-    await api.start()
-    for mode in (DR, PERFORMANCE):
-        await primary.manager.primary_enable(mode.name, "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(DR, PERFORMANCE) as pair:
+        yield pair
 
 
 async def put_back_under(pair: Pair, secondary: Cluster, mode: Mode, *, writes_after: int) -> None:

@@ -21,7 +21,16 @@ from sidecar.replication.roles import PrimaryRole, SecondaryRole
 from sidecar.replication.wiring import Executed, ReplicationOptions
 from sidecar.transport.forwarding import ForwardRequest
 from sidecar.transport.peer import PeerClient, PeerIdentity, PeerOutcomeUnknown, PeerUnreachable
-from tests.support.replication_cluster import Auth, Cluster, Pair, PrimaryApi, Request, Store, in_step, until
+from tests.support.replication_cluster import (
+    Auth,
+    Cluster,
+    Pair,
+    Request,
+    Store,
+    in_step,
+    primary_in,
+    until,
+)
 
 BOTH = (DR, PERFORMANCE)
 
@@ -29,16 +38,8 @@ BOTH = (DR, PERFORMANCE)
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
     """A cluster that is primary in both modes."""
-    primary = await Cluster("us").start()
-    api = PrimaryApi()
-    await api.start()
-    for mode in BOTH:
-        await primary.manager.primary_enable(mode.name, "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(*BOTH) as pair:
+        yield pair
 
 
 async def followed(pair: Pair, mode: Mode, name: str = "eu") -> Cluster:

@@ -15,7 +15,7 @@ from sidecar.replication.modes import DR, PERFORMANCE
 from sidecar.replication.roles import SecondaryRole
 from sidecar.transport import certificates
 from tests.integration.test_certificate_rotation import Later
-from tests.support.replication_cluster import OPTIONS, Cluster, Pair, PrimaryApi, in_step, until
+from tests.support.replication_cluster import OPTIONS, Cluster, Pair, in_step, primary_in, until
 
 QUICK = replace(OPTIONS, certificate_check_s=0.05)
 
@@ -23,16 +23,8 @@ QUICK = replace(OPTIONS, certificate_check_s=0.05)
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
     """us, primary in both modes, and its API."""
-    primary = await Cluster("us", options=QUICK).start()
-    api = PrimaryApi()
-    await api.start()
-    for mode in (PERFORMANCE, DR):
-        await primary.manager.primary_enable(mode.name, "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(PERFORMANCE, DR, primary=Cluster("us", options=QUICK)) as pair:
+        yield pair
 
 
 def shown(cluster: Cluster) -> str:

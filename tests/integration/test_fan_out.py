@@ -13,7 +13,7 @@ import pytest
 
 from sidecar.replication.activation import activate
 from sidecar.replication.modes import PERFORMANCE
-from tests.support.replication_cluster import Cluster, Pair, PrimaryApi, in_step
+from tests.support.replication_cluster import Pair, in_step, primary_in
 from tests.support.thin_secondary import ThinSecondary, following
 
 SECONDARIES = 50
@@ -25,15 +25,8 @@ SETTLE_S = 60.0
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    primary = await Cluster("us").start()
-    api = PrimaryApi()
-    await api.start()
-    await primary.manager.primary_enable("performance", "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(PERFORMANCE) as pair:
+        yield pair
 
 
 async def thin(pair: Pair, name: str, *, pause_s: float = 0.0, stuck: bool = False) -> ThinSecondary:

@@ -8,22 +8,16 @@ from collections.abc import AsyncIterator
 import pytest
 
 from sidecar.replication.filling import SyncProgress
-from tests.support.replication_cluster import Cluster, Pair, PrimaryApi, Store, in_step, until
+from sidecar.replication.modes import PERFORMANCE
+from tests.support.replication_cluster import Cluster, Pair, Store, in_step, primary_in, until
 
 ENTRIES = 6_000
 
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    primary = await Cluster("us").start()
-    api = PrimaryApi()
-    await api.start()
-    await primary.manager.primary_enable("performance", "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(PERFORMANCE) as pair:
+        yield pair
 
 
 def entries_of(store: Store) -> int:

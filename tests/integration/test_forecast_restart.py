@@ -12,20 +12,13 @@ import pytest
 from plugin_api.errors import Unavailable
 from sidecar.replication.heard import Heard
 from sidecar.replication.modes import DR
-from tests.support.replication_cluster import Cluster, Pair, PrimaryApi, in_step, until
+from tests.support.replication_cluster import Cluster, Pair, in_step, primary_in, until
 
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    primary = await Cluster("us").start()
-    api = PrimaryApi()
-    await api.start()
-    await primary.manager.primary_enable("dr", "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(DR) as pair:
+        yield pair
 
 
 async def preview(cluster: Cluster) -> dict[str, Any]:

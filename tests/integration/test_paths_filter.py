@@ -18,7 +18,7 @@ from sidecar.replication.roles import Role
 from sidecar.replication.selection import EVERYTHING
 from sidecar.replication.shipper import SELECTION_CHANGED
 from sidecar.replication.states import Phase
-from tests.support.replication_cluster import Cluster, Pair, PrimaryApi, until
+from tests.support.replication_cluster import Cluster, Pair, primary_in, until
 
 KV = str(uuid.UUID(int=1))
 PRIVATE = str(uuid.UUID(int=2))
@@ -28,17 +28,10 @@ LATER = str(uuid.UUID(int=3))
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
     """A primary with two mounts, ``kv/`` and ``private/``, an entry in each."""
-    primary = await Cluster("us").start()
-    api = PrimaryApi()
-    await api.start()
-    await primary.manager.primary_enable("performance", "")
-    mount(primary, "kv/", KV)
-    mount(primary, "private/", PRIVATE)
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(PERFORMANCE) as pair:
+        mount(pair.primary, "kv/", KV)
+        mount(pair.primary, "private/", PRIVATE)
+        yield pair
 
 
 def mount(cluster: Cluster, path: str, mount_uuid: str) -> None:

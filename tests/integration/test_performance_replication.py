@@ -19,20 +19,21 @@ from sidecar.replication.upstream import STALL_WARNING
 from sidecar.replication.wiring import Executed, ForwardAnswer, ReplicationOptions
 from sidecar.transport.forwarding import ForwardRequest
 from sidecar.transport.peer import PeerClient
-from tests.support.replication_cluster import MATERIAL, Auth, Cluster, Pair, PrimaryApi, Request, in_step, until
+from tests.support.replication_cluster import (
+    MATERIAL,
+    Auth,
+    Pair,
+    Request,
+    in_step,
+    primary_in,
+    until,
+)
 
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    primary = await Cluster("us").start()
-    api = PrimaryApi()
-    await api.start()
-    await primary.manager.primary_enable("performance", "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(PERFORMANCE) as pair:
+        yield pair
 
 
 async def test_from_token_to_streaming(pair: Pair) -> None:

@@ -21,7 +21,7 @@ from sidecar.replication.roles import PrimaryRole
 from sidecar.transport import certificates
 from sidecar.transport.certificates import Credentials
 from sidecar.transport.listener import ClusterListener
-from tests.support.replication_cluster import OPTIONS, Cluster, Pair, PrimaryApi, until
+from tests.support.replication_cluster import OPTIONS, Cluster, Pair, PrimaryApi, primary_in, until
 
 NAMES = [
     "role",
@@ -39,16 +39,9 @@ NAMES = [
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    primary = await Cluster("us").start()
-    api = PrimaryApi()
-    await api.start()
-    await primary.manager.primary_enable("performance", "")
-    api.status_of, api.leader = primary, {"leader_cluster_address": primary.address}
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(PERFORMANCE) as pair:
+        pair.api.status_of, pair.api.leader = pair.primary, {"leader_cluster_address": pair.primary.address}
+        yield pair
 
 
 async def checked(pair: Pair, token: str | None = None, **fields: str) -> dict[str, tuple[str, str, str]]:

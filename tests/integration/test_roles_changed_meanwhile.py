@@ -20,7 +20,7 @@ from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.protocol import RecordFrame
 from sidecar.replication.states import Phase
 from sidecar.replication.wiring import SecretMaterial
-from tests.support.replication_cluster import Cluster, Pair, PrimaryApi, in_step, until
+from tests.support.replication_cluster import Cluster, Pair, in_step, primary_in, until
 
 BOTH = (PERFORMANCE, DR)
 
@@ -28,16 +28,8 @@ BOTH = (PERFORMANCE, DR)
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
     """A cluster that is primary in both modes."""
-    primary = await Cluster("us").start()
-    api = PrimaryApi()
-    await api.start()
-    for mode in BOTH:
-        await primary.manager.primary_enable(mode.name, "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(*BOTH) as pair:
+        yield pair
 
 
 async def followed(pair: Pair, mode: Mode) -> Cluster:

@@ -26,7 +26,7 @@ from sidecar.transport.peer import PeerClient, PeerOutcomeUnknown, PeerUnreachab
 from sidecar.transport.tls import base_server_context, server_context
 from tests.integration.test_cluster_port import REPLICATION, SIDES, Port, lax_context, port, raw_call
 from tests.support.replication_cluster import Cluster as Node
-from tests.support.replication_cluster import Pair, PrimaryApi, in_step, until
+from tests.support.replication_cluster import Pair, PrimaryApi, in_step, primary_in, until
 from tests.support.role_node import role_node
 
 __all__ = ["port"]  # a fixture
@@ -90,16 +90,8 @@ def test_every_statement_is_held_somewhere() -> None:
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    primary = await Node("us").start()
-    api = PrimaryApi()
-    await api.start()
-    for mode in (PERFORMANCE, DR):
-        await primary.manager.primary_enable(mode.name, "")
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(PERFORMANCE, DR, primary=Node("us")) as pair:
+        yield pair
 
 
 async def test_20_a_certificate_of_one_mode_is_none_in_the_other(pair: Pair) -> None:

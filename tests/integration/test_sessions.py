@@ -22,7 +22,7 @@ from tests.support.cluster import Cluster as Processes
 from tests.support.cluster import Node, Reply, embedded_storage, replicate
 from tests.support.consul_server import ConsulServer
 from tests.support.proxy import FaultProxy
-from tests.support.replication_cluster import OPTIONS, Cluster, Pair, PrimaryApi, in_step, until
+from tests.support.replication_cluster import OPTIONS, Cluster, Pair, in_step, primary_in, until
 from tests.support.sessions import Event, violations
 
 SHORT = replace(OPTIONS, wal_wait_s=0.3)
@@ -30,14 +30,8 @@ SHORT = replace(OPTIONS, wal_wait_s=0.3)
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    primary = await Cluster("us", options=SHORT).start()
-    api = PrimaryApi()
-    await api.start()
-    pair = Pair(primary, api, [])
-    yield pair
-    for cluster in (*pair.started, primary):
-        await cluster.stop()
-    await api.stop()
+    async with primary_in(primary=Cluster("us", options=SHORT)) as pair:
+        yield pair
 
 
 async def write(cluster: Cluster, key: str = "r/m/a") -> str:

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from consul_backend.wal import Record
 from consul_backend.wal_reader import list_segment, list_segments, scan_records
 from sidecar.generation import read_generation
 from tests.support.cluster import ClusterError, Node
+from tests.support.load_threads import LoadThreads
 
 MOUNT = "load"
 ROUNDS = "OUTRIDER_FAULT_ROUNDS"
@@ -90,7 +92,7 @@ def outcome_of(status: int, text: str) -> str:
     return UNKNOWN if "unknown" in text or "may have been" in text or "outcome" in text else FAILED
 
 
-class Writers:
+class Writers(LoadThreads):
     """Threads that write, each its own keys, one after the other, through any node that takes them.
 
     ``distinct``: how many keys a writer has; 0 for a new one each time (then :meth:`judge` can tell every attempt).
@@ -112,32 +114,15 @@ class Writers:
         self._prefix = f"{prefix}-{uuid.uuid4().hex[:6]}"
         self._distinct = distinct
         self._pace_s = pace_s
-        self._stopped = threading.Event()
         self._some = threading.Condition()
         self.attempts: list[Attempt] = []
-        self._threads = [threading.Thread(target=self._write, args=(n,), daemon=True) for n in range(writers)]
-
-    def __enter__(self) -> Writers:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.finish()
-
-    def finish(self) -> None:
-        """Stop after the requests in flight. Raises ClusterError if one never ends."""
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join(60)
-            if thread.is_alive():
-                raise ClusterError("a write was neither answered nor refused within 60 s")
+        super().__init__([partial(self._write, n) for n in range(writers)])
 
     def _write(self, number: int) -> None:
         clients = [Client(node, self._token) for node in self._nodes]
         turn = number
         for n in itertools.count():
-            if self._stopped.is_set():
+            if self.stopped.is_set():
                 break
             path = f"{self._prefix}/{number}-{n % self._distinct if self._distinct else n}"
             attempt = self._attempt(clients[turn % len(clients)], path, f"{number}-{n}")
@@ -145,7 +130,7 @@ class Writers:
                 self.attempts.append(attempt)
                 self._some.notify_all()
             turn += attempt.outcome != ACKED
-            self._stopped.wait(self._pace_s if attempt.outcome == ACKED else RETRY_S)
+            self.stopped.wait(self._pace_s if attempt.outcome == ACKED else RETRY_S)
         for client in clients:
             client.close()
 

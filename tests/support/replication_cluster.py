@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import ssl
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ OPTIONS = ReplicationOptions(
 KEYRINGS = {"r/core/keyring": b"raw keyring", "l/core/keyring": b"raw local keyring"}
 MATERIAL = SecretMaterial(b"k" * 32, KEYRINGS, b"raw seal")
 JWT_KEY = ec.generate_private_key(ec.SECP521R1())
-TIMEOUT_S = 15
+TIMEOUT_S = 30
 
 
 class Store(MemoryStore):
@@ -321,6 +321,21 @@ class Pair:
         store = Store(secondary_id)
         store.write(*fresh.flipped[0].entries.items())
         return await self.start(secondary_id, store, options)
+
+
+@contextlib.asynccontextmanager
+async def primary_in(*modes: Mode, primary: Cluster | None = None) -> AsyncIterator[Pair]:
+    """A started cluster ``us`` that is primary in ``modes``. All that is started from it is stopped at the end."""
+    primary = await (primary or Cluster("us")).start()
+    api = PrimaryApi()
+    await api.start()
+    for mode in modes:
+        await primary.manager.primary_enable(mode.name, "")
+    pair = Pair(primary, api, [])
+    yield pair
+    for cluster in (*pair.started, primary):
+        await cluster.stop()
+    await api.stop()
 
 
 async def until(what: Callable[[], bool]) -> None:

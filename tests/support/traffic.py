@@ -9,10 +9,12 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 
 from tests.sim.history import History, Listing, Read, Write
 from tests.support.cluster import ClusterError, Node
 from tests.support.faults import ACKED, FAILED, MOUNT, Client, outcome_of
+from tests.support.load_threads import LoadThreads
 
 KEYS = 12
 FOLDER = "t"
@@ -20,7 +22,7 @@ RETRY_S = 0.02
 OUTCOMES = {ACKED: "ok", FAILED: "fail"}
 
 
-class Traffic:
+class Traffic(LoadThreads):
     """``writers`` and ``readers`` share ``KEYS`` keys. Every value is written once, so a value tells its write.
 
     ``timeout_s``: when a client gives up, not knowing the outcome. ``history`` has logical paths below the mount as
@@ -35,28 +37,11 @@ class Traffic:
         self._nodes = nodes
         self._token = token
         self._timeout_s = timeout_s
-        self._stopped = threading.Event()
         self._some = threading.Condition()
         self._acked_at_s: list[float] = []
         self._folder = f"{FOLDER}-{uuid.uuid4().hex[:6]}"
-        self._threads = [threading.Thread(target=self._write, args=(n,), daemon=True) for n in range(writers)]
-        self._threads += [threading.Thread(target=self._read, args=(n,), daemon=True) for n in range(readers)]
-
-    def __enter__(self) -> Traffic:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.finish()
-
-    def finish(self) -> None:
-        """Stop after the requests in flight. Raises ClusterError if one never ends (P14)."""
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join(60)
-            if thread.is_alive():
-                raise ClusterError("a request was neither answered nor refused within 60 s")
+        writes = [partial(self._write, n) for n in range(writers)]
+        super().__init__(writes + [partial(self._read, n) for n in range(readers)])
 
     # -- what the tests ask
 
@@ -101,7 +86,7 @@ class Traffic:
         clients = [Client(node, self._token, self._timeout_s) for node in self._nodes]
         chance, turn = random.Random(number), number
         count = 0
-        while not self._stopped.is_set():
+        while not self.stopped.is_set():
             count += 1
             path = f"{self._folder}/{chance.randrange(KEYS)}"
             value = f"{number}-{count}-{self._folder}"
@@ -112,7 +97,7 @@ class Traffic:
             self._put(clients[turn % len(clients)], write, path, value)
             if write.outcome != "ok":
                 turn += 1
-                self._stopped.wait(RETRY_S)
+                self.stopped.wait(RETRY_S)
 
     def _put(self, client: Client, write: Write, path: str, value: str) -> None:
         try:
@@ -140,7 +125,7 @@ class Traffic:
     def _read(self, number: int) -> None:
         clients = [Client(node, self._token, self._timeout_s) for node in self._nodes]
         chance, turn = random.Random(-1 - number), number
-        while not self._stopped.is_set():
+        while not self.stopped.is_set():
             turn += 1
             listing = chance.random() < 0.1
             path = f"{self._folder}/" if listing else f"{self._folder}/{chance.randrange(KEYS)}"
@@ -148,12 +133,12 @@ class Traffic:
             try:
                 status, body = clients[turn % len(clients)].call("LIST" if listing else "GET", f"{MOUNT}/{path}")
             except (OSError, http.client.HTTPException):
-                self._stopped.wait(RETRY_S)
+                self.stopped.wait(RETRY_S)
                 continue
             ended_s, name = time.monotonic(), f"reader {number}"
             if status not in (200, 404):
                 self._note_odd(status, " ".join((body or {}).get("errors") or []))
-                self._stopped.wait(RETRY_S)
+                self.stopped.wait(RETRY_S)
             elif listing:
                 names = frozenset(body["data"]["keys"]) if status == 200 else frozenset()
                 self.history.listings.append(Listing(name, path, names, started_s, ended_s))
