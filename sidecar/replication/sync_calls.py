@@ -12,25 +12,26 @@ from sidecar.replication.protocol import DiffReply, DiffRequest, FetchRequest
 from sidecar.replication.sync import SyncRefused
 from sidecar.transport.peer import PeerClient, PeerOutcomeUnknown, PeerUnreachable
 
-DIFF_TIMEOUT_S = 60.0
+DIFF_IDLE_S = 60.0
+"""How long the primary, which compares meanwhile, may be silent. How long its answer takes is the link's matter."""
 
 
 async def ask_diff(client: PeerClient, request: DiffRequest) -> DiffReply:
     """First round trip."""
+    body = bytearray()
     try:
-        answer = await client.post(
-            DIFF_PATH,
-            protocol.encode(request),
-            timeout_s=DIFF_TIMEOUT_S,
-            answer_bytes_max=protocol.DIFF_BYTES_MAX,
-        )
+        async with client.stream(DIFF_PATH, protocol.encode(request), idle_timeout_s=DIFF_IDLE_S) as answer:
+            async for piece in answer.pieces:
+                body += piece
+                if len(body) > protocol.DIFF_BYTES_MAX:
+                    raise ChannelClosed(f"the primary's answer to the diff passes {protocol.DIFF_BYTES_MAX} bytes")
     except (PeerUnreachable, PeerOutcomeUnknown) as error:
         raise ChannelClosed(str(error)) from error
     if answer.status == 403:
-        raise SyncRefused(_text(answer.body))
+        raise SyncRefused(_text(body))
     if answer.status != 200:
-        raise ChannelClosed(f"the primary answered {answer.status} to the diff: {_text(answer.body)}")
-    return protocol.decode_diff_reply(answer.body)
+        raise ChannelClosed(f"the primary answered {answer.status} to the diff: {_text(body)}")
+    return protocol.decode_diff_reply(bytes(body))
 
 
 async def ask_entries(client: PeerClient, request: FetchRequest, idle_timeout_s: float) -> AsyncIterator[bytes]:
@@ -47,5 +48,5 @@ async def ask_entries(client: PeerClient, request: FetchRequest, idle_timeout_s:
         raise ChannelClosed(str(error)) from error
 
 
-def _text(body: bytes) -> str:
+def _text(body: bytes | bytearray) -> str:
     return body[:300].decode("utf-8", "replace")

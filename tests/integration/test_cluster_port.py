@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import time
 from asyncio import sslproto
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from dataclasses import dataclass, field
 import pytest
 from aiohttp import WSMsgType, web
 
+from sidecar.replication import protocol as wire
+from sidecar.replication import sync_calls
+from sidecar.replication.channel import ChannelClosed
 from sidecar.transport import certificates
 from sidecar.transport.certificates import Credentials
 from sidecar.transport.listener import ClusterListener, ListenerOptions, Purpose, peer_of
@@ -311,6 +315,39 @@ async def test_a_large_body_passes_the_small_buffer(port: Port) -> None:
     async with client_of(port, SIDES[0].identity()) as client:
         answer = await client.post("/x", body, timeout_s=20)
     assert answer.body == body
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_the_answer_to_a_diff_may_take_long_as_long_as_it_comes(
+    port: Port, silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A narrow link is no reason to begin the same comparison again, for ever; a primary that is gone is one."""
+    monkeypatch.setattr(sync_calls, "DIFF_IDLE_S", 0.5)
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 7, bytes(32), False, [f"r/{n:036}" for n in range(16)], [], {}, {})
+
+    async def dribble(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        body = wire.encode(reply)
+        for start in range(0, len(body), 60):
+            await response.write(body[start : start + 60])
+            await asyncio.sleep(5 if silent else 0.15)
+        return response
+
+    side = SIDES[0]
+    await port.listener.remove(side.sni)
+    port.listener.add(
+        Purpose(side.sni, side.alpn, side.server, side.authority.certificate_pem, dribble, lambda _: True)
+    )
+    async with client_of(port, side.identity()) as client:
+        asked = sync_calls.ask_diff(client, wire.DiffRequest(bytes(16), bytes(20), {}))
+        started = time.monotonic()
+        if silent:
+            with pytest.raises(ChannelClosed):
+                await asked
+        else:
+            assert await asked == reply
+            assert time.monotonic() - started > 2 * sync_calls.DIFF_IDLE_S, "it took longer than any silence may"
 
 
 async def test_a_removed_purpose_is_gone_and_cuts_its_connections(port: Port) -> None:
