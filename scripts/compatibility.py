@@ -58,8 +58,10 @@ done.
 * **not**: part of Vault's API, not served here.
 
 PUT is POST everywhere, and `GET ?list=true` is LIST. Replication and the enterprise server's paths about it are served
-too. Two differences on purpose: an unknown parameter of a write is named in a warning even where Vault answers 204, and
-a policy with an unknown key, a doubled attribute or a templated deny is refused instead of taken.
+too. The version in the answers is `1.15.0+outrider.` and our own, because clients compare it with Vault's; what it is
+stands behind the plus sign. Two differences on purpose: an unknown parameter of a write is named in a warning even
+where Vault answers 204, and a policy with an unknown key, a doubled attribute or a templated deny is refused instead
+of taken.
 
 """
 

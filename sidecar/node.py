@@ -33,7 +33,7 @@ from sidecar.request.types import HttpRequest, HttpResponse
 from sidecar.sealing import Sealing
 from sidecar.token_rights import TokenRights
 from sidecar.transport.forwarding import EchoReply
-from sidecar.version import __version__
+from sidecar.version import API_VERSION
 
 
 class Handler(Protocol):
@@ -156,7 +156,7 @@ class Node:
     """Implements :class:`sidecar.api.node_view.NodeView`. ``leader_wait_s`` bounds how long a request is held while the
     cluster has no active node; only requests that certainly reached no handler are held."""
 
-    version = __version__
+    version = API_VERSION
 
     def __init__(
         self,

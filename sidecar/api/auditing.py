@@ -21,7 +21,7 @@ from sidecar.core.node_settings import NodeSettings
 from sidecar.request.call import Call, Identity
 from sidecar.request.mount_view import MountView
 from sidecar.request.types import HttpRequest, HttpResponse
-from sidecar.version import __version__
+from sidecar.version import PLUGIN_VERSION
 
 # What an operator needs when no device works, and what is asked too often to be of interest.
 NEVER = frozenset(
@@ -129,7 +129,7 @@ class Auditor:
             auth = _auth(call.identity) | _policy_results(call, call.identity)
         mount, entry = self._mounts().serving(request["path"])
         about = {"mount_point": mount} if mount else {}
-        running = f"v{__version__}+builtin.outrider" if entry is not None else ""
+        running = PLUGIN_VERSION if entry is not None else ""
         if entry is not None:
             kind = "auth" if entry.table == AUTH else "secret"
             about |= {"mount_type": entry.type, "mount_accessor": entry.accessor, "mount_class": kind}

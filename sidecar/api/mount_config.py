@@ -13,6 +13,7 @@ from sidecar.core.mounts import AUTH, MountConfig, MountEntry
 from sidecar.request.fields import Fields
 from sidecar.request.mount_view import TtlDefaults, mount_info
 from sidecar.request.route_table import ANY, BOOL, LIST, MAP, STRING, takes
+from sidecar.version import PLUGIN_VERSION, __version__
 
 LISTS = (
     "passthrough_request_headers",
@@ -62,10 +63,10 @@ def config_of(fields: Fields, old: MountConfig) -> MountConfig:
     return msgspec.structs.replace(old, **changes)
 
 
-def check_plugin_version(fields: Fields, running: str) -> None:
+def check_plugin_version(fields: Fields) -> None:
     """Every plugin has one version, the server's own. Raises InvalidRequest for another."""
     version = fields.string("plugin_version")
-    if version and version.removeprefix("v").partition("+")[0] != running:
+    if version and version.removeprefix("v").partition("+")[0] != __version__:
         raise InvalidRequest("plugin_version: a plugin that is part of the server has the server's version only")
 
 
@@ -77,8 +78,8 @@ def check_token_type_tunable(entry: MountEntry) -> None:
         raise InvalidRequest("'token_type' cannot be set for 'token' or 'ns_token' auth mounts")
 
 
-def describe(entry: MountEntry, running: str = "") -> dict[str, Any]:
-    """One mount as the lists show it; a TTL of 0 is the system's default. ``running`` is the server's version."""
+def describe(entry: MountEntry) -> dict[str, Any]:
+    """One mount as the lists show it; a TTL of 0 is the system's default."""
     config: dict[str, Any] = {
         "default_lease_ttl": entry.config.default_lease_ttl_s,
         "force_no_cache": entry.config.force_no_cache,
@@ -94,7 +95,7 @@ def describe(entry: MountEntry, running: str = "") -> dict[str, Any]:
         "local": entry.local,
         "options": entry.options,
         "plugin_version": "",
-        "running_plugin_version": f"v{running}+builtin.outrider" if running else "",
+        "running_plugin_version": PLUGIN_VERSION,
         "running_sha256": "",
         "seal_wrap": False,
         "type": entry.type,

@@ -60,17 +60,17 @@ class SysMounts:
         ]
 
     async def _list_secrets(self, call: Call, params: Params) -> Answer:
-        return Answer({entry.path: self._describe(entry) for entry in self._mounts.table.entries(SECRETS)})
+        return Answer({entry.path: describe(entry) for entry in self._mounts.table.entries(SECRETS)})
 
     async def _list_auth(self, call: Call, params: Params) -> Answer:
-        return Answer({entry.path: self._describe(entry) for entry in self._mounts.table.entries(AUTH)})
+        return Answer({entry.path: describe(entry) for entry in self._mounts.table.entries(AUTH)})
 
     async def _read_mount(self, call: Call, params: Params) -> Answer:
         table, path = _place(params)
         entry = self._mounts.table.find(table, path)
         if entry is None:
             raise InvalidRequest(f"No {'auth' if table == AUTH else 'secret'} engine at {path.rstrip('/')}/")
-        return Answer(self._describe(entry))
+        return Answer(describe(entry))
 
     async def _mount(self, call: Call, params: Params) -> None:
         table, path = _place(params)
@@ -82,7 +82,7 @@ class SysMounts:
             type_name, options = "kv", {"version": _KV_ALIASES[type_name], **options}
         if type_name in BUILT_IN:
             raise InvalidRequest(f"plugin not found in the catalog: {type_name}")
-        check_plugin_version(fields, self._core.node.version)
+        check_plugin_version(fields)
         await self._mounts.table.mount(
             table,
             path,
@@ -114,7 +114,7 @@ class SysMounts:
     async def _tune(self, call: Call, params: Params) -> Answer | None:
         entry = self._tuned_entry(params)
         fields = Fields(call.data)
-        check_plugin_version(fields, self._core.node.version)
+        check_plugin_version(fields)
         options = fields.string_mapping("options") if fields.given("options") else None
         if fields.given("token_type"):
             check_token_type_tunable(entry)
@@ -159,7 +159,7 @@ class SysMounts:
         for table, group in ((AUTH, "auth"), (SECRETS, "secret")):
             for entry in self._mounts.table.entries(table):
                 if acl is not None and acl.has_any_under(entry.full_path):
-                    data[group][entry.path] = self._describe(entry)
+                    data[group][entry.path] = describe(entry)
                 elif entry.config.listing_visibility == "unauth":
                     data[group][entry.path] = {
                         "description": entry.description,
@@ -178,10 +178,7 @@ class SysMounts:
                     "preflight capability check returned 403, please ensure client's policies grant access to "
                     f'path "{wanted}"'
                 )
-        return Answer({**self._describe(entry), "path": entry.full_path})
-
-    def _describe(self, entry: MountEntry) -> dict[str, Any]:
-        return describe(entry, self._core.node.version)
+        return Answer({**describe(entry), "path": entry.full_path})
 
     def _serving(self, path: str) -> MountEntry | None:
         entries = [*self._mounts.table.entries(SECRETS), *self._mounts.table.entries(AUTH)]

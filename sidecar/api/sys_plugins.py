@@ -11,6 +11,7 @@ from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
 from sidecar.request.route_table import LIST, STRING, takes
+from sidecar.version import PLUGIN_VERSION
 
 TYPES = ("auth", "database", "secret")
 _NOT_YET = (
@@ -66,7 +67,7 @@ class SysPlugins:
             "deprecation_status": "supported",
             "name": name,
             "type": kind,
-            "version": f"v{self._core.node.version}+builtin.outrider",
+            "version": PLUGIN_VERSION,
         }
 
     async def _of_type(self, call: Call, params: Params) -> Answer:

@@ -202,7 +202,7 @@ class Call:
 
     def show_secret(self, reply: Reply) -> int:
         """Print an answer that holds data, as ``-field`` and ``-format`` say."""
-        body = reply.body or {}
+        body = output.as_secret(reply.body or {})
         self.warn_of(body)
         if self.format == "raw":
             sys.stdout.write(reply.text)

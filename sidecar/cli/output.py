@@ -77,6 +77,16 @@ def envelope(body: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
+_SECRET = ("request_id", "lease_id", "lease_duration", "renewable", "data", "warnings", "auth", "wrap_info")
+
+
+def as_secret(body: dict[str, Any]) -> dict[str, Any]:
+    """An answer without an envelope, such as that of ``sys/seal-status``, as one whose data it all is."""
+    if not body or any(body.get(name) for name in _SECRET):
+        return body
+    return {"request_id": "", "lease_id": "", "lease_duration": 0, "renewable": False, "data": body, "warnings": None}
+
+
 def secret_rows(body: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Keys and values of an answer: lease, token, wrapping and data, in Vault's order and under its names."""
     rows: list[tuple[str, Any]] = []

@@ -24,7 +24,7 @@ from sidecar.request.errors import LoginNeedsPrimary, StateMissing, TokenRefused
 from sidecar.request.help_text import help_text
 from sidecar.request.router import Match, Router
 from sidecar.request.types import ForwardedAuth
-from sidecar.version import __version__
+from sidecar.version import API_VERSION
 
 Routes = Callable[[], Router[Backend]]
 
@@ -174,7 +174,7 @@ async def _routed(call: Call, match: Match[Backend]) -> Answer | None:
 def _help(match: Match[Backend]) -> Answer:
     backend = match.target
     mount = openapi.MountDescription(match.mount, backend.type_name, tuple(backend.describe()))
-    document = openapi.document([openapi.matching(mount, match.rest)], __version__)
+    document = openapi.document([openapi.matching(mount, match.rest)], API_VERSION)
     text = help_text(mount, match.rest, backend.help(match.rest))
     return Answer(raw={"help": text, "see_also": None, "openapi": document})
 

@@ -108,7 +108,7 @@ def envelope(data=None, **more) -> dict:
 
 
 SEALED = {"type": "shamir", "initialized": True, "sealed": True, "t": 2, "n": 3, "progress": 1, "nonce": "n-1",
-          "version": "0.1.0", "storage_type": "consul"}  # fmt: skip
+          "version": "1.15.0+outrider.0.1.0", "storage_type": "consul"}  # fmt: skip
 UNSEALED = SEALED | {"sealed": False, "progress": 0, "nonce": "", "cluster_name": "us-east", "cluster_id": "c-1"}
 
 
@@ -200,7 +200,7 @@ def test_status_of_an_active_node(server, run):
         "Sealed          false\n"
         "Total Shares    3\n"
         "Threshold       2\n"
-        "Version         0.1.0\n"
+        "Version         1.15.0+outrider.0.1.0\n"
         "Storage Type    consul\n"
         "Cluster Name    us-east\n"
         "Cluster ID      c-1\n"
@@ -331,6 +331,15 @@ def test_read_as_table_json_yaml_raw_and_field(server, run):
     assert run("read", "-field=e", "secret/a")[1] == ""
     assert run("read", "-field=b", "secret/a")[1] == '[1, "x"]'
     assert run("read", "-field=zz", "secret/a")[0] == 1
+
+
+def test_read_of_an_answer_without_an_envelope_shows_all_of_it(server, run):
+    server.answer("GET", "sys/seal-status", (200, SEALED))
+    assert run("read", "-field=sealed", "sys/seal-status")[1] == "true"
+    shown = json.loads(run("read", "-format=json", "sys/seal-status")[1])
+    assert shown["data"] == SEALED
+    assert shown["lease_id"] == ""
+    assert "storage_type    consul\n" in run("read", "sys/seal-status")[1]
 
 
 def test_read_passes_pairs_as_query_and_escapes_the_path(server, run):
