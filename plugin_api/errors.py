@@ -15,6 +15,11 @@ class InvalidRequest(PluginError):
     status = 400
 
 
+class Failed(PluginError):
+    """500, as a multi-error: the request is well formed and cannot be done as things stand. What Vault's own engines
+    answer where a client's mistake is found below the handler; new engines have :class:`InvalidRequest` for that."""
+
+
 class InvalidCredentials(InvalidRequest):
     """400: what a login gave does not prove who it says it is. Raised by ``handle`` of a login only; the sidecar counts
     it against the identity (:meth:`~plugin_api.engine.Engine.login_identity`) and locks that out after some."""

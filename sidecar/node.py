@@ -331,7 +331,20 @@ class Node:
     async def unseal(self, key: bytes, *, migrate: bool) -> SealStatus:
         with METRICS.timer("core.unseal"):
             await self.sealing.unseal(key, migrate=migrate)
+        if not self._ha_enabled:
+            await self._until_active()
         return await self.seal_status()
+
+    async def _until_active(self) -> None:
+        """A store of one node has nobody to be elected against: who has unsealed it uses it with the next request, so
+        the answer waits until it serves, but no longer than a request is held."""
+        deadline = time.monotonic() + self._leader_wait_s
+        while self.sealing.opened is not None and not self.is_active():
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._role_changed.wait()
+            except TimeoutError:
+                return
 
     async def reset_unseal(self) -> SealStatus:
         await self.sealing.reset()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from multidict import CIMultiDict
 
 from consul_backend import errors as backend
-from plugin_api.errors import PermissionDenied, PluginError, UnsupportedOperation, UnsupportedPath
+from plugin_api.errors import Failed, PermissionDenied, PluginError, UnsupportedOperation, UnsupportedPath
 from sidecar.api.envelopes import multi_error
 from sidecar.api.json_codec import JSONRefused
 from sidecar.core.barrier import DecryptionFailed
@@ -78,7 +78,7 @@ def _text(error: PluginError) -> str:
     text = str(error)
     if isinstance(error, TokenRefused):
         return text
-    if isinstance(error, UnsupportedPath | UnsupportedOperation | JoinedError):
+    if isinstance(error, UnsupportedPath | UnsupportedOperation | JoinedError | Failed):
         return multi_error(text)
     if isinstance(error, PermissionDenied) and text == "permission denied":
         return multi_error(text)

@@ -11,6 +11,7 @@ from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.core.policies import ACL
 from sidecar.core.token_entry import TokenEntry
 from sidecar.request.call import Answer, Call
+from sidecar.request.errors import JoinedError
 from sidecar.request.fields import Fields
 from sidecar.request.route_table import LIST, STRING, takes
 
@@ -101,7 +102,7 @@ class SysPolicies:
     async def _capabilities_accessor(self, call: Call, params: Params) -> Answer:
         entry = await self._core.tokens.lookup_accessor(Fields(call.data).string("accessor"))
         if entry is None:
-            raise InvalidRequest("invalid accessor")
+            raise JoinedError("invalid accessor")
         return await self._of_entry(call, entry)
 
     async def _of_entry(self, call: Call, entry: TokenEntry) -> Answer:

@@ -214,10 +214,15 @@ class TokenPaths(RouteBackend):
         return Answer(lookup_of(_own(call), call.known.token, self._now()))
 
     async def _lookup_accessor(self, call: Call, params: Params) -> Answer:
-        entry = await self._tokens.lookup_accessor(_required(Fields(call.data), "accessor"))
-        if entry is None:
-            raise PermissionDenied("invalid accessor")
+        _, entry = await self._by_accessor(Fields(call.data))
         return Answer(lookup_of(entry, "", self._now()))
+
+    async def _by_accessor(self, fields: Fields) -> tuple[str, TokenEntry]:
+        accessor = _required(fields, "accessor")
+        entry = await self._tokens.lookup_accessor(accessor)
+        if entry is None:
+            raise JoinedError("invalid accessor")
+        return accessor, entry
 
     async def _accessors(self, call: Call, params: Params) -> Answer:
         accessors = await self._tokens.list_accessors()
@@ -243,7 +248,7 @@ class TokenPaths(RouteBackend):
 
     async def _renew_accessor(self, call: Call, params: Params) -> Answer:
         fields = Fields(call.data)
-        accessor = _required(fields, "accessor")
+        accessor, _ = await self._by_accessor(fields)
         with METRICS.timer("expire.renew-token"):
             return self._renewed(await self._tokens.renew_accessor(accessor, fields.duration_s("increment")), "")
 
@@ -265,9 +270,7 @@ class TokenPaths(RouteBackend):
         await self._tokens.revoke_orphan(token)
 
     async def _revoke_accessor(self, call: Call, params: Params) -> None:
-        accessor = _required(Fields(call.data), "accessor")
-        if await self._tokens.lookup_accessor(accessor) is None:
-            raise JoinedError("invalid accessor")
+        accessor, _ = await self._by_accessor(Fields(call.data))
         await self._tokens.revoke_accessor(accessor)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from consul_backend import errors as backend
 from plugin_api.errors import (
+    Failed,
     InvalidRequest,
     NotFound,
     PermissionDenied,
@@ -76,6 +77,7 @@ JOINED = "1 error occurred:\n\t* {}\n\n"
         (Unavailable("soon"), 503, "soon"),
         (ReadOnlyStorage(), 500, "cannot write to readonly storage"),
         (PluginError("broken"), 500, "broken"),
+        (Failed("as things stand"), 500, JOINED.format("as things stand")),
         (JSONRefused("error parsing JSON"), 400, "error parsing JSON"),
         (backend.TooLarge("600000 bytes, limit 524288"), 413, "600000 bytes, limit 524288"),
     ],

@@ -149,11 +149,11 @@ async def test_token_calls_answer_as_clients_expect(node: Harness) -> None:
     by_accessor = await node.call("POST", "auth/token/renew-accessor", {"accessor": token["accessor"]})
     assert by_accessor.body["auth"]["client_token"] == ""
     assert (await node.call("POST", "auth/token/revoke", {"token": "nosuch"})).status == 204
-    unknown = await node.call("POST", "auth/token/revoke-accessor", {"accessor": "nosuch"})
+    for path in ("revoke-accessor", "lookup-accessor", "renew-accessor"):
+        unknown = await node.call("POST", f"auth/token/{path}", {"accessor": "nosuch"})
+        assert (unknown.status, unknown.errors) == (400, [JOINED.format("invalid accessor")]), path
+    unknown = await node.call("POST", "sys/capabilities-accessor", {"accessor": "nosuch", "path": "x"})
     assert (unknown.status, unknown.errors) == (400, [JOINED.format("invalid accessor")])
-    assert (await node.call("POST", "auth/token/lookup-accessor", {"accessor": "nosuch"})).errors == [
-        "invalid accessor"
-    ]
     assert (await node.call("POST", "auth/token/revoke-self", {}, token=secret)).status == 204
     assert (await node.call("GET", "auth/token/lookup-self", token=secret)).status == 403
     assert (await node.call("GET", "auth/token/nosuch")).errors == [JOINED.format("unsupported path")]

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.keywrap import aes_key_wrap_with_padding
 from cryptography.x509.oid import NameOID
 
-from plugin_api.errors import InvalidRequest, NotFound, ReadOnlyStorage, Unavailable
+from plugin_api.errors import Failed, InvalidRequest, NotFound, ReadOnlyStorage, Unavailable
 from plugin_api.testing import MemoryStorage
 from sidecar.engines.transit import backup, wrapping
 from sidecar.engines.transit.material import derive
@@ -301,9 +301,14 @@ async def test_exports(mount: Mount) -> None:
 
 async def test_what_is_not_exportable_stays(mount: Mount) -> None:
     await mount.post("keys/k", type="ecdsa-p256")
-    for path in ("export/signing-key/k", "export/hmac-key/k", "byok-export/k/k", "backup/k"):
+    for path in ("export/signing-key/k", "export/hmac-key/k", "byok-export/k/k"):
         with pytest.raises(InvalidRequest):
             await mount(READ, path)
+    with pytest.raises(Failed, match="exporting is disallowed on the policy"):
+        await mount(READ, "backup/k")
+    await mount.post("keys/k/config", exportable=True)
+    with pytest.raises(Failed, match="plaintext backup is disallowed on the policy"):
+        await mount(READ, "backup/k")
     assert await mount.read("export/public-key/k")
     assert (await mount.read("export/certificate-chain/k"))["keys"] == {"1": ""}
 
@@ -354,7 +359,8 @@ async def test_restoring_over_a_key_takes_force(mount: Mount) -> None:
     first = await mount.encrypt("k", b"x")
     await mount.post("keys/k/rotate")
     entries = len(mount.storage.entries)
-    assert "already exists" in await mount.refused("restore", backup=text)
+    with pytest.raises(Failed, match='key "k" already exists'):
+        await mount(UPDATE, "restore", {"backup": text})
     await mount(UPDATE, "restore", {"backup": text, "force": True})
     assert (await mount.read("keys/k"))["latest_version"] == 1
     assert await mount.decrypt("k", first) == b"x"

@@ -11,7 +11,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from plugin_api.engine import EngineContext
-from plugin_api.errors import InvalidRequest, ReadOnlyStorage
+from plugin_api.errors import Failed, InvalidRequest, ReadOnlyStorage
 from plugin_api.framework import Fields, FieldSpec, FieldType, Path, generic_name, writes
 from plugin_api.request import Operation, Request, Response
 from sidecar.engines.transit.backup import pack, unpack
@@ -151,9 +151,9 @@ class Exchange:
     async def _backup(self, request: Request, fields: Fields) -> Response:
         key = await self._store.get(fields["name"])
         if not key.ring.exportable:
-            raise InvalidRequest("exporting is disallowed on the policy")
+            raise Failed("exporting is disallowed on the policy")
         if not key.ring.allow_plaintext_backup:
-            raise InvalidRequest("plaintext backup is disallowed on the policy")
+            raise Failed("plaintext backup is disallowed on the policy")
         materials = await self._store.material(key, key.ring.created_us)
         records = {number: material.record for number, material in materials.items()}
         return Response(data={"backup": await self._workers.run(pack, key.ring, records)})

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from plugin_api.engine import EngineContext
-from plugin_api.errors import InvalidRequest, PluginError, ReadOnlyStorage
+from plugin_api.errors import Failed, InvalidRequest, PluginError, ReadOnlyStorage
 from plugin_api.locks import KeyedLock
 from plugin_api.storage import Write
 from sidecar.engines.transit.material import Material, VersionRecord, decode_version, encode_version, generate
@@ -232,7 +232,7 @@ class KeyStore:
         async with self._locks.hold(ring.name):
             old = await self._load(ring.name)
             if old is not None and not force:
-                raise InvalidRequest("a key of that name already exists")
+                raise Failed(f'key "{ring.name}" already exists')
             ring.uid = uuid.uuid4().hex
             numbers = sorted(records)
             async with self._locks.hold(_garbage_key(ring.uid)):
