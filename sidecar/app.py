@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import ssl
 import sys
 import uuid
@@ -68,9 +69,15 @@ from sidecar.version import product, version_text
 
 log = logging.getLogger("core")
 
+OpenSockets = Sequence[Sequence[socket.socket]]
+"""The listening sockets of each API listener."""
 
-def run_server(config: ServerConfig, dev: DevOptions | None, config_paths: tuple[str, ...] = ()) -> int:
-    """Run until SIGINT or SIGTERM; returns the exit code. ``config_paths`` are read again on SIGHUP."""
+
+def run_server(
+    config: ServerConfig, dev: DevOptions | None, config_paths: tuple[str, ...], sockets: OpenSockets
+) -> int:
+    """Run until SIGINT or SIGTERM; returns the exit code. ``config_paths`` are read again on SIGHUP. ``sockets`` are
+    those of the API listeners, in their order."""
     configure_logging(config.log_level, config.log_format)
     for warning in protect_process(lock_memory=config.lock_memory):
         log.warning("%s", warning)
@@ -79,7 +86,7 @@ def run_server(config: ServerConfig, dev: DevOptions | None, config_paths: tuple
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     garbage.settle()
     try:
-        asyncio.run(_serve(config, dev, config_paths))
+        asyncio.run(_serve(config, dev, config_paths, sockets))
     except BackendError as error:
         print(f"Error initializing storage: {error}", file=sys.stderr)
         return 1
@@ -92,7 +99,9 @@ def run_server(config: ServerConfig, dev: DevOptions | None, config_paths: tuple
     return 0
 
 
-async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tuple[str, ...]) -> None:
+async def _serve(
+    config: ServerConfig, dev: DevOptions | None, config_paths: tuple[str, ...], sockets: OpenSockets
+) -> None:
     clock = SystemClock()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -129,7 +138,7 @@ async def _serve(config: ServerConfig, dev: DevOptions | None, config_paths: tup
         stack.push_async_callback(cluster_listener.close)
         registration = make_registration(config, identity)
         stack.push_async_callback(registration.close)
-        tls = await open_listeners(config, front, stack)
+        tls = await open_listeners(config, sockets, front, stack)
         print_banner(config, physical.kind)
         loop.add_signal_handler(signal.SIGHUP, reload_settings, config_paths, tls, node.reopen_audit)
         roles = Roles(
@@ -246,18 +255,19 @@ def store_options(config: ServerConfig) -> StoreOptions:
 
 
 async def open_listeners(
-    config: ServerConfig, front: Front, stack: contextlib.AsyncExitStack
+    config: ServerConfig, sockets: OpenSockets, front: Front, stack: contextlib.AsyncExitStack
 ) -> list[tuple[Listener, ssl.SSLContext]]:
-    """Open every API listener; returns the TLS contexts, whose certificates SIGHUP reads again."""
+    """Serve every API listener; returns the TLS contexts, whose certificates SIGHUP reads again."""
     contexts = []
-    for listener in config.listeners:
+    for listener, opened in zip(config.listeners, sockets, strict=True):
         server = ApiServer(front.handle, limits=replace(limits_of(listener), forwarded_for=forwarded_for(listener)))
         stack.push_async_callback(server.close)
         tls = None
         if not listener.tls_disable:
             tls = api_tls(listener)
             contexts.append((listener, tls))
-        await server.listen(*split_address(listener.address), tls=tls, proxy=proxy_rule(listener))
+        rule = proxy_rule(listener)
+        await server.listen(*split_address(listener.address), tls=tls, proxy=rule, listeners=opened)
     for unix in config.unix_listeners:
         server = ApiServer(front.handle, limits=limits_of(unix))
         stack.push_async_callback(server.close)

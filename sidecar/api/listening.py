@@ -14,16 +14,16 @@ import pwd
 import socket
 import ssl
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from sidecar.api.patience import patience
 from sidecar.api.proxy_protocol import NO_HEADER, V2_BYTES_MAX, Header, MalformedHeader, ProxyRule, parse
+from sidecar.api.sockets import BACKLOG
 
 log = logging.getLogger("http")
 
-BACKLOG = 512
 HANDSHAKE_TIMEOUT_S = 5.0
 HEADER_TIMEOUT_S = 5.0
 # asyncio's own timer goes by the clock; ours by the loop's turns decides. Its own is for a loop that never recovers.
@@ -61,20 +61,22 @@ class Listening:
         """(host, port) of every TCP socket, in the order they were opened."""
         return list(self._addresses)
 
-    async def tcp(self, host: str, port: int, tls: ssl.SSLContext | None, proxy: ProxyRule | None) -> tuple[str, int]:
-        """Open a TCP socket; returns its (host, port), which matters for port 0. Raises OSError."""
+    async def tcp(
+        self, listeners: Sequence[socket.socket], tls: ssl.SSLContext | None, proxy: ProxyRule | None
+    ) -> tuple[str, int]:
+        """Serve listening sockets, which are this object's to close from here on; returns the first one's (host, port),
+        which matters for port 0."""
         loop = asyncio.get_running_loop()
+        bound = listeners[0].getsockname()
         if proxy is None and tls is None:
-            server = await loop.create_server(lambda: self._factory(""), host, port, backlog=BACKLOG)
-            self._servers.append(server)
-            bound = server.sockets[0].getsockname()
+            for each in listeners:
+                server = await loop.create_server(lambda: self._factory(""), sock=each, backlog=BACKLOG)
+                self._servers.append(server)
         else:
-            listeners = await _listen(host, port)
             self._sockets.extend(listeners)
             self._accepting.extend(
                 asyncio.create_task(self._accept(each, tls, proxy), name="accept") for each in listeners
             )
-            bound = listeners[0].getsockname()
         self._addresses.append((bound[0], bound[1]))
         return self._addresses[-1]
 
@@ -142,23 +144,6 @@ class Listening:
         finally:
             if ours:
                 connection.close()
-
-
-async def _listen(host: str, port: int) -> list[socket.socket]:
-    """A listening socket for each address of ``host``. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    infos = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    listeners: list[socket.socket] = []
-    try:
-        for family, address in dict.fromkeys((info[0], info[4]) for info in infos):
-            listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-            listeners.append(listener)
-            listener.setblocking(False)
-    except OSError:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
 
 
 async def _client_of(loop: asyncio.AbstractEventLoop, connection: socket.socket, proxy: ProxyRule) -> str:

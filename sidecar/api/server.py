@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import functools
 import logging
+import socket
 import ssl
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -28,6 +29,7 @@ from sidecar.api.connection import SERVER_NAME, Connection, Server, Times
 from sidecar.api.listening import Listening, SocketAccess
 from sidecar.api.patience import patience
 from sidecar.api.proxy_protocol import ProxyRule
+from sidecar.api.sockets import listening_sockets
 from sidecar.api.statuses import RETRY_AFTER_S
 from sidecar.core.metrics import METRICS
 from sidecar.request.types import HttpRequest, HttpResponse
@@ -96,11 +98,19 @@ class ApiServer:
         self._listening: Listening | None = None
 
     async def listen(
-        self, host: str, port: int, *, tls: ssl.SSLContext | None = None, proxy: ProxyRule | None = None
+        self,
+        host: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        proxy: ProxyRule | None = None,
+        listeners: Sequence[socket.socket] = (),
     ) -> tuple[str, int]:
         """Open one more listening socket, with ``proxy`` one before whose bytes a proxy says who the client is; returns
-        its (host, port), which matters for port 0. Raises OSError."""
-        return await self._started().tcp(host, port, tls, proxy)
+        its (host, port), which matters for port 0. ``listeners`` are the sockets where they are open already. Raises
+        OSError."""
+        opened = listeners or await asyncio.to_thread(listening_sockets, host, port)
+        return await self._started().tcp(opened, tls, proxy)
 
     async def listen_unix(self, path: str, access: SocketAccess) -> None:
         """Open a Unix socket. Raises OSError."""

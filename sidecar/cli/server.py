@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from sidecar.cli.command import EXIT_LOCAL, Call, Command
 from sidecar.cli.flags import Flag, UsageError
+
+if TYPE_CHECKING:
+    import socket
+
+    from sidecar.config import ServerConfig
 
 FORMATS = ("standard", "json")
 LEVELS = ("trace", "debug", "info", "warn", "error")
@@ -59,9 +65,22 @@ def run(call: Call) -> int:
         settings = replace(settings, log_format=form)
     if "log-file" in call.values:
         _log_to(call.values.text("log-file"))
+    try:
+        opened = _open_sockets(settings)
+    except OSError as error:
+        call.complain(f"Error initializing listener: {error}")
+        return EXIT_LOCAL
     from sidecar.app import run_server
 
-    return run_server(settings, dev, tuple(paths))
+    return run_server(settings, dev, tuple(paths), opened)
+
+
+def _open_sockets(settings: ServerConfig) -> list[list[socket.socket]]:
+    """The API listeners' sockets, before the second that loading the server takes. Raises OSError."""
+    from sidecar.api.sockets import listening_sockets
+    from sidecar.config import split_address
+
+    return [listening_sockets(*split_address(listener.address)) for listener in settings.listeners]
 
 
 SERVER = Command(

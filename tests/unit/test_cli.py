@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import socket
 import ssl
 import stat
 import subprocess
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 from sidecar import config
 from sidecar.__main__ import main
 from sidecar.cli import client, flags, output, registry, values, yaml
+from tests.support.cluster import free_port
 
 
 class Server(ThreadingHTTPServer):
@@ -749,19 +751,34 @@ def test_mounts(server, run):
 
 def test_server_hands_configuration_and_dev_options_to_the_application(run, monkeypatch, tmp_path):
     started = []
+
+    def run_server(settings, dev, paths, sockets):
+        (opened,) = sockets
+        with socket.create_connection(opened[0].getsockname()):  # who comes while the server is loaded is not refused
+            started.append((settings, dev, paths))
+        for each in opened:
+            each.close()
+        return 0
+
     application = type(sys)("sidecar.app")
-    application.run_server = lambda settings, dev, paths: started.append((settings, dev, paths)) or 0
+    application.run_server = run_server
     monkeypatch.setitem(sys.modules, "sidecar.app", application)
     for name in ("VAULT_DEV_LISTEN_ADDRESS", "OUTRIDER_DEV_LISTEN_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VAULT_DEV_ROOT_TOKEN_ID", "root")
-    assert run("server", "-dev", "-dev-listen-address=127.0.0.1:9000", "-log-level=WARNING")[0] == 0
+    address = f"127.0.0.1:{free_port()}"
+    assert run("server", "-dev", f"-dev-listen-address={address}", "-log-level=WARNING")[0] == 0
     settings, dev, paths = started.pop()
     assert paths == ()
-    assert dev == config.DevOptions("root", "127.0.0.1:9000")
-    assert (settings.log_level, settings.api_addr) == ("warn", "http://127.0.0.1:9000")
+    assert dev == config.DevOptions("root", address)
+    assert (settings.log_level, settings.api_addr) == ("warn", f"http://{address}")
     (tmp_path / "a.hcl").write_text('storage "inmem" {}\nui = true')
-    (tmp_path / "b.hcl").write_text('listener "tcp" { tls_disable = true }')
+    taken = f'address = "{address}"\n tls_disable = true'
+    (tmp_path / "b.hcl").write_text(f'listener "tcp" {{ {taken} }}')
+    with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
+        code, _, err = run("server", f"-config={tmp_path}")
+    assert code == 1
+    assert "Error initializing listener: [Errno 98] Address already in use" in err
     code, _, err = run("server", f"-config={tmp_path}/a.hcl", "-config", f"{tmp_path}/b.hcl")
     assert code == 0
     assert err == f'WARNING! {tmp_path}/a.hcl:2: "ui" has no effect\n'
