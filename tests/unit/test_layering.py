@@ -17,7 +17,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sidecar.hcl": ("sidecar.hcl",),
     "sidecar.config": ("sidecar.hcl", "sidecar.config"),
     "sidecar.cli": ("sidecar.cli", "sidecar.hcl", "sidecar.config", "sidecar.version"),
-    "sidecar.cli.server": ("sidecar.cli", "sidecar.config", "sidecar.app"),
+    "sidecar.cli.server": ("sidecar.cli", "sidecar.config", "sidecar.api.sockets", "sidecar.app"),
     "sidecar.transport": ("consul_backend", "sidecar.transport"),
     "sidecar.mesh": ("consul_backend", "sidecar.mesh"),
     "sidecar.core": ("plugin_api", "consul_backend", "sidecar.core", "sidecar.hcl"),
