@@ -18,6 +18,7 @@ TOP_LEVEL = frozenset(
         "sys/key-status",
         "sys/mounts",
         "sys/policy",
+        "sys/rekey-recovery-key/backup",
         "sys/rekey/backup",
         "sys/rekey/recovery-key-backup",
         "sys/remount",

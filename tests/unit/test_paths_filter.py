@@ -165,8 +165,15 @@ async def test_the_endpoints_of_a_filter() -> None:
     assert (await node.call("POST", PATH, {"mode": "deny", "paths": "private,team/"})).status == 204
     assert (await node.call("GET", PATH)).body["data"] == {"mode": "deny", "paths": ["private/", "team/"]}
     assert (await node.call("PUT", PATH, {"paths": ["kv/"]})).status == 204
-    old = await node.call("GET", PATH.replace("paths-filter", "mount-filter"))
-    assert old.body["data"] == {"mode": "allow", "paths": ["kv/"]}
+    old = PATH.replace("paths-filter", "mount-filter")
+    assert (await node.call("GET", old)).body["data"] == {"mode": "allow", "paths": ["kv/"]}
+    assert (await node.call("POST", old, {"mode": "deny", "paths": ["own"]})).status == 204
+    assert (await node.call("GET", PATH)).body["data"] == {"mode": "deny", "paths": ["own/"]}, "one filter, two names"
+    assert (await node.call("POST", old, {"mode": "deny", "paths": ["sys/"]})).status == 400
+    assert (await node.call("DELETE", old, token=None)).status == 403
+    assert (await node.call("DELETE", old)).status == 204
+    assert (await node.call("GET", PATH)).status == 404
+    assert (await node.call("PUT", PATH, {"paths": ["kv/"]})).status == 204
     for bad in ({}, {"mode": "x", "paths": ["kv/"]}, {"mode": "deny", "paths": ["sys/"]}):
         assert (await node.call("POST", PATH, bad)).status == 400
     assert (await node.call("POST", PATH.replace("/eu", "/-eu"), {"paths": ["kv/"]})).status == 400

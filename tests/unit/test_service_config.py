@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -211,15 +212,22 @@ async def test_profiles_need_sudo_and_show_no_values(node: Harness) -> None:
     assert (await node.call("GET", "sys/pprof/profile?seconds=3600")).status == 400
 
 
-async def test_the_heap_is_shown_while_it_is_traced(node: Harness) -> None:
-    untraced = await node.call("GET", "sys/pprof/heap")
-    assert "PYTHONTRACEMALLOC" in untraced.errors[0]
+@pytest.mark.parametrize("path", ["heap", "allocs"])
+async def test_memory_is_shown_while_it_is_traced(node: Harness, path: str) -> None:
+    untraced = await node.call("GET", f"sys/pprof/{path}")
+    assert (untraced.status, "PYTHONTRACEMALLOC" in untraced.errors[0]) == (400, True)
+    reader = await node.token('path "sys/pprof/*" { capabilities = ["read"] }')
+    assert (await node.call("GET", f"sys/pprof/{path}", token=reader)).status == 403
     tracemalloc.start()
     try:
+        held = [bytes(100_000) for _ in range(20)]
+        line = f"{__file__}:{sys._getframe().f_lineno - 1}"
         async with node.session.get(
-            f"{node.address}/v1/sys/pprof/heap", headers={"X-Vault-Token": node.root}
+            f"{node.address}/v1/sys/pprof/{path}", headers={"X-Vault-Token": node.root}
         ) as answer:
-            assert "bytes in" in await answer.text()
+            rows = (await answer.text()).splitlines()
+        (row,) = [row for row in rows if row.endswith(line)]
+        assert int(row.split()[0]) >= sum(map(len, held))
     finally:
         tracemalloc.stop()
 

@@ -81,7 +81,8 @@ async def test_role_changes_and_lost_writes_ask_replication() -> None:
         await node.call("POST", "sys/replication/reindex", {"force": True, "deletions": 7})
         assert replication.calls[-1] == ("reindex", False, True, False, 7)
         del replication.calls[-2:]
-        assert (await node.call("GET", "sys/replication/dr/lost-writes")).data == {"lost_writes": []}
+        for method in ("GET", "LIST"):
+            assert (await node.call(method, "sys/replication/dr/lost-writes")).data == {"lost_writes": []}
         await node.call("GET", "sys/replication/dr/lost-writes/1-2-ab?page=3")
         await node.call("GET", "sys/replication/dr/lost-writes/1-2-ab/export")
         assert (await node.call("DELETE", "sys/replication/dr/lost-writes/1-2-ab")).status == 204
@@ -97,6 +98,25 @@ async def test_role_changes_and_lost_writes_ask_replication() -> None:
         plain = await node.token('path "sys/replication/*" { capabilities = ["read", "update", "list", "delete"] }')
         for path in ("", "/1-2-ab", "/1-2-ab/export"):
             assert (await node.call("GET", f"sys/replication/dr/lost-writes{path}", token=plain)).status == 403
+        assert (await node.call("LIST", "sys/replication/dr/lost-writes", token=plain)).status == 403
+
+
+async def test_the_oldest_paths_mean_performance() -> None:
+    replication = FakeReplication()
+    async with running(replication=replication) as node:
+        base = "sys/replication"
+        assert (await node.call("POST", f"{base}/primary/revoke-secondary", {"id": "../x"})).status == 400
+        assert (await node.call("POST", f"{base}/primary/revoke-secondary", {"id": "eu"}, token=None)).status == 403
+        assert (await node.call("POST", f"{base}/primary/revoke-secondary", {"id": "eu"})).status == 204
+        accept = f"{base}/secondary/accept-deletions"
+        weak = await node.token('path "sys/replication/*" { capabilities = ["update"] }')
+        assert (await node.call("POST", accept, {"deletions": 3}, token=weak)).status == 403
+        assert (await node.call("POST", accept, {})).status == 400
+        assert (await node.call("PUT", accept, {"deletions": 3})).body["warnings"] == ["begins anew"]
+        assert replication.calls == [
+            ("revoke_secondary", "performance", "eu"),
+            ("accept_deletions", "performance", 3),
+        ]
 
 
 async def test_keys_rotation_and_preflight_ask_replication() -> None:

@@ -330,6 +330,32 @@ async def test_a_key_moves_to_another_mount_wrapped(mount: Mount, kind: str) -> 
         await source(READ, "byok-export/secret/secret")
 
 
+async def test_every_usable_version_goes_wrapped(mount: Mount) -> None:
+    """Without a version all of them, as many as export gives; each opens as what it was."""
+    source = Mount()
+    await source.post("keys/secret", exportable=True)
+    for _ in range(2):
+        await source.post("keys/secret/rotate")
+    await source.post("keys/secret/config", min_decryption_version=2)
+    there = {"type": "rsa-4096", "public_key": (await mount.read("wrapping_key"))["public_key"]}
+    await source(UPDATE, "keys/there/import", there)
+    answer = await source.read("byok-export/there/secret")
+    plain = (await source.read("export/encryption-key/secret"))["keys"]
+    assert (answer["name"], answer["type"], list(answer["keys"])) == ("secret", "aes256-gcm96", ["2", "3"])
+    for version, ciphertext in answer["keys"].items():
+        name = f"v{version}"
+        await mount(UPDATE, f"keys/{name}/import", {"ciphertext": ciphertext, "exportable": True})
+        assert (await mount.read(f"export/encryption-key/{name}"))["keys"] == {"1": plain[version]}
+    await source.post("keys/kept")
+    for path, text in (
+        ("byok-export/there/kept", "not exportable"),
+        ("byok-export/there/none", "not found"),
+        ("byok-export/none/secret", "not found"),
+    ):
+        with pytest.raises(InvalidRequest, match=text):
+            await source(READ, path)
+
+
 # --- backup ---
 
 

@@ -315,6 +315,23 @@ async def test_every_type_makes_hmacs(mount: Mount, kind: str) -> None:
     assert not await valid(mount, kind, b"x", hmac=made)
 
 
+@pytest.mark.parametrize("kind", ["hmac", "ecdsa-p256"])
+async def test_the_hash_in_the_path_of_verify_wins_over_the_body(mount: Mount, kind: str) -> None:
+    made = (await mount.post(f"hmac/{kind}/sha2-512", input=b64("x")))["hmac"]
+    assert await valid(mount, f"{kind}/sha2-512", b"x", hmac=made)
+    assert await valid(mount, f"{kind}/sha2-512", b"x", hmac=made, hash_algorithm="sha2-256")
+    assert not await valid(mount, f"{kind}/sha2-512", b"y", hmac=made)
+    assert not await valid(mount, kind, b"x", hmac=made)
+    assert "unsupported hash" in await mount.refused(f"verify/{kind}/md5", input="", hmac=made)
+
+
+async def test_a_signature_counts_under_the_hash_in_the_path_alone(mount: Mount) -> None:
+    signature = await sign(mount, "ecdsa-p256/sha2-384", b"x")
+    assert await valid(mount, "ecdsa-p256/sha2-384", b"x", signature=signature)
+    assert not await valid(mount, "ecdsa-p256/sha2-256", b"x", signature=signature)
+    assert not await valid(mount, "ecdsa-p256", b"x", signature=signature)
+
+
 async def test_batches_of_hmacs(mount: Mount) -> None:
     items = [{"input": b64("a")}, {}, {"input": ""}, {"input": "%"}]
     one, two, three, four = (await mount.post("hmac/hmac", batch_input=items))["batch_results"]
