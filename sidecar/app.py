@@ -34,6 +34,7 @@ from sidecar.api.client_address import ForwardedFor
 from sidecar.api.front import Front
 from sidecar.api.listening import SocketAccess
 from sidecar.api.proxy_protocol import Behavior, ProxyRule
+from sidecar.api.response_headers import DEFAULT, ResponseHeaders
 from sidecar.api.server import ApiServer, ServerLimits
 from sidecar.auto_unseal import keep_unsealed
 from sidecar.config import (
@@ -60,6 +61,9 @@ from sidecar.loop_lag import watch_loop_lag
 from sidecar.measured_store import MeasuredStore
 from sidecar.mesh.registration import NoRegistration, Registrar, ServiceRegistration
 from sidecar.node import Node, NodeIdentity
+from sidecar.pid_file import pid_file
+from sidecar.request.in_flight import InFlight
+from sidecar.request.types import Disclosure
 from sidecar.roles import RoleOptions, Roles
 from sidecar.runtime_metrics import measured_collections, runtime_gauges, runtime_totals
 from sidecar.sealing import Sealing
@@ -85,8 +89,11 @@ def run_server(
     arm_from_environment()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     garbage.settle()
+    named = config.telemetry
+    METRICS.configure(named.prefix, named.filters, shown_otherwise=named.filter_default)
     try:
-        asyncio.run(_serve(config, dev, config_paths, sockets))
+        with pid_file(config.pid_file):
+            asyncio.run(_serve(config, dev, config_paths, sockets))
     except BackendError as error:
         print(f"Error initializing storage: {error}", file=sys.stderr)
         return 1
@@ -94,7 +101,8 @@ def run_server(
         print(f"Error initializing seal: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"Error initializing listener: {error}", file=sys.stderr)
+        what = "pid_file" if error.filename and error.filename == config.pid_file else "listener"
+        print(f"Error initializing {what}: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -127,8 +135,9 @@ async def _serve(
         node = Node(identity, sealing, storage_type=physical.kind, ha_enabled=ha_enabled)
         front = Front(
             node,
-            prometheus=config.prometheus_retention_s > 0,
+            prometheus=config.telemetry.prometheus_retention_s > 0,
             header_forwarding=config.replication.allow_forwarding_via_header,
+            in_flight=InFlight() if shows_in_flight(config) else None,
         )
         stack.enter_context(METRICS.source(node.gauges, node.totals))
         stack.enter_context(METRICS.source(runtime_gauges, runtime_totals))
@@ -254,13 +263,20 @@ def store_options(config: ServerConfig) -> StoreOptions:
     )
 
 
+def shows_in_flight(config: ServerConfig) -> bool:
+    """Whether any listener shows the requests in flight to anybody."""
+    return any(rules.unauthenticated_in_flight_request_access for rules in (*config.listeners, *config.unix_listeners))
+
+
 async def open_listeners(
     config: ServerConfig, sockets: OpenSockets, front: Front, stack: contextlib.AsyncExitStack
 ) -> list[tuple[Listener, ssl.SSLContext]]:
     """Serve every API listener; returns the TLS contexts, whose certificates SIGHUP reads again."""
     contexts = []
+    hostname = socket.gethostname() if config.show_hostname else ""
     for listener, opened in zip(config.listeners, sockets, strict=True):
-        server = ApiServer(front.handle, limits=replace(limits_of(listener), forwarded_for=forwarded_for(listener)))
+        limits = replace(limits_of(listener, hostname), forwarded_for=forwarded_for(listener))
+        server = ApiServer(front.handle, limits=limits)
         stack.push_async_callback(server.close)
         tls = None
         if not listener.tls_disable:
@@ -269,14 +285,14 @@ async def open_listeners(
         rule = proxy_rule(listener)
         await server.listen(*split_address(listener.address), tls=tls, proxy=rule, listeners=opened)
     for unix in config.unix_listeners:
-        server = ApiServer(front.handle, limits=limits_of(unix))
+        server = ApiServer(front.handle, limits=limits_of(unix, hostname))
         stack.push_async_callback(server.close)
         await server.listen_unix(unix.address, SocketAccess(unix.socket_mode, unix.socket_user, unix.socket_group))
     return contexts
 
 
-def limits_of(rules: RequestRules) -> ServerLimits:
-    """A listener's bounds as configured."""
+def limits_of(rules: RequestRules, hostname: str = "") -> ServerLimits:
+    """A listener's bounds as configured. ``hostname`` is named in every answer."""
     return ServerLimits(
         body_bytes_max=rules.max_request_size_bytes,
         request_timeout_s=rules.max_request_duration_s,
@@ -288,8 +304,23 @@ def limits_of(rules: RequestRules) -> ServerLimits:
         or rules.http_read_header_timeout_s
         or 3600.0,
         require_request_header=rules.require_request_header,
-        metrics_open=rules.unauthenticated_metrics_access,
+        disclosure=Disclosure(
+            metrics=rules.unauthenticated_metrics_access,
+            profiles=rules.unauthenticated_pprof_access,
+            in_flight=rules.unauthenticated_in_flight_request_access,
+            hides_addresses=rules.redact_addresses,
+            hides_cluster_name=rules.redact_cluster_name,
+            hides_version=rules.redact_version,
+        ),
+        response_headers=_response_headers(rules, hostname),
     )
+
+
+def _response_headers(rules: RequestRules, hostname: str) -> ResponseHeaders | None:
+    sections = {name: dict(headers) for name, headers in rules.response_headers.items()}
+    if hostname:
+        sections.setdefault(DEFAULT, {})["X-Vault-Hostname"] = hostname
+    return ResponseHeaders(sections) if sections else None
 
 
 def proxy_rule(listener: Listener) -> ProxyRule | None:

@@ -83,7 +83,7 @@ class ScopeParts:
                 api_addr=config.api_addr,
                 default_lease_ttl_s=config.default_lease_ttl_s,
                 max_lease_ttl_s=config.max_lease_ttl_s,
-                prometheus=config.prometheus_retention_s > 0,
+                prometheus=config.telemetry.prometheus_retention_s > 0,
                 sanitized_config=sanitized(config),
                 audit=LocalRules(
                     prefixing=config.audit.allow_prefixing,

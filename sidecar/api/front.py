@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,29 +17,32 @@ from multidict import CIMultiDict
 from plugin_api.errors import InvalidRequest
 from plugin_api.formats import format_time
 from sidecar.api import cors, envelopes, json_codec
-from sidecar.api.decoding import MethodNotAllowed, client_token
+from sidecar.api.decoding import MethodNotAllowed, client_token, query_data
 from sidecar.api.directives import check_directives
 from sidecar.api.health import health_code
 from sidecar.api.init_request import init_request
 from sidecar.api.metrics_answer import metrics_answer
 from sidecar.api.node_view import NodeView, NotForwarded, SealStatus
+from sidecar.api.pprof import PROFILE_S, TEXT_TYPE, Profiler
 from sidecar.api.statuses import refusal
 from sidecar.core.seal import decode_share
 from sidecar.core.seal_record import SHAMIR
 from sidecar.request.fields import Fields
+from sidecar.request.in_flight import InFlight, RequestUnderWay
 from sidecar.request.types import HttpRequest, HttpResponse
 
 FEATURES = ("Performance Replication", "DR Replication")
 """What ``sys/license/features`` lists; the web UI shows its replication pages by it."""
 LOCAL_ONLY = frozenset({"sys/host-info", "sys/metrics", "sys/monitor"})
-_LOCAL_ONLY_BELOW = "sys/pprof"
+PPROF = "sys/pprof"
 _WRITE_METHODS = frozenset({"PUT", "POST"})
 
 RawHandler = Callable[[HttpRequest], Awaitable[HttpResponse]]
 
 
 class Front:
-    """One per node, for its whole life. ``header_forwarding``: clients may ask for it by header."""
+    """One per node, for its whole life. ``header_forwarding``: clients may ask for it by header. ``in_flight`` is kept
+    where a listener shows it to anybody."""
 
     def __init__(
         self,
@@ -47,10 +51,13 @@ class Front:
         now: Callable[[], float] = time.time,
         prometheus: bool = True,
         header_forwarding: bool = False,
+        in_flight: InFlight | None = None,
     ) -> None:
         self._node = node
         self._forwarding = header_forwarding
         self._prometheus = prometheus
+        self._in_flight = in_flight
+        self._profiler = Profiler()
         self._now = now
         self._raw: dict[str, RawHandler] = {
             "sys/health": self._health,
@@ -64,19 +71,33 @@ class Front:
 
     async def handle(self, request: HttpRequest) -> HttpResponse:
         """Answer ``request``; only a defect raises."""
+        if self._in_flight is None:
+            return await self._handle(request)
+        number = str(uuid.uuid4())
+        self._in_flight.begin(
+            number, RequestUnderWay(request.method, request.path, request.remote_address, self._now())
+        )
+        try:
+            return await self._handle(request)
+        finally:
+            self._in_flight.end(number)
+
+    async def _handle(self, request: HttpRequest) -> HttpResponse:
         try:
             raw = self._raw.get(request.path)
             if raw is not None and not cors.is_preflight(request):
                 return await self._answered_here(raw, request)
-            if request.metrics_open and request.path == "sys/metrics":
-                return self._metrics(request)
+            opened = self._opened(request)
+            if opened is not None:
+                _require(request, "GET")
+                return await opened(request)
             check_directives(request.headers, forwarding=self._forwarding)
             if self._node.is_sealed():
                 return _errors(503, "Vault is sealed")
             if not self._node.is_active():
                 if request.path == "sys/seal":
                     return self._seal_on_standby(request)
-                if request.path.rstrip("/") in LOCAL_ONLY or request.path.startswith(_LOCAL_ONLY_BELOW):
+                if request.path.rstrip("/") in LOCAL_ONLY or request.path.startswith(PPROF):
                     # Only the active node can check a token, and another node's answer would be of another machine.
                     return _errors(400, "cannot forward local-only request")
             return await self._dispatch(request)
@@ -137,11 +158,12 @@ class Front:
             "replication_performance_mode": health.performance_mode,
             "replication_dr_mode": health.dr_mode,
             "server_time_utc": int(self._now()),
-            "version": self._node.version,
+            "version": "" if request.disclosure.hides_version else self._node.version,
             "enterprise": True,
         }
         if not health.sealed:
-            body.update(cluster_name=health.cluster_name, cluster_id=health.cluster_id)
+            hidden = request.disclosure.hides_cluster_name
+            body.update(cluster_name="" if hidden else health.cluster_name, cluster_id=health.cluster_id)
         body.update(
             echo_duration_ms=health.echo_ms,
             clock_skew_ms=health.clock_skew_ms,
@@ -163,9 +185,9 @@ class Front:
 
     async def _seal_status(self, request: HttpRequest) -> HttpResponse:
         _require(request, "GET")
-        return _json(200, self._seal_body(await self._node.seal_status()))
+        return _json(200, self._seal_body(request, await self._node.seal_status()))
 
-    def _seal_body(self, status: SealStatus) -> dict[str, Any]:
+    def _seal_body(self, request: HttpRequest, status: SealStatus) -> dict[str, Any]:
         body: dict[str, Any] = {
             "type": status.type,
             "initialized": status.initialized,
@@ -174,7 +196,7 @@ class Front:
             "n": status.n,
             "progress": status.progress,
             "nonce": status.nonce,
-            "version": self._node.version,
+            "version": "" if request.disclosure.hides_version else self._node.version,
             "migration": status.migration,
             "recovery_seal": status.recovery_seal,
             "storage_type": self._node.storage_type,
@@ -185,7 +207,8 @@ class Front:
             # The recovery shares are Shamir's, and unseal a node whose auto seal cannot.
             body.update(recovery_seal_type=SHAMIR, unseal_recovery_enabled=True)
         if not status.sealed:
-            body.update(cluster_name=status.cluster_name, cluster_id=status.cluster_id)
+            hidden = request.disclosure.hides_cluster_name
+            body.update(cluster_name="" if hidden else status.cluster_name, cluster_id=status.cluster_id)
         if status.warnings:
             body["warnings"] = list(status.warnings)
         return body
@@ -197,13 +220,14 @@ class Front:
             return _errors(503, "Vault is sealed")
         leader = await self._node.leader()
         known = leader.ha_enabled
+        shown = known and not request.disclosure.hides_addresses
         active_since_s = leader.active_since_s if known else 0
         body: dict[str, Any] = {
             "ha_enabled": leader.ha_enabled,
             "is_self": leader.is_self and known,
             "active_time": format_time(active_since_s) if active_since_s else envelopes.ZERO_TIME,
-            "leader_address": leader.leader_address if known else "",
-            "leader_cluster_address": leader.leader_cluster_address if known else "",
+            "leader_address": leader.leader_address if shown else "",
+            "leader_cluster_address": leader.leader_cluster_address if shown else "",
             "performance_standby": False,
             "performance_standby_last_remote_wal": 0,
         }
@@ -228,15 +252,34 @@ class Front:
         if not health.initialized:
             raise InvalidRequest("Vault is not initialized")
         if reset:
-            return _json(200, self._seal_body(await self._node.reset_unseal()))
+            return _json(200, self._seal_body(request, await self._node.reset_unseal()))
         if not text:
             raise InvalidRequest("'key' must be specified in request body as JSON, or 'reset' set to true")
         migrate = fields.boolean("migrate")
-        return _json(200, self._seal_body(await self._node.unseal(decode_share(text), migrate=migrate)))
+        return _json(200, self._seal_body(request, await self._node.unseal(decode_share(text), migrate=migrate)))
 
-    def _metrics(self, request: HttpRequest) -> HttpResponse:
-        """On a listener that shows them to anybody, whatever this node's state."""
-        _require(request, "GET")
+    # -- on a listener that shows them to anybody, whatever this node's state
+
+    def _opened(self, request: HttpRequest) -> RawHandler | None:
+        shown, path = request.disclosure, request.path.rstrip("/")
+        if shown.metrics and path == "sys/metrics":
+            return self._metrics
+        if shown.in_flight and path == "sys/in-flight-req":
+            return self._requests_in_flight
+        if shown.profiles and (path == PPROF or path.startswith(PPROF + "/")):
+            return self._pprof
+        return None
+
+    async def _requests_in_flight(self, request: HttpRequest) -> HttpResponse:
+        return _json(200, self._in_flight.shown(self._now()) if self._in_flight is not None else {})
+
+    async def _pprof(self, request: HttpRequest) -> HttpResponse:
+        name = request.path.rstrip("/")[len(PPROF) + 1 :]
+        seconds = Fields(query_data(request.query)).duration_s("seconds", PROFILE_S)
+        text = await self._profiler.text(name, seconds)
+        return HttpResponse(200, CIMultiDict({"Content-Type": TEXT_TYPE}), text.encode())
+
+    async def _metrics(self, request: HttpRequest) -> HttpResponse:
         answer = metrics_answer(request.query, prometheus=self._prometheus)
         return HttpResponse(answer.status, CIMultiDict({"Content-Type": answer.content_type}), answer.body)
 

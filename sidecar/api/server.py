@@ -29,10 +29,11 @@ from sidecar.api.connection import SERVER_NAME, Connection, Server, Times
 from sidecar.api.listening import Listening, SocketAccess
 from sidecar.api.patience import patience
 from sidecar.api.proxy_protocol import ProxyRule
+from sidecar.api.response_headers import ResponseHeaders
 from sidecar.api.sockets import listening_sockets
 from sidecar.api.statuses import RETRY_AFTER_S
 from sidecar.core.metrics import METRICS
-from sidecar.request.types import HttpRequest, HttpResponse
+from sidecar.request.types import USUAL_DISCLOSURE, Disclosure, HttpRequest, HttpResponse
 
 log = logging.getLogger("http")
 
@@ -63,8 +64,9 @@ class ServerLimits:
     idle_timeout_s: float = 300.0
     connections_max: int = 4096
     require_request_header: bool = False
-    metrics_open: bool = False
     forwarded_for: ForwardedFor | None = None
+    disclosure: Disclosure = USUAL_DISCLOSURE
+    response_headers: ResponseHeaders | None = None
 
 
 Handler = Callable[[HttpRequest], Awaitable[HttpResponse]]
@@ -161,24 +163,24 @@ class ApiServer:
             async with time_limit(self._limits.request_timeout_s):
                 answer = await self._handler(message)
             if answer.stream is not None:
-                return await _streamed(request, answer, answer.stream)
-            return _to_web(answer)
+                return await self._streamed(request, answer, answer.stream)
+            return self._to_web(answer)
         except paths.PathRefused:
-            return _error(400)
+            return self._error(400)
         except _Refused as refused:
             return await self._refuse(request, refused)
         except TimeoutError:
-            return _error(503, "the request took too long and was given up; a write may still have been applied")
+            return self._error(503, "the request took too long and was given up; a write may still have been applied")
         except Exception:  # the edge: a defect must not reach the client as a trace, nor end the server
             incident = str(uuid.uuid4())
             log.exception("request failed: incident=%s", incident)
-            return _error(500, f"internal error (incident {incident})")
+            return self._error(500, f"internal error (incident {incident})")
         finally:
             self._buffered_bytes -= held_bytes
 
     async def _other(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
         if self._fallback is None:
-            return _error(404)
+            return self._error(404)
         paths.decode_path(path)
         return await self._fallback(request)
 
@@ -246,11 +248,11 @@ class ApiServer:
             body=body,
             remote_address=address,
             raw_target=request.raw_path,
-            metrics_open=self._limits.metrics_open,
+            disclosure=self._limits.disclosure,
         )
 
     async def _refuse(self, request: web.BaseRequest, refused: _Refused) -> web.StreamResponse:
-        response = _error(refused.status, *refused.texts)
+        response = self._error(refused.status, *refused.texts)
         if refused.status == HTTPStatus.SERVICE_UNAVAILABLE:
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
         if refused.close:
@@ -262,6 +264,37 @@ class ApiServer:
             if request.transport is not None:
                 request.transport.close()
         return response
+
+    async def _streamed(
+        self, request: web.BaseRequest, answer: HttpResponse, pieces: AsyncGenerator[bytes]
+    ) -> web.StreamResponse:
+        """Send pieces as they come, until there are no more or the client has left."""
+        response = web.StreamResponse(
+            status=answer.status, reason=_reason(answer.status), headers=self._headers(answer)
+        )
+        response.force_close()
+        with suppress(ConnectionError):
+            await response.prepare(request)
+            async with contextlib.aclosing(pieces) as open_pieces:
+                async for piece in open_pieces:
+                    if request.transport is None or request.transport.is_closing():
+                        break
+                    if piece:
+                        await response.write(piece)
+            await response.write_eof()
+        return response
+
+    def _to_web(self, answer: HttpResponse) -> web.Response:
+        headers = self._headers(answer)
+        return web.Response(status=answer.status, reason=_reason(answer.status), body=answer.body, headers=headers)
+
+    def _error(self, status: int, *texts: str) -> web.Response:
+        return self._to_web(HttpResponse(status, body=json_codec.encode(envelopes.errors(texts))))
+
+    def _headers(self, answer: HttpResponse) -> CIMultiDict[str]:
+        headers = _own_headers(answer)
+        custom = self._limits.response_headers
+        return headers if custom is None else custom.added(answer.status, headers)
 
 
 async def _continue(request: web.BaseRequest) -> None:
@@ -275,30 +308,7 @@ async def _continue(request: web.BaseRequest) -> None:
     request.writer.output_size = 0
 
 
-async def _streamed(
-    request: web.BaseRequest, answer: HttpResponse, pieces: AsyncGenerator[bytes]
-) -> web.StreamResponse:
-    """Send pieces as they come, until there are no more or the client has left."""
-    response = web.StreamResponse(status=answer.status, reason=_reason(answer.status), headers=_headers(answer))
-    response.force_close()
-    with suppress(ConnectionError):
-        await response.prepare(request)
-        async with contextlib.aclosing(pieces) as open_pieces:
-            async for piece in open_pieces:
-                if request.transport is None or request.transport.is_closing():
-                    break
-                if piece:
-                    await response.write(piece)
-        await response.write_eof()
-    return response
-
-
-def _to_web(answer: HttpResponse) -> web.Response:
-    headers = _headers(answer)
-    return web.Response(status=answer.status, reason=_reason(answer.status), body=answer.body, headers=headers)
-
-
-def _headers(answer: HttpResponse) -> CIMultiDict[str]:
+def _own_headers(answer: HttpResponse) -> CIMultiDict[str]:
     if not answer.headers:
         return _ALWAYS.copy()
     headers = CIMultiDict(answer.headers)
@@ -306,10 +316,6 @@ def _headers(answer: HttpResponse) -> CIMultiDict[str]:
         headers.setdefault(name, value)
     headers["Server"] = SERVER_NAME
     return headers
-
-
-def _error(status: int, *texts: str) -> web.Response:
-    return _to_web(HttpResponse(status, body=json_codec.encode(envelopes.errors(texts))))
 
 
 @functools.cache

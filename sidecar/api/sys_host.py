@@ -106,20 +106,7 @@ class SysHost:
         return Answer(status=answer.status, plain=answer.body, content_type=answer.content_type)
 
     async def _in_flight(self, call: Call, params: Params) -> Answer:
-        now_s = self._core.now()
-        return Answer(
-            raw={
-                request_id: {
-                    "start_time": format_time(request.started_s),
-                    "client_remote_address": request.remote_address,
-                    "request_path": f"/v1/{request.path}",
-                    "request_method": request.method,
-                    "client_id": "",
-                    "duration": f"{max(int((now_s - request.started_s) * 1e6), 0)} microseconds",
-                }
-                for request_id, request in self._core.in_flight.requests().items()
-            }
-        )
+        return Answer(raw=self._core.in_flight.shown(self._core.now()))
 
     async def _version_history(self, call: Call, params: Params) -> Answer:
         entries = await self._versions.entries()

@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from sidecar.config import ServerConfig
 
 FORMATS = ("standard", "json")
+LOG_NAME = "outrider.log"
 LEVELS = ("trace", "debug", "info", "warn", "error")
 
 
 def _log_to(path: str) -> None:
     """Put a file, for the owner alone, in the place of standard error: whatever is written there goes to it."""
+    if path.endswith("/") or os.path.isdir(path):
+        path = os.path.join(path, LOG_NAME)
     try:
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise UsageError(f"-log-file: cannot open {path}: {error.strerror}") from error
+        raise UsageError(f"log file: cannot open {path}: {error.strerror}") from error
     sys.stderr.flush()
     os.dup2(log, sys.stderr.fileno())
     os.close(log)
@@ -63,8 +66,8 @@ def run(call: Call) -> int:
         if form not in FORMATS:
             raise UsageError(f"-log-format must be one of {', '.join(FORMATS)}")
         settings = replace(settings, log_format=form)
-    if "log-file" in call.values:
-        _log_to(call.values.text("log-file"))
+    if log_file := call.values.text("log-file") or settings.log_file:
+        _log_to(log_file)
     try:
         opened = _open_sockets(settings)
     except OSError as error:
@@ -97,7 +100,7 @@ SERVER = Command(
         Flag("dev-kv-v1", "Mount version 1 of the KV engine at secret/ in -dev.", "bool"),
         Flag("dev-no-kv", "Mount nothing at secret/ in -dev.", "bool"),
         Flag("log-format", "standard or json. VAULT_LOG_FORMAT.", default="standard"),
-        Flag("log-file", "Append the log to this file instead of writing it to standard error."),
+        Flag("log-file", "Append the log to this file, or to outrider.log in this directory, not to standard error."),
         Flag("exit-on-core-shutdown", "Accepted: a node that cannot go on ends in any case.", "bool"),
         Flag("disable-gated-logs", "Accepted: no line of the log is held back.", "bool"),
     ),

@@ -20,6 +20,7 @@ from sidecar.config.lockout import read_user_lockout
 from sidecar.config.reader import ConfigError, Reader, parse_boolean
 from sidecar.config.seals import read_seals
 from sidecar.config.stanzas import log_level
+from sidecar.config.telemetry import read_telemetry
 from sidecar.config.values import (
     AuditSettings,
     ConsulConnection,
@@ -39,6 +40,7 @@ from sidecar.config.values import (
     ServiceRegistrationSettings,
     StaticSealSettings,
     StoreSettings,
+    TelemetrySettings,
     TransitSealSettings,
     UnixListener,
     join_address,
@@ -65,6 +67,7 @@ __all__ = [
     "ServiceRegistrationSettings",
     "StaticSealSettings",
     "StoreSettings",
+    "TelemetrySettings",
     "TransitSealSettings",
     "UnixListener",
     "join_address",
@@ -132,7 +135,9 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
     level = log_level(top.text("log_level", "info", stanzas.LOG_LEVEL_WORDS))
     log_format = top.text("log_format", "standard", stanzas.LOG_FORMATS)
     cluster_name = top.text("cluster_name")
-    prometheus_retention_s = stanzas.read_telemetry(top)
+    log_file, pid_file = top.text("log_file"), top.text("pid_file")
+    show_hostname = top.boolean("enable_response_header_hostname")
+    telemetry = read_telemetry(top)
     user_lockout = read_user_lockout(top)
     seal = read_seals(top, environ)
     lock_memory = not top.boolean("disable_mlock") and dev is None
@@ -160,7 +165,10 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
         max_lease_ttl_s=max_ttl_s,
         log_level=_environment_choice(environ, "LOG_LEVEL", stanzas.LOG_LEVEL_WORDS) or level,
         log_format=_environment_choice(environ, "LOG_FORMAT", stanzas.LOG_FORMATS) or log_format,
-        prometheus_retention_s=prometheus_retention_s,
+        telemetry=telemetry,
+        log_file=log_file,
+        pid_file=pid_file,
+        show_hostname=show_hostname,
         service_registration=registration,
         replication=replication,
         election=election,

@@ -7,7 +7,9 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
+from sidecar.config import ineffective
 from sidecar.config.reader import ConfigError, Reader
+from sidecar.config.response_headers import read_response_headers
 from sidecar.config.values import (
     DevOptions,
     ForwardedForSettings,
@@ -21,6 +23,7 @@ from sidecar.hcl import Block
 
 CLUSTER_PORT_OFFSET = 1  # the cluster port is the API port plus this, unless configured
 MAX_REQUEST_SIZE_BYTES = 33554432
+MAX_REQUEST_DURATION_S = 90.0
 UNIX_ADDRESS = "/run/vault.sock"
 OLD_TLS = {"tls10": "tls12", "tls11": "tls12"}
 _BEHAVIORS = ("use_always", "allow_authorized", "deny_unauthorized")
@@ -31,20 +34,25 @@ def read_listeners(top: Reader, dev: DevOptions | None) -> tuple[tuple[Listener,
     """Every ``listener``, TCP and Unix apart; ``-dev`` puts its own before them."""
     listeners: list[Listener] = []
     unix: list[UnixListener] = []
+    duration_s = top.duration_s("default_max_request_duration", MAX_REQUEST_DURATION_S, minimum=1.0)
     if dev is not None:
         address = _address(dev.listen_address)
         if address is None:
             raise ConfigError("-dev-listen-address must be host:port")
         host, port = address
-        listeners.append(Listener(join_address(host, port), _next_port(host, port), tls_disable=True))
+        listeners.append(
+            Listener(
+                join_address(host, port), _next_port(host, port), tls_disable=True, max_request_duration_s=duration_s
+            )
+        )
     for stanza in top.blocks("listener"):
         place = f"{stanza.body.filename}:{stanza.line}"
         reader = top.inner(stanza)
         if _kind(stanza, place) == "unix":
-            unix.append(_unix(reader))
+            unix.append(_unix(reader, duration_s))
             reader.finish()
             continue
-        listener = _listener(reader)
+        listener = _listener(reader, duration_s)
         reader.finish()
         _check_listener(listener, reader, place)
         listeners.append(listener)
@@ -65,7 +73,7 @@ def _kind(stanza: Block, place: str) -> str:
     return stanza.labels[0]
 
 
-def _listener(reader: Reader) -> Listener:
+def _listener(reader: Reader, duration_s: float) -> Listener:
     host, port = _listener_address(reader, "address", "127.0.0.1:8200")
     cluster_host, cluster_port = _listener_address(reader, "cluster_address", _next_port(host, port))
     listener = Listener(
@@ -81,51 +89,53 @@ def _listener(reader: Reader) -> Listener:
         tls_max_version=reader.text("tls_max_version", "tls13", ("tls12", "tls13")),
         forwarded_for=_forwarded_for(reader),
         proxy_protocol=_proxy_protocol(reader),
-        **_rules(reader),
+        **_rules(reader, duration_s),
     )
-    reader.no_effect("tls_cipher_suites", "tls_prefer_server_cipher_suites")
+    reader.no_effect(ineffective.IN_TCP_LISTENER)
     if listener.tls_min_version > listener.tls_max_version:
         raise reader.error("tls_max_version", "is below tls_min_version")
     return listener
 
 
-def _unix(reader: Reader) -> UnixListener:
+def _unix(reader: Reader, duration_s: float) -> UnixListener:
     mode = reader.text("socket_mode")
     if mode and not _MODE.fullmatch(mode):
         raise reader.error("socket_mode", 'must be an octal mode, as "660"')
     address = reader.text("address", UNIX_ADDRESS)
     if not address.startswith("/"):
         raise reader.error("address", "must be an absolute path")
-    reader.no_effect("tls_disable")
+    reader.no_effect(ineffective.IN_UNIX_LISTENER)
     return UnixListener(
         address,
         socket_mode=int(mode, 8) if mode else None,
         socket_user=reader.text("socket_user"),
         socket_group=reader.text("socket_group"),
-        **_rules(reader),
+        **_rules(reader, duration_s),
     )
 
 
-def _rules(reader: Reader) -> dict[str, Any]:
+def _rules(reader: Reader, duration_s: float) -> dict[str, Any]:
     """What every kind of listener is told about requests: the fields of RequestRules."""
-    reader.no_effect("custom_response_headers", "inflight_requests_logging", "max_json_depth", "profiling")
-    reader.not_available(
-        chroot_namespace="there are no namespaces",
-        redact_addresses="addresses would be shown all the same",
-        redact_cluster_name="the name would be shown all the same",
-        redact_version="the version would be shown all the same",
-    )
+    reader.no_effect(ineffective.IN_LISTENER)
+    reader.not_available(chroot_namespace="there are no namespaces")
+    profiles, in_flight = _profiling(reader)
     return {
         # 0 is Vault's word for the default.
         "max_request_size_bytes": reader.size_bytes("max_request_size", MAX_REQUEST_SIZE_BYTES)
         or MAX_REQUEST_SIZE_BYTES,
-        "max_request_duration_s": reader.duration_s("max_request_duration", 90.0, minimum=1.0),
+        "max_request_duration_s": reader.duration_s("max_request_duration", duration_s, minimum=1.0),
         "http_read_header_timeout_s": reader.duration_s("http_read_header_timeout", 10.0),
         "http_read_timeout_s": reader.duration_s("http_read_timeout", 30.0),
         "http_write_timeout_s": reader.duration_s("http_write_timeout", 60.0),
         "http_idle_timeout_s": reader.duration_s("http_idle_timeout", 300.0),
         "require_request_header": reader.boolean("require_request_header"),
         "unauthenticated_metrics_access": _metrics_access(reader),
+        "unauthenticated_pprof_access": profiles,
+        "unauthenticated_in_flight_request_access": in_flight,
+        "redact_addresses": reader.boolean("redact_addresses"),
+        "redact_cluster_name": reader.boolean("redact_cluster_name"),
+        "redact_version": reader.boolean("redact_version"),
+        "response_headers": read_response_headers(reader),
     }
 
 
@@ -151,9 +161,7 @@ def _forwarded_for(reader: Reader) -> ForwardedForSettings | None:
     """Only ``x_forwarded_for_authorized_addrs`` turns the header on."""
     addresses = _networks(reader, "x_forwarded_for_authorized_addrs")
     if not addresses:
-        reader.no_effect(
-            "x_forwarded_for_hop_skips", "x_forwarded_for_reject_not_authorized", "x_forwarded_for_reject_not_present"
-        )
+        reader.no_effect(ineffective.WITHOUT_FORWARDED_FOR)
         return None
     return ForwardedForSettings(
         addresses,
@@ -185,6 +193,23 @@ def _metrics_access(listener: Reader) -> bool:
     )
     reader.finish()
     return is_open
+
+
+def _profiling(listener: Reader) -> tuple[bool, bool]:
+    """Whether profiles, and requests in flight, are shown to anybody. The second also by its older spelling."""
+    profiles = in_flight = False
+    stanza = listener.block("profiling", labels=0)
+    if stanza is not None:
+        reader = listener.inner(stanza)
+        profiles = reader.boolean("unauthenticated_pprof_access")
+        in_flight = reader.boolean("unauthenticated_in_flight_request_access")
+        reader.finish()
+    older = listener.block("inflight_requests_logging", labels=0)
+    if older is not None:
+        reader = listener.inner(older)
+        in_flight = reader.boolean("unauthenticated_in_flight_requests_access", in_flight)
+        reader.finish()
+    return profiles, in_flight
 
 
 def _check_listener(listener: Listener, reader: Reader, place: str) -> None:

@@ -176,6 +176,16 @@ class Reader:
             raise self.error(name, "must be a list of texts")
         return tuple(str(each) for each in value)
 
+    def texts_as_given(self, name: str) -> tuple[str, ...]:
+        """A list of texts, or one text, whatever it holds."""
+        value = self._value(name)
+        return (value,) if isinstance(value, str) else self.texts(name)
+
+    def is_text(self, name: str, word: str) -> bool:
+        """Whether the key is there and that word, whatever its case; for one that has another type else."""
+        value = self._value(name)
+        return isinstance(value, str) and value.strip().lower() == word
+
     def mapping(self, name: str) -> Mapping[str, str]:
         """An object of texts, written with or without ``=``."""
         members: dict[str, Value] = {}
@@ -220,13 +230,13 @@ class Reader:
         label = "".join(f' "{label}"' for label in block.labels)
         return Reader([block.body], f"{block.type}{label}", self._warnings)
 
-    def no_effect(self, *names: str) -> None:
-        """Keys and blocks that Vault knows and that mean nothing here: a warning."""
-        for name in names:
+    def no_effect(self, reasons: Mapping[str, str]) -> None:
+        """Keys and blocks that Vault knows and that mean nothing here, with the reason: a warning."""
+        for name, reason in reasons.items():
             self._known.add(name)
             place = self.place(name)
             if place:
-                self.warn(f'{place}: "{name}"{self._where()} has no effect')
+                self.warn(f'{place}: "{name}"{self._where()} has no effect: {reason}')
 
     def ignore(self, *names: str) -> None:
         """Keys that may stand there and are not looked at."""

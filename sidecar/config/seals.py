@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from sidecar.config.ineffective import IN_SEAL
 from sidecar.config.reader import ConfigError, Reader, parse_boolean
 from sidecar.config.values import SealSettings, StaticSealSettings, TransitSealSettings
 from sidecar.hcl import Block
@@ -39,7 +40,7 @@ def read_seals(top: Reader, environ: Mapping[str, str]) -> SealSettings:
         kind = _kind(stanza)
         place = f"{stanza.body.filename}:{stanza.line}"
         reader = top.inner(stanza)
-        reader.no_effect("recovery_keys_fallback")
+        reader.no_effect(IN_SEAL)
         reader.not_available(
             name="there is one seal at a time", priority="there is one seal at a time, without another to fall back on"
         )

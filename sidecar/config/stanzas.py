@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from sidecar.config import ineffective
 from sidecar.config.reader import ConfigError, Reader
 from sidecar.config.values import (
     DEFAULT_LEASE_TTL_S,
@@ -20,36 +21,10 @@ from sidecar.config.values import (
 
 LOG_LEVEL_WORDS = ("trace", "debug", "info", "notice", "warn", "warning", "error", "err")
 LOG_FORMATS = ("standard", "json")
-PROMETHEUS_RETENTION_S = 86400.0
 
 _IN_MEMORY = ("inmem", "inmem_ha", "inmem_transactional", "inmem_transactional_ha")
 _KEY_PREFIX = re.compile(r"(?:[A-Za-z0-9_-]+/)+")
 _Storage = ConsulStorage | EmbeddedStorage | InmemStorage
-
-_NO_MEANING_AT_TOP = (
-    "administrative_namespace_path", "cache_size", "cluster_cipher_suites", "default_max_request_duration",
-    "detect_deadlocks", "disable_cache", "disable_indexing", "disable_performance_standby",
-    "disable_printable_check", "disable_sealwrap", "disable_sentinel_trace", "enable_post_unseal_trace",
-    "enable_response_header_hostname", "enable_response_header_raft_node_id", "enable_ui",
-    "enable_unauthenticated_access", "entropy", "experiments", "feature_flags", "ha_backend", "ha_storage",
-    "imprecise_lease_role_tracking",
-    "introspection_endpoint", "kms_library", "license_path", "log_file", "log_requests_level", "log_rotate_bytes",
-    "log_rotate_duration", "log_rotate_max_files", "oidc_provider", "pid_file", "plugin_directory",
-    "plugin_file_permissions", "plugin_file_uid", "plugin_tmpdir", "raw_storage_endpoint", "enable_raw_endpoint",
-    "remove_irrevocable_lease_after", "reporting", "request_limiter", "sentinel", "ui",
-)  # fmt: skip
-
-
-_NO_MEANING_IN_TELEMETRY = (
-    "add_lease_metrics_namespace_labels", "add_mount_point_rollback_metrics", "circonus_api_app", "circonus_api_token",
-    "circonus_api_url", "circonus_broker_id", "circonus_broker_select_tag", "circonus_check_display_name",
-    "circonus_check_force_metric_activation", "circonus_check_id", "circonus_check_instance_id",
-    "circonus_check_search_tag", "circonus_check_tags", "circonus_submission_interval", "circonus_submission_url",
-    "disable_hostname", "dogstatsd_addr", "dogstatsd_tags", "enable_hostname_label", "filter_default",
-    "lease_metrics_epsilon", "maximum_gauge_cardinality", "metrics_prefix", "num_lease_metrics_buckets",
-    "prefix_filter", "stackdriver_debug_logs", "stackdriver_location", "stackdriver_namespace",
-    "stackdriver_project_id", "statsd_address", "statsite_address", "usage_gauge_period",
-)  # fmt: skip
 
 
 def log_level(word: str) -> str:
@@ -78,7 +53,7 @@ def read_storage_and_registration(top: Reader, *, dev: bool) -> tuple[_Storage |
     if stanza.labels[0] != "consul":
         raise ConfigError(f'{stanza.body.filename}:{stanza.line}: service_registration can only be "consul"')
     connection = _connection(reader)
-    reader.no_effect("tls_min_version")
+    reader.no_effect(ineffective.IN_REGISTRATION)
     registration = _registration(reader, connection if connection != ConsulConnection() else None)
     reader.finish()
     return storage, registration
@@ -99,14 +74,14 @@ def _read_storage(top: Reader, *, dev: bool) -> tuple[_Storage | None, ServiceRe
     if kind == "consul":
         storage = ConsulStorage(_connection(reader), _key_prefix(reader))
         registration = _registration(reader, None)
-        reader.no_effect("consistency_mode", "lock_wait_time", "max_parallel", "session_ttl", "tls_min_version")
+        reader.no_effect(ineffective.IN_CONSUL_STORAGE)
         reader.finish()
         return storage, registration
     if kind in ("embedded", "file"):
         storage = EmbeddedStorage(path=reader.text("path"))
     elif kind in _IN_MEMORY:
         storage = InmemStorage()
-        reader.no_effect("disable_transactions", "max_value_size")
+        reader.no_effect(ineffective.IN_MEMORY_STORAGE)
     else:
         raise ConfigError(
             f'{stanza.body.filename}:{stanza.line}: storage "{kind}" is not available; '
@@ -160,18 +135,6 @@ def _registration(reader: Reader, connection: ConsulConnection | None) -> Servic
     )
 
 
-def read_telemetry(top: Reader) -> float:
-    """``telemetry {}``: how long Prometheus' form is kept, in seconds; 0 turns it off. Nothing is pushed anywhere."""
-    stanza = top.block("telemetry", labels=0)
-    if stanza is None:
-        return PROMETHEUS_RETENTION_S
-    reader = top.inner(stanza)
-    retention_s = reader.duration_s("prometheus_retention_time", PROMETHEUS_RETENTION_S)
-    reader.no_effect(*_NO_MEANING_IN_TELEMETRY)
-    reader.finish()
-    return retention_s
-
-
 def read_replication(top: Reader) -> ReplicationSettings:
     """``replication {}``."""
     stanza = top.block("replication", labels=0)
@@ -192,7 +155,7 @@ def read_replication(top: Reader) -> ReplicationSettings:
     )
     if settings.unasked_deletions_percent > 100:
         raise reader.error("unasked_deletions_percent", "is a share of what is here: 0 to 100")
-    reader.no_effect("logshipper_buffer_length", "logshipper_buffer_size", "resolver_discover_servers")
+    reader.no_effect(ineffective.IN_REPLICATION)
     if reader.text("allow_forwarding_via_token"):
         raise reader.error("allow_forwarding_via_token", "is not available: such a request would not be forwarded")
     reader.finish()
@@ -236,7 +199,7 @@ def read_sidecar(top: Reader) -> tuple[ElectionSettings, StoreSettings, AuditSet
 
 def read_the_rest(top: Reader) -> None:
     """Keys without a home of their own: most mean nothing here, some must not be passed over."""
-    top.no_effect(*_NO_MEANING_AT_TOP)
+    top.no_effect(ineffective.AT_TOP)
     if top.boolean("disable_clustering"):
         raise top.error("disable_clustering", "is not available: nodes and clusters talk over the cluster port")
     top.not_available(hsm='there is no such seal; there are "shamir", "static" and "transit"')

@@ -100,7 +100,8 @@ class ProxyProtocolSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRules:
-    """What a listener of any kind lets a request do. A time of 0 is no limit."""
+    """What a listener of any kind lets a request do, and what its answers hold. A time of 0 is no limit.
+    ``response_headers``: values by name, by section (``default``, ``2xx``, ``307``)."""
 
     max_request_size_bytes: int = 33554432
     max_request_duration_s: float = 90.0
@@ -110,6 +111,12 @@ class RequestRules:
     http_idle_timeout_s: float = 300.0
     require_request_header: bool = False
     unauthenticated_metrics_access: bool = False
+    unauthenticated_pprof_access: bool = False
+    unauthenticated_in_flight_request_access: bool = False
+    redact_addresses: bool = False
+    redact_cluster_name: bool = False
+    redact_version: bool = False
+    response_headers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +257,24 @@ class LockoutStanza:
 
 
 @dataclass(frozen=True, slots=True)
+class TelemetrySettings:
+    """``telemetry {}``. ``prometheus_retention_s`` 0: no Prometheus form. ``prefix`` begins every name. ``filters`` are
+    ``+prefix`` and ``-prefix``, of which the longest that fits a name decides, else ``filter_default``.
+    ``usage_period_s``: how often what is stored is counted, 0 for never; ``label_values_max``: of one label of such a
+    count; ``lease_bucket_s`` and ``lease_buckets``: the counts of leases by when they expire."""
+
+    prometheus_retention_s: float = 86400.0
+    prefix: str = "vault"
+    filters: tuple[str, ...] = ()
+    filter_default: bool = True
+    usage_period_s: float = 600.0
+    label_values_max: int = 500
+    lease_bucket_s: float = 3600.0
+    lease_buckets: int = 168
+    lease_namespace_label: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Everything ``outrider server`` needs to know. ``warnings`` are shown by the command before it starts the
     server."""
@@ -263,7 +288,6 @@ class ServerConfig:
     max_lease_ttl_s: int = DEFAULT_LEASE_TTL_S
     log_level: str = "info"
     log_format: str = "standard"
-    prometheus_retention_s: float = 86400.0
     service_registration: ServiceRegistrationSettings = field(default_factory=ServiceRegistrationSettings)
     replication: ReplicationSettings = field(default_factory=ReplicationSettings)
     election: ElectionSettings = field(default_factory=ElectionSettings)
@@ -274,6 +298,10 @@ class ServerConfig:
     unix_listeners: tuple[UnixListener, ...] = ()
     seal: SealSettings = field(default_factory=SealSettings)
     lock_memory: bool = True
+    log_file: str = ""
+    pid_file: str = ""
+    show_hostname: bool = False
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     warnings: tuple[str, ...] = ()
 
 

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 INTERVAL_S = 10.0
+PREFIX = "vault"
 _QUANTILES = (0.5, 0.9, 0.99)
 _RECENT_MAX = 1024
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
@@ -119,6 +120,22 @@ class _Timer:
         self._metrics.sampled(self._name, (now_s - self._started_s) * 1000, self._labels, now_s)
 
 
+@dataclass(frozen=True, slots=True)
+class NameFilter:
+    """Which names are shown: the longest of the ``rules`` (``+prefix``, ``-prefix``) that fits decides, of two that are
+    equally long the one that hides, and without any ``otherwise``."""
+
+    rules: tuple[str, ...] = ()
+    otherwise: bool = True
+
+    def shows(self, name: str) -> bool:
+        """``name`` with its prefix, as ``vault.core.active``."""
+        fitting = [rule for rule in self.rules if name.startswith(rule[1:])]
+        if not fitting:
+            return self.otherwise
+        return max(fitting, key=lambda rule: (len(rule), rule[0] == "-"))[0] == "+"
+
+
 class Metrics:
     """A registry. ``monotonic`` and ``unix`` return seconds."""
 
@@ -129,6 +146,12 @@ class Metrics:
         self._samples: dict[tuple[str, Labels], _Series] = {}
         self._sources: list[Gauges] = []
         self._totals: list[Gauges] = []
+        self._prefix = PREFIX
+        self._filter = NameFilter()
+
+    def configure(self, prefix: str, rules: tuple[str, ...] = (), *, shown_otherwise: bool = True) -> None:
+        """Begin every name with ``prefix``, and show only what the filter of ``rules`` lets through."""
+        self._prefix, self._filter = prefix, NameFilter(rules, shown_otherwise)
 
     def increment(self, name: str, value: float = 1, /, **labels: str) -> None:
         """Count something."""
@@ -167,8 +190,9 @@ class Metrics:
         return {
             "Timestamp": f"{moment:%Y-%m-%d %H:%M:%S} +0000 UTC",
             "Gauges": [
-                {"Name": f"vault.{_name(name)}", "Value": value, "Labels": dict(_labels_of(name))}
+                {"Name": self._full(_name(name)), "Value": value, "Labels": dict(_labels_of(name))}
                 for name, value in sorted((_asked(self._sources) | _asked(self._totals)).items())
+                if self._shows(_name(name))
             ],
             "Points": [],
             "Counters": self._windows(self._counters),
@@ -181,38 +205,52 @@ class Metrics:
         announced = ""
         for kind, sources in (("gauge", self._sources), ("counter", self._totals)):
             for gauge, value in sorted(_asked(sources).items()):
-                flat = _flat(_name(gauge))
+                if not self._shows(_name(gauge)):
+                    continue
+                flat = self._flat(_name(gauge))
                 if flat != announced:
                     lines.append(f"# TYPE {flat} {kind}")
                 announced = flat
                 lines.append(f"{flat}{_labels(_labels_of(gauge))} {_number(value)}")
         announced = ""
-        for (name, labels), series in sorted(self._counters.items()):
+        for (name, labels), series in self._shown(self._counters):
             if name != announced:
-                lines.append(f"# TYPE {_flat(name)} counter")
+                lines.append(f"# TYPE {self._flat(name)} counter")
             announced = name
-            lines.append(f"{_flat(name)}{_labels(labels)} {_number(series.total)}")
-        for (name, labels), series in sorted(self._samples.items()):
+            lines.append(f"{self._flat(name)}{_labels(labels)} {_number(series.total)}")
+        for (name, labels), series in self._shown(self._samples):
             if name != announced:
-                lines.append(f"# TYPE {_flat(name)} summary")
+                lines.append(f"# TYPE {self._flat(name)} summary")
             announced = name
             values = sorted(series.recent or ())
             for quantile in _QUANTILES:
                 at = values[min(int(quantile * len(values)), len(values) - 1)]
-                lines.append(f"{_flat(name)}{_labels((*labels, ('quantile', str(quantile))))} {_number(at)}")
-            lines.append(f"{_flat(name)}_sum{_labels(labels)} {_number(series.total)}")
-            lines.append(f"{_flat(name)}_count{_labels(labels)} {series.count}")
+                lines.append(f"{self._flat(name)}{_labels((*labels, ('quantile', str(quantile))))} {_number(at)}")
+            lines.append(f"{self._flat(name)}_sum{_labels(labels)} {_number(series.total)}")
+            lines.append(f"{self._flat(name)}_count{_labels(labels)} {series.count}")
         return "\n".join(lines) + "\n"
 
     def _windows(self, table: Mapping[tuple[str, Labels], _Series]) -> list[dict[str, Any]]:
         interval = self._interval()
         shown = []
-        for (name, labels), series in sorted(table.items()):
+        for (name, labels), series in self._shown(table):
             series.turn(interval)
             window = series.last or series.window
             if window.count:
-                shown.append({"Name": f"vault.{name}", **window.shown(), "Labels": dict(labels)})
+                shown.append({"Name": self._full(name), **window.shown(), "Labels": dict(labels)})
         return shown
+
+    def _shown(self, table: Mapping[tuple[str, Labels], _Series]) -> list[tuple[tuple[str, Labels], _Series]]:
+        return sorted((item for item in table.items() if self._shows(item[0][0])), key=lambda item: item[0])
+
+    def _shows(self, name: str) -> bool:
+        return (not self._filter.rules and self._filter.otherwise) or self._filter.shows(self._full(name))
+
+    def _full(self, name: str) -> str:
+        return f"{self._prefix}.{name}"
+
+    def _flat(self, name: str) -> str:
+        return _NOT_A_NAME.sub("_", self._full(name))
 
     def _series(self, table: dict[tuple[str, Labels], _Series], name: str, labels: Mapping[str, str]) -> _Series:
         key = (name, tuple(sorted(labels.items())) if labels else ())
@@ -238,10 +276,6 @@ def _name(gauge: str) -> str:
 
 def _labels_of(gauge: str) -> Labels:
     return gauge.labels if isinstance(gauge, Labelled) else ()
-
-
-def _flat(name: str) -> str:
-    return "vault_" + _NOT_A_NAME.sub("_", name)
 
 
 def _labels(labels: Labels) -> str:

@@ -1,8 +1,11 @@
-"""The requests that run at this moment on the active node."""
+"""The requests that run at this moment."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from plugin_api.formats import format_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,20 @@ class InFlight:
     def end(self, request_id: str) -> None:
         """It is answered."""
         del self._requests[request_id]
+
+    def shown(self, now_s: float) -> dict[str, dict[str, Any]]:
+        """Those of this moment as ``sys/in-flight-req`` answers them; ``now_s`` is unix seconds."""
+        return {
+            request_id: {
+                "start_time": format_time(request.started_s),
+                "client_remote_address": request.remote_address,
+                "request_path": f"/v1/{request.path}",
+                "request_method": request.method,
+                "client_id": "",
+                "duration": f"{max(int((now_s - request.started_s) * 1e6), 0)} microseconds",
+            }
+            for request_id, request in self._requests.items()
+        }
 
     def requests(self) -> dict[str, RequestUnderWay]:
         """Those of this moment."""

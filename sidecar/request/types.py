@@ -28,6 +28,21 @@ class ForwardedAuth:
     cluster_id: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Disclosure:
+    """What a listener shows to anybody without a token, and what it leaves out of answers that need none."""
+
+    metrics: bool = False
+    profiles: bool = False
+    in_flight: bool = False
+    hides_addresses: bool = False
+    hides_cluster_name: bool = False
+    hides_version: bool = False
+
+
+USUAL_DISCLOSURE = Disclosure()
+
+
 @dataclass(slots=True)
 class HttpRequest:
     """One request below ``/v1/``.
@@ -35,7 +50,7 @@ class HttpRequest:
     ``path`` is decoded, without ``/v1/`` and without a leading slash (a trailing one is kept). ``query`` holds every
     value of every name in order. ``raw_target`` is the undecoded path and query as the client sent them, for
     redirects. ``remote_address`` is the client's, also through hops. ``trail`` and ``forwarded_auth`` are set by the
-    cluster port only, never from a header. ``metrics_open``: the listener it came by shows metrics without a token.
+    cluster port only, never from a header. ``disclosure`` is that of the listener it came by.
     """
 
     method: str
@@ -47,7 +62,7 @@ class HttpRequest:
     raw_target: str = ""
     trail: tuple[Hop, ...] = ()
     forwarded_auth: ForwardedAuth | None = None
-    metrics_open: bool = False
+    disclosure: Disclosure = USUAL_DISCLOSURE
 
     def with_headers(self, headers: CIMultiDict[str]) -> HttpRequest:
         """The same request with other headers."""

@@ -27,6 +27,7 @@ from sidecar.core.node_settings import Cors
 from sidecar.core.seal import UnsealAttempt, combine
 from sidecar.core.seal_record import SealRecord, open_root_key
 from sidecar.core.seals import AutoSeal, Sealer, prepare
+from sidecar.request.in_flight import InFlight
 from sidecar.request.plugins import PluginRegistry
 from sidecar.request.types import ForwardedAuth, HttpRequest, HttpResponse
 
@@ -445,9 +446,8 @@ async def running(
     )
     node.service = service
     await service.start()
-    server = ApiServer(
-        Front(node, now=clock, prometheus=prometheus, header_forwarding=header_forwarding).handle, limits=limits
-    )
+    front = Front(node, now=clock, prometheus=prometheus, header_forwarding=header_forwarding, in_flight=InFlight())
+    server = ApiServer(front.handle, limits=limits)
     host, port = await server.listen("127.0.0.1", 0)
     try:
         async with aiohttp.ClientSession() as session:

@@ -781,7 +781,7 @@ def test_server_hands_configuration_and_dev_options_to_the_application(run, monk
     assert "Error initializing listener: [Errno 98] Address already in use" in err
     code, _, err = run("server", f"-config={tmp_path}/a.hcl", "-config", f"{tmp_path}/b.hcl")
     assert code == 0
-    assert err == f'WARNING! {tmp_path}/a.hcl:2: "ui" has no effect\n'
+    assert err == f'WARNING! {tmp_path}/a.hcl:2: "ui" has no effect: there is no web UI\n'
     settings, dev, paths = started.pop()
     assert paths == (f"{tmp_path}/a.hcl", f"{tmp_path}/b.hcl")
     assert (settings.storage, dev) == (config.InmemStorage(), None)

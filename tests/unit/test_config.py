@@ -108,7 +108,7 @@ def test_a_vault_file_loads_with_warnings_only():
     )
     assert (loaded.lock_memory, load_text(MINIMAL).lock_memory) == (False, True)
     assert listener.forwarded_for == ForwardedForSettings(("10.0.0.0/8",))
-    assert (listener.unauthenticated_metrics_access, loaded.prometheus_retention_s) == (True, 86400.0)
+    assert (listener.unauthenticated_metrics_access, loaded.telemetry.prometheus_retention_s) == (True, 86400.0)
     assert loaded.election == ElectionSettings(2.0, 0.5, 0.25, 10.0)
     assert (loaded.store.wal_keep_records, loaded.store.wal_keep_bytes) == (1000, 64 * 2**20)
     assert sorted(warning.partition('"')[2].partition('"')[0] for warning in loaded.warnings) == [

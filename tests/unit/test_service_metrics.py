@@ -9,6 +9,7 @@ import pytest
 from sidecar.api.server import ServerLimits
 from sidecar.config import ConfigError, load_text
 from sidecar.core.metrics import METRICS
+from sidecar.request.types import Disclosure
 from tests.support.service_node import Harness, log_in, running, with_bob, with_kv
 
 
@@ -55,7 +56,7 @@ async def test_metrics_need_a_token() -> None:
 
 
 async def test_a_listener_may_show_them_to_anybody() -> None:
-    async with running(limits=ServerLimits(metrics_open=True)) as node:
+    async with running(limits=ServerLimits(disclosure=Disclosure(metrics=True))) as node:
         for standby, sealed in ((False, False), (True, False), (True, True)):
             node.node.state = replace(node.node.state, standby=standby, sealed=sealed)
             assert (await scrape(node, token=None))[0] == 200
@@ -64,7 +65,7 @@ async def test_a_listener_may_show_them_to_anybody() -> None:
 
 
 async def test_prometheus_can_be_off() -> None:
-    async with running(limits=ServerLimits(metrics_open=True), prometheus=False) as node:
+    async with running(limits=ServerLimits(disclosure=Disclosure(metrics=True)), prometheus=False) as node:
         for token in (None, "root"):
             status, kind, text = await scrape(node, "?format=prometheus", token=token)
             assert (status, text) == (400, "prometheus is not enabled")
@@ -81,10 +82,10 @@ def config(listener: str = "", top: str = "") -> Any:
 def test_what_the_configuration_says() -> None:
     assert not config().listeners[0].unauthenticated_metrics_access
     assert config("telemetry { unauthenticated_metrics_access = true }").listeners[0].unauthenticated_metrics_access
-    assert config(top='telemetry { prometheus_retention_time = "0s" }').prometheus_retention_s == 0
+    assert config(top='telemetry { prometheus_retention_time = "0s" }').telemetry.prometheus_retention_s == 0
     warned = config(top='telemetry { statsd_address = "x" disable_hostname = true }')
-    assert warned.prometheus_retention_s == 86400
-    assert len(warned.warnings) == 2
+    assert warned.telemetry.prometheus_retention_s == 86400
+    assert len(warned.warnings) == 1
     for listener, top in (
         ("telemetry { disallow_metrics = true }", ""),
         ("telemetry { nosuch = true }", ""),
