@@ -91,6 +91,8 @@ class SysMounts:
             options=options or None,
             config=config_of(Fields(fields.mapping("config")), MountConfig()),
             local=fields.boolean("local"),
+            seal_wrap=fields.boolean("seal_wrap"),
+            external_entropy_access=fields.boolean("external_entropy_access"),
             check=self._mounts.check,
         )
         self._mounts.refresh()

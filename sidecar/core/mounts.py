@@ -44,7 +44,8 @@ class MountConfig(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class MountEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One mount. ``path`` ends in ``/`` and is without ``auth/`` also in the auth table. ``local`` never changes."""
+    """One mount. ``path`` ends in ``/`` and is without ``auth/`` also in the auth table. ``local`` never changes.
+    ``seal_wrap`` and ``external_entropy_access`` are kept and shown, and change nothing, as in Vault's open server."""
 
     path: str
     type: str
@@ -55,6 +56,8 @@ class MountEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     options: dict[str, str] | None = None
     config: MountConfig = MountConfig()
     local: bool = False
+    seal_wrap: bool = False
+    external_entropy_access: bool = False
 
     @property
     def full_path(self) -> str:
@@ -82,6 +85,8 @@ def new_mount(
     options: Mapping[str, str] | None = None,
     config: MountConfig | None = None,
     local: bool = False,
+    seal_wrap: bool = False,
+    external_entropy_access: bool = False,
 ) -> MountEntry:
     """An entry with a fresh uuid and accessor (``kv_1a2b3c4d``, ``auth_userpass_1a2b3c4d``)."""
     prefix = "auth_" if table == AUTH else ""
@@ -95,6 +100,8 @@ def new_mount(
         options=dict(options) if options is not None else None,
         config=config or MountConfig(),
         local=local,
+        seal_wrap=seal_wrap,
+        external_entropy_access=external_entropy_access,
     )
 
 
@@ -195,6 +202,8 @@ class MountTable:
         options: Mapping[str, str] | None = None,
         config: MountConfig | None = None,
         local: bool = False,
+        seal_wrap: bool = False,
+        external_entropy_access: bool = False,
         check: Callable[[MountEntry], None] | None = None,
     ) -> MountEntry:
         """Add a mount, unless ``check`` raises for it. Raises InvalidRequest, ReadOnlyStorage."""
@@ -215,6 +224,8 @@ class MountTable:
                 options=options,
                 config=config,
                 local=local,
+                seal_wrap=seal_wrap,
+                external_entropy_access=external_entropy_access,
             )
             if check is not None:
                 check(entry)

@@ -61,6 +61,29 @@ async def test_mounts(node: Harness) -> None:
     assert (await node.call("GET", "sys/mounts")).data["kv2/"]["options"] == {"version": "2"}
 
 
+async def test_what_a_mount_is_told_about_seal_wrapping_is_shown_everywhere(node: Harness) -> None:
+    """Kept and replicated with the mount, over tuning, moving and a restart; without effect, as in Vault's open
+    server."""
+    body = {"type": "kv", "seal_wrap": True, "external_entropy_access": "true"}
+    assert (await node.call("POST", "sys/mounts/wrapped", body)).status == 204
+    assert (await node.call("POST", "sys/auth/up", {"type": "userpass", "seal_wrap": True})).status == 204
+    assert (await node.call("POST", "sys/mounts/plain", {"type": "kv"})).status == 204
+    assert (await node.call("POST", "sys/mounts/wrapped/tune", {"description": "x"})).status == 204
+    shown = (await node.call("GET", "sys/mounts")).data
+    marks = {path: (one["seal_wrap"], one["external_entropy_access"]) for path, one in shown.items()}
+    assert (marks["wrapped/"], marks["plain/"], marks["sys/"]) == ((True, True), (False, False), (False, False))
+    assert (await node.call("GET", "sys/mounts/wrapped")).data["seal_wrap"]
+    assert (await node.call("GET", "sys/auth")).data["up/"]["seal_wrap"]
+    assert (await node.call("GET", "sys/internal/ui/mounts/wrapped")).data["seal_wrap"]
+    assert (await node.call("POST", "sys/remount", {"from": "wrapped", "to": "moved"})).status == 200
+    async with running(store=node.store, genesis=node.node.genesis) as later:
+        shown = (await later.call("GET", "sys/mounts")).data
+        assert (shown["moved/"]["seal_wrap"], shown["plain/"]["seal_wrap"]) == (True, False)
+        assert (await later.call("POST", "moved/a", {"x": "y"})).status == 204
+    wrong = await node.call("POST", "sys/mounts/other", {"type": "kv", "seal_wrap": "perhaps"})
+    assert wrong.status == 400
+
+
 async def test_the_data_of_an_unmounted_engine_is_deleted(node: Harness) -> None:
     await with_kv(node)
     for number in range(60):
