@@ -31,7 +31,7 @@ from plugin_api.errors import Unavailable
 from sidecar.api.mirror_service import MirrorService
 from sidecar.api.node_view import NotForwarded
 from sidecar.api.service import Service, ServiceOptions
-from sidecar.config import ConsulStorage, EmbeddedStorage, ServerConfig
+from sidecar.config import ServerConfig
 from sidecar.core.audit.options import LocalRules
 from sidecar.core.barrier import Barrier, DecryptionFailed, load_barrier
 from sidecar.core.cluster import ClusterInfo
@@ -42,6 +42,7 @@ from sidecar.core.mounts import MountEntry
 from sidecar.core.rotation import keep_keys
 from sidecar.core.seal_record import SealRecord, root_fingerprint
 from sidecar.core.store_view import SealedStore
+from sidecar.core.usage import UsageSettings
 from sidecar.core.write_gate import GatedStore, WriteGate
 from sidecar.forwarding import LEADER_KEY, ForwardingServer, TenureCredentials, Told, from_message
 from sidecar.gauges import store_gauges, store_totals
@@ -55,6 +56,7 @@ from sidecar.replication.selection import Mount
 from sidecar.replication.staging import Staging
 from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
 from sidecar.request.types import ForwardedAuth
+from sidecar.sanitized_config import sanitized
 from sidecar.sealing import Opened
 from sidecar.shares_keeping import SharesKeeper
 from sidecar.standby_claims import StandbyClaims
@@ -90,6 +92,13 @@ class ScopeParts:
                     directories=config.audit.directories,
                     timeout_s=config.audit.timeout_s,
                 ),
+                usage=UsageSettings(
+                    period_s=config.telemetry.usage_period_s,
+                    label_values_max=config.telemetry.label_values_max,
+                    bucket_s=config.telemetry.lease_bucket_s,
+                    buckets=config.telemetry.lease_buckets,
+                    lease_namespace=config.telemetry.lease_namespace_label,
+                ),
                 log_formatters={"standard": TextFormatter, "json": JSONFormatter},
                 lockout=LockoutSettings(
                     disabled=config.disable_user_lockout,
@@ -112,42 +121,6 @@ class ScopeParts:
                 staging=Staging(config.replication.sync_staging_entries, config.replication.sync_staging_bytes),
             ),
         )
-
-
-def sanitized(config: ServerConfig) -> dict[str, Any]:
-    """What ``sys/config/state/sanitized`` shows: nothing that opens anything."""
-    storage = config.storage
-    kind = {ConsulStorage: "consul", EmbeddedStorage: "embedded"}.get(type(storage), "inmem")
-    return {
-        "api_addr": config.api_addr,
-        "cluster_addr": config.cluster_addr,
-        "cluster_name": config.cluster_name,
-        "default_lease_ttl": config.default_lease_ttl_s,
-        "max_lease_ttl": config.max_lease_ttl_s,
-        "listeners": [
-            {
-                "type": "tcp",
-                "config": {
-                    "address": listener.address,
-                    "cluster_address": listener.cluster_address,
-                    "tls_disable": listener.tls_disable,
-                },
-            }
-            for listener in config.listeners
-        ]
-        + [{"type": "unix", "config": {"address": listener.address}} for listener in config.unix_listeners],
-        "log_format": config.log_format,
-        "log_level": config.log_level,
-        "seals": [
-            *({"type": kind, "disabled": True} for kind in config.seal.disabled),
-            {"type": config.seal.kind, "disabled": False},
-        ],
-        "storage": {
-            "type": kind,
-            "api_addr": config.api_addr,
-            "cluster_addr": config.cluster_addr,
-        },
-    }
 
 
 class ActiveScope:

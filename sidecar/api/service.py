@@ -12,7 +12,6 @@ import functools
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from sidecar.api.auditing import Auditor, Exchange
 from sidecar.api.decoding import decode
 from sidecar.api.directives import FORWARD_ACTIVE, INCONSISTENT_HEADER, INDEX_HEADER
 from sidecar.api.node_view import NodeView
+from sidecar.api.own_cluster import is_own_clusters
 from sidecar.api.replication_api import ReplicationAPI
 from sidecar.api.responding import Responder, with_warnings
 from sidecar.api.statuses import refusal
@@ -35,8 +35,8 @@ from sidecar.core.barrier import Barrier
 from sidecar.core.cluster import ClusterInfo
 from sidecar.core.keys import REPLICATED_KEYRING
 from sidecar.core.leasing import Leasing
-from sidecar.core.metrics import METRICS, Labelled
-from sidecar.core.mounts import AUTH, SECRETS, MountTable
+from sidecar.core.metrics import METRICS
+from sidecar.core.mounts import MountTable
 from sidecar.core.node_settings import Cors, NodeSettings
 from sidecar.core.password_policies import PasswordPolicies
 from sidecar.core.policies import PolicyStore
@@ -61,6 +61,7 @@ from sidecar.request.plugins import PluginRegistry
 from sidecar.request.request_id import new_request_id
 from sidecar.request.token_paths import TokenPaths
 from sidecar.request.types import HttpRequest, HttpResponse
+from sidecar.request.usage import Usage
 
 log = logging.getLogger("core")
 
@@ -72,29 +73,6 @@ KEYRING_PASS_S = 10.0
 _RETRY_S = 5.0
 # What an operator needs while data is blocked: to see how it goes, and to get out.
 _UNGATED = ("sys/replication/", "sys/seal", "sys/step-down")
-# What concerns one cluster only. An honest secondary runs these itself; another one must not run them here.
-_OWN_CLUSTER = (
-    "auth/token/",
-    "cubbyhole/",
-    "sys/generate-root/",
-    "sys/host-info",
-    "sys/in-flight-req",
-    "sys/leases",
-    "sys/locked-users",
-    "sys/loggers",
-    "sys/metrics",
-    "sys/monitor",
-    "sys/pprof",
-    "sys/rekey",
-    "sys/renew",
-    "sys/replication/",
-    "sys/revoke",
-    "sys/rotate",
-    "sys/seal",
-    "sys/step-down",
-    "sys/wrapping/",
-)
-_ROLES_OF_ALL = "auth/token/roles/"
 _READ_ONLY = "cannot write to readonly storage"
 
 
@@ -165,6 +143,9 @@ class Service:
         self._core = core
         self._quotas = Quotas(sealed, self._writable, now)
         self._mounts.install("sys/", sys_backend(core, self._quotas, self._settings, self._passwords))
+        self._usage = Usage(
+            sealed, self._mounts, options.usage, cluster=cluster.cluster_name, now=now, gate=lambda: self._gate()
+        )
         self._work = asyncio.Event()
         self._gone_mounts: list[str] = []
 
@@ -253,6 +234,7 @@ class Service:
             tasks.create_task(self._keep_seal(), name="seal")
             tasks.create_task(self._undo_pending(), name="rollback")
             tasks.create_task(self._clean_up(), name="unmounted data")
+            tasks.create_task(self._usage.run(), name="usage")
             versions = VersionHistory(self._sealed, self._core.node.version, self._now)
             tasks.create_task(self._note_version(versions), name="version history")
 
@@ -266,18 +248,11 @@ class Service:
 
     def gauges(self) -> dict[str, float]:
         """Values of this moment, by the names of the telemetry."""
-        mounted = Counter(
-            (kind, str(entry.local).lower())
-            for kind, table in (("logical", SECRETS), ("auth", AUTH))
-            for entry in self._mounts.table.entries(table)
-        )
         own: dict[str, float] = {
             "barrier.estimated_encryptions": float(self._sealed.barrier.encryptions("r")),
             "core.in_flight_requests": float(len(self._core.in_flight)),
         }
-        for (kind, local), count in mounted.items():
-            own[Labelled("core.mount_table.num_entries", type=kind, local=local)] = float(count)
-        return self._leasing.gauges() | own
+        return self._leasing.gauges() | self._mounts.table.gauges() | self._usage.gauges() | own
 
     def audit_blocked(self) -> bool:
         """Whether requests fail because no audit device works."""
@@ -415,7 +390,7 @@ class Service:
             reason = self._gate()
             if reason is not None and not call.path.startswith(_UNGATED):
                 raise Unavailable(reason)
-            if call.forwarded_auth is not None and _is_own_clusters(call.path):
+            if call.forwarded_auth is not None and is_own_clusters(call.path):
                 raise PermissionDenied("this path belongs to one cluster: it is not run for another")
             warnings = await self._seen(request, call)
             try:
@@ -435,7 +410,7 @@ class Service:
         found = await self._replication.sessions.require(headers)
         if found.missing:
             asks = request.headers.get(INCONSISTENT_HEADER, "") == FORWARD_ACTIVE
-            if not (asks and found.upstream) or _is_own_clusters(call.path):
+            if not (asks and found.upstream) or is_own_clusters(call.path):
                 raise StateMissing
             call.stale = True
         return () if call.forwarded_auth is not None else found.warnings  # else the secondary says it
@@ -470,10 +445,6 @@ def _timed_as(path: str) -> str:
     """Logins have a time of their own: what they cost is meant to be much."""
     is_login = path.startswith("auth/") and ("/login/" in path or path.endswith("/login"))
     return "core.handle_login_request" if is_login else "core.handle_request"
-
-
-def _is_own_clusters(path: str) -> bool:
-    return path.startswith(_OWN_CLUSTER) and not path.startswith(_ROLES_OF_ALL)
 
 
 def _over_quota(request: HttpRequest, exceeded: Exceeded) -> HttpResponse:

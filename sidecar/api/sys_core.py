@@ -19,6 +19,7 @@ from sidecar.core.lockout_rules import LockoutSettings
 from sidecar.core.policies import PolicyStore
 from sidecar.core.store_view import SealedStore
 from sidecar.core.tokens import TokenStore
+from sidecar.core.usage import UsageSettings
 from sidecar.core.wrapping import Wrapping
 from sidecar.request.in_flight import InFlight
 from sidecar.request.mount_view import MountView
@@ -43,6 +44,7 @@ class ServiceOptions:
         default_factory=lambda: {"standard": logging.Formatter, "json": logging.Formatter}
     )
     lockout: LockoutSettings = field(default_factory=LockoutSettings)
+    usage: UsageSettings = field(default_factory=UsageSettings)
 
 
 @dataclass(frozen=True, slots=True)

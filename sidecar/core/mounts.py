@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import msgspec
@@ -16,6 +17,7 @@ import msgspec
 from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, ReadOnlyStorage
 from sidecar.core.lockout_rules import LockoutTuning
+from sidecar.core.metrics import Labelled
 from sidecar.core.store_view import SealedStore, read_many, walk
 
 SECRETS = "mounts"
@@ -156,6 +158,7 @@ class MountTable:
         self._random_bytes = random_bytes
         self._entries: dict[str, MountEntry] = {}
         self._replicated: tuple[MountEntry, ...] | None = None
+        self._sizes: dict[str, tuple[MountEntry, int]] = {}
         self._tables_lock = asyncio.Lock()
         self._purge_lock = asyncio.Lock()
 
@@ -180,6 +183,23 @@ class MountTable:
             if entry.local or entry.path not in by_path:
                 by_path[entry.path] = entry
         return [by_path[path] for path in sorted(by_path)]
+
+    def gauges(self) -> dict[str, float]:
+        """Numbers of mounts and the bytes that their entries take, by the names of the telemetry."""
+        counts: Counter[Labelled] = Counter()
+        sizes: dict[str, tuple[MountEntry, int]] = {}
+        for kind, table in (("logical", SECRETS), ("auth", AUTH)):
+            for entry in self.entries(table):
+                labels = {"type": kind, "local": str(entry.local).lower()}
+                counts[Labelled("core.mount_table.num_entries", **labels)] += 1
+                sizes[entry.uuid] = size = self._sized(entry)
+                counts[Labelled("core.mount_table.size", **labels)] += size[1]
+        self._sizes = sizes
+        return {name: float(count) for name, count in counts.items()}
+
+    def _sized(self, entry: MountEntry) -> tuple[MountEntry, int]:
+        known = self._sizes.get(entry.uuid)
+        return known if known and known[0] is entry else (entry, len(encode_mount(entry).value or b""))
 
     def replicated(self) -> tuple[MountEntry, ...]:
         """Every replicated mount of both tables, hidden or not; the same object until a table changes."""

@@ -62,7 +62,8 @@ class TokenEntry(msgspec.Struct, frozen=True, omit_defaults=True):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateToken:
     """What a token is made from. ``parent`` None makes an orphan. ``max_ttl_s`` and ``default_ttl_s`` are those of
-    the mount it comes from. ``id`` is a custom token, None lets the store draw one."""
+    the mount it comes from. ``id`` is a custom token, None lets the store draw one. ``method`` and ``mount`` are the
+    auth method's type and path, for the metrics."""
 
     policies: Sequence[str]
     path: str = "auth/token/create"
@@ -81,6 +82,8 @@ class CreateToken:
     entity_id: str = ""
     bound_cidrs: Sequence[str] = ()
     role: str = ""
+    method: str = "token"
+    mount: str = "auth/token/"
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ from sidecar.core.token_ids import (
     store,
 )
 from sidecar.core.token_tidy import logged_tidy
+from sidecar.core.usage import creation_labels
 
 log = logging.getLogger("token")
 
@@ -143,7 +144,7 @@ class TokenStore:
         """Make a token in one commit. Raises InvalidRequest, and PermissionDenied where the parent has gone."""
         with METRICS.timer("token.create"):
             issued = await self.create_with(spec, lambda entry: ())
-        METRICS.increment("token.creation", token_type=spec.type)
+        METRICS.increment("token.creation", **creation_labels(spec, issued.entry.ttl_s))
         return issued
 
     async def create_with(self, spec: CreateToken, also: Callable[[TokenEntry], Sequence[Write]]) -> IssuedToken:

@@ -50,6 +50,8 @@ async def log_in(tokens: TokenStore, call: Call, mount: MountInfo, auth: Auth, n
         renewable=auth.renewable,
         type=_TYPES[auth.token_type],
         bound_cidrs=auth.bound_cidrs,
+        method=mount.type,
+        mount=mount.path,
     )
     with METRICS.timer("expire.register-auth"):
         issued = await tokens.create(spec)

@@ -27,6 +27,7 @@ from sidecar.core.node_settings import Cors
 from sidecar.core.seal import UnsealAttempt, combine
 from sidecar.core.seal_record import SealRecord, open_root_key
 from sidecar.core.seals import AutoSeal, Sealer, prepare
+from sidecar.core.usage import UsageSettings
 from sidecar.request.in_flight import InFlight
 from sidecar.request.plugins import PluginRegistry
 from sidecar.request.types import ForwardedAuth, HttpRequest, HttpResponse
@@ -412,6 +413,7 @@ async def running(
     prometheus: bool = True,
     plugins: PluginRegistry | None = None,
     lockout: LockoutSettings | None = None,
+    usage: UsageSettings | None = None,
     header_forwarding: bool = False,
     now: Callable[[], float] | None = None,
     wall: Callable[[], float] | None = None,
@@ -436,6 +438,7 @@ async def running(
             audit=audit or LocalRules(timeout_s=2.0),
             prometheus=prometheus,
             lockout=lockout or LockoutSettings(),
+            usage=usage or UsageSettings(),
         ),
         node=node,
         replication=replication,
