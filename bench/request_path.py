@@ -234,8 +234,8 @@ def compare(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="processor time of a request in this process")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--times", type=int, default=25, help="requests of each client in one batch")
-    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--times", type=int, default=6, help="requests of each client in one batch")
+    parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--audit", action="store_true", help="with an audit device that writes a file")
     parser.add_argument("--profile", action="store_true", help="show where a batch's time goes")
     parser.add_argument("--against", type=Path, help="another tree, to compare with")

@@ -58,25 +58,39 @@ def deadline(after_s: float) -> Iterator[None]:
 class time_limit:
     """``async with``: :func:`deadline`, and the block is cancelled ``GRACE_S`` after it. Raises TimeoutError then.
 
-    A class, for every request has one: as a generator it costs 5 µs more.
+    Every request has one. As a generator around ``asyncio.timeout`` it would cost three times as much; what is done
+    here is what that does (a cancellation from elsewhere passes, ours becomes TimeoutError).
     """
 
-    __slots__ = ("_after_s", "_deadline", "_timeout")
+    __slots__ = ("_after_s", "_cancelling", "_expired", "_mine", "_task", "_timer", "_token")
 
     def __init__(self, after_s: float) -> None:
         self._after_s = after_s
 
     async def __aenter__(self) -> None:
-        self._timeout = asyncio.timeout(self._after_s + GRACE_S)
-        await self._timeout.__aenter__()
-        self._deadline = deadline(self._after_s)
-        self._deadline.__enter__()
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a time limit is for a task")
+        loop = asyncio.get_running_loop()
+        at_s = loop.time() + self._after_s
+        self._task, self._cancelling, self._expired = task, task.cancelling(), False
+        self._timer = loop.call_at(at_s + GRACE_S, self._expire)
+        outer_s = deadline_at()
+        self._mine = _Deadline(at_s if outer_s is None else min(at_s, outer_s))
+        self._token = _deadline.set(self._mine)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._deadline.__exit__(kind, error, trace)
-        await self._timeout.__aexit__(kind, error, trace)
+        self._mine.over = True
+        _deadline.reset(self._token)
+        self._timer.cancel()
+        if self._expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._task.cancel()
 
 
 def deadline_at() -> float | None:

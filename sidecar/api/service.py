@@ -26,6 +26,7 @@ from sidecar.api.directives import FORWARD_ACTIVE, INCONSISTENT_HEADER, INDEX_HE
 from sidecar.api.node_view import NodeView
 from sidecar.api.own_cluster import is_own_clusters
 from sidecar.api.replication_api import ReplicationAPI
+from sidecar.api.request_metrics import answers, timed_as
 from sidecar.api.responding import Responder, with_warnings
 from sidecar.api.statuses import refusal
 from sidecar.api.sys_core import ServiceOptions, SysCore
@@ -365,13 +366,13 @@ class Service:
         in_flight = self._core.in_flight
         in_flight.begin(exchange.id, RequestUnderWay(request.method, request.path, request.remote_address, self._now()))
         try:
-            with TrackedWrites() as writes, METRICS.timer(_timed_as(request.path)):
+            with TrackedWrites() as writes, METRICS.timer(timed_as(request.path)):
                 response = await self._handled(exchange)
                 if self._auditor.enabled:
                     response = await self._audited(exchange, response)
         finally:
             in_flight.end(exchange.id)
-        METRICS.increment("core.response_status_code", code=str(response.status), type=f"{response.status // 100}xx")
+        answers(response.status).increment()
         response.position = max(response.position, writes.index)
         self._told(exchange, response)
         return response
@@ -439,12 +440,6 @@ class Service:
                 call, envelope, call.wrap_ttl_s, accessor=str(auth.get("accessor", ""))
             )
         return response
-
-
-def _timed_as(path: str) -> str:
-    """Logins have a time of their own: what they cost is meant to be much."""
-    is_login = path.startswith("auth/") and ("/login/" in path or path.endswith("/login"))
-    return "core.handle_login_request" if is_login else "core.handle_request"
 
 
 def _over_quota(request: HttpRequest, exceeded: Exceeded) -> HttpResponse:

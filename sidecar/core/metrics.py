@@ -11,16 +11,18 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from operator import mul
 from typing import Any
 
 INTERVAL_S = 10.0
 PREFIX = "vault"
 _QUANTILES = (0.5, 0.9, 0.99)
 _RECENT_MAX = 1024
+_LATEST_MAX = 256
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 Labels = tuple[tuple[str, str], ...]
@@ -53,6 +55,13 @@ class _Window:
     low: float = math.inf
     high: float = -math.inf
 
+    def add(self, values: Sequence[float]) -> None:
+        self.count += len(values)
+        self.total += sum(values)
+        self.squares += sum(map(mul, values, values))
+        self.low = min(self.low, *values)
+        self.high = max(self.high, *values)
+
     def shown(self) -> dict[str, Any]:
         mean = self.total / self.count
         variance = max(self.squares / self.count - mean * mean, 0.0) * self.count / max(self.count - 1, 1)
@@ -67,57 +76,78 @@ class _Window:
         }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Series:
-    """One name with its labels: totals since the start, this interval and the last whole one."""
+    """One name with its labels: totals since the start, this interval and the last whole one. ``latest`` are values of
+    this interval that nothing has been worked out of yet: every request adds several, and to keep one costs the least.
+    :meth:`settle` before anything else is read."""
 
+    started: int
     count: int = 0
     total: float = 0.0
-    started: int = 0
     window: _Window = field(default_factory=_Window)
     last: _Window | None = None
     recent: deque[float] | None = None
+    latest: list[float] = field(default_factory=list)
 
     def add(self, value: float, interval: int) -> None:
-        # In one piece, for every request adds several.
         if interval != self.started:
             self.turn(interval)
-        self.count += 1
-        self.total += value
-        window = self.window
-        window.count += 1
-        window.total += value
-        window.squares += value * value
-        if value < window.low:
-            window.low = value
-        if value > window.high:
-            window.high = value
-        if self.recent is not None:
-            self.recent.append(value)
+        latest = self.latest
+        latest.append(value)
+        if len(latest) >= _LATEST_MAX:
+            self.settle()
+
+    def settle(self) -> None:
+        """Work off the latest values."""
+        values = self.latest
+        if values:
+            self.count += len(values)
+            self.total += sum(values)
+            self.window.add(values)
+            if self.recent is not None:
+                self.recent.extend(values)
+            self.latest = []
 
     def turn(self, interval: int) -> None:
         """Begin a new interval where the old one is over."""
+        self.settle()
         if interval != self.started:
             self.last = self.window if interval == self.started + 1 and self.window.count else None
             self.window, self.started = _Window(), interval
 
 
 class _Timer:
-    """Samples how long its block took. A class: a generator would cost more than most blocks that are timed."""
+    """Samples how long its block took, from when it was made. A class: a generator would cost more than most blocks
+    that are timed."""
 
-    __slots__ = ("_labels", "_metrics", "_name", "_started_s")
+    __slots__ = ("_monotonic", "_series", "_started_s")
 
-    def __init__(self, metrics: Metrics, name: str, labels: Mapping[str, str]) -> None:
-        self._metrics = metrics
-        self._name = name
-        self._labels = labels
+    def __init__(self, series: _Series, monotonic: Callable[[], float]) -> None:
+        self._series = series
+        self._monotonic = monotonic
+        self._started_s = monotonic()
 
     def __enter__(self) -> None:
-        self._started_s = self._metrics.monotonic()
+        return
 
     def __exit__(self, *_: object) -> None:
-        now_s = self._metrics.monotonic()
-        self._metrics.sampled(self._name, (now_s - self._started_s) * 1000, self._labels, now_s)
+        now_s = self._monotonic()
+        self._series.add((now_s - self._started_s) * 1000, int(now_s // INTERVAL_S))
+
+
+class LabelledCounter:
+    """One counter with its labels, looked up once: for what every request counts."""
+
+    __slots__ = ("_monotonic", "_series")
+
+    def __init__(self, series: _Series, monotonic: Callable[[], float]) -> None:
+        self._series = series
+        self._monotonic = monotonic
+
+    def increment(self) -> None:
+        """Count one more."""
+        self._series.add(1, int(self._monotonic() // INTERVAL_S))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +174,7 @@ class Metrics:
         self._unix = unix
         self._counters: dict[tuple[str, Labels], _Series] = {}
         self._samples: dict[tuple[str, Labels], _Series] = {}
+        self._timed: dict[str, _Series] = {}  # of the samples, by name, those without labels: looked up all the time
         self._sources: list[Gauges] = []
         self._totals: list[Gauges] = []
         self._prefix = PREFIX
@@ -157,20 +188,22 @@ class Metrics:
         """Count something."""
         self._series(self._counters, name, labels).add(value, self._interval())
 
+    def counter(self, name: str, /, **labels: str) -> LabelledCounter:
+        """:meth:`increment` of one counter, again and again."""
+        return LabelledCounter(self._series(self._counters, name, labels), self.monotonic)
+
     def sample(self, name: str, value: float, /, **labels: str) -> None:
         """One measured value; milliseconds, where it is a time."""
-        self.sampled(name, value, labels, self.monotonic())
-
-    def sampled(self, name: str, value: float, labels: Mapping[str, str], now_s: float) -> None:
-        """:meth:`sample`, where the time is known already."""
-        series = self._series(self._samples, name, labels)
-        if series.recent is None:
-            series.recent = deque(maxlen=_RECENT_MAX)
-        series.add(value, int(now_s // INTERVAL_S))
+        self._sampled(name, labels).add(value, self._interval())
 
     def timer(self, name: str, /, **labels: str) -> AbstractContextManager[None]:
-        """Sample how long the block took, also where it fails."""
-        return _Timer(self, name, labels)
+        """Sample how long the block took, also where it fails. For a ``with`` statement, where its time begins."""
+        series = None if labels else self._timed.get(name)
+        if series is None:
+            series = self._sampled(name, labels)
+            if not labels:
+                self._timed[name] = series
+        return _Timer(series, self.monotonic)
 
     @contextmanager
     def source(self, gauges: Gauges, totals: Gauges = dict) -> Iterator[None]:
@@ -217,11 +250,13 @@ class Metrics:
             if name != announced:
                 lines.append(f"# TYPE {self._flat(name)} counter")
             announced = name
+            series.settle()
             lines.append(f"{self._flat(name)}{_labels(labels)} {_number(series.total)}")
         for (name, labels), series in self._shown(self._samples):
             if name != announced:
                 lines.append(f"# TYPE {self._flat(name)} summary")
             announced = name
+            series.settle()
             values = sorted(series.recent or ())
             for quantile in _QUANTILES:
                 at = values[min(int(quantile * len(values)), len(values) - 1)]
@@ -252,11 +287,17 @@ class Metrics:
     def _flat(self, name: str) -> str:
         return _NOT_A_NAME.sub("_", self._full(name))
 
+    def _sampled(self, name: str, labels: Mapping[str, str]) -> _Series:
+        series = self._series(self._samples, name, labels)
+        if series.recent is None:
+            series.recent = deque(maxlen=_RECENT_MAX)
+        return series
+
     def _series(self, table: dict[tuple[str, Labels], _Series], name: str, labels: Mapping[str, str]) -> _Series:
         key = (name, tuple(sorted(labels.items())) if labels else ())
         series = table.get(key)
         if series is None:
-            series = table[key] = _Series(started=self._interval())
+            series = table[key] = _Series(self._interval())
         return series
 
     def _interval(self) -> int:

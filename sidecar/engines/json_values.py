@@ -8,6 +8,9 @@ import msgspec
 
 from plugin_api.errors import InvalidRequest, PluginError
 
+# Made once: a decoder of a type that is no class of its own takes longer to make than a secret to read.
+_decode_object = msgspec.json.Decoder(dict[str, Any]).decode
+
 
 def encode_json(value: Any) -> bytes:
     """Compact JSON. Raises InvalidRequest for what JSON cannot hold (lone surrogates, too deep a nesting)."""
@@ -20,7 +23,7 @@ def encode_json(value: Any) -> bytes:
 def decode_object(raw: bytes) -> dict[str, Any]:
     """The JSON object that :func:`encode_json` wrote. Raises PluginError without quoting what is stored."""
     try:
-        return msgspec.json.decode(raw, type=dict[str, Any])
+        return _decode_object(raw)
     except (msgspec.DecodeError, RecursionError):
         raise PluginError("a stored value is not a JSON object") from None
 

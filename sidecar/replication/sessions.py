@@ -102,6 +102,8 @@ class Sessions:
         """The header of an answer; empty where it has none. ``written``: the newest record that the request committed
         here, 0 for none; ``answered``: the header of the primary's answer to a forwarded request. With ``asked`` the
         session wants to know what it has seen, whether it wrote or not."""
+        if not (written or answered or asked):
+            return ""  # as for nearly every read
         upstream = self._upstream(answered)
         if not (written or upstream.replicated.index or asked):
             return ""

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from plugin_api.description import PathDescription
 from plugin_api.request import Caller, Operation
 from sidecar.core.policies import ACL
@@ -14,16 +16,18 @@ from sidecar.core.wrapping import WrapInfo
 from sidecar.request.types import ForwardedAuth
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True):
     """A caller whose token was checked here, or on the performance secondary that forwarded the request (then
     ``entry`` is None and ``token`` empty)."""
 
     policies: tuple[str, ...]
-    acl: ACL = field(repr=False)
+    acl: ACL
     caller: Caller
     entry: TokenEntry | None = None
-    token: str = field(default="", repr=False)
+    token: str = ""
+
+    def __repr__(self) -> str:
+        return f"Identity(policies={self.policies!r}, caller={self.caller!r})"  # never the token
 
     def forwarded(self, cluster_id: str) -> ForwardedAuth:
         """What the primary is told about this caller."""
@@ -37,8 +41,7 @@ class Identity:
         )
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct):
     """A decoded request. ``path`` is the full path below ``/v1/``, with a trailing slash for a list. ``identity`` is
     set once the token was checked, also when the request is refused later. ``headers`` are compared without case.
     ``wrap_ttl_s`` is what the client asked
@@ -48,9 +51,9 @@ class Call:
 
     operation: Operation
     path: str
-    data: Mapping[str, Any] = field(repr=False)
+    data: Mapping[str, Any]
     id: str
-    token: str = field(default="", repr=False)
+    token: str = ""
     remote_address: str = ""
     wants_help: bool = False
     wrap_ttl_s: int = 0
@@ -58,10 +61,14 @@ class Call:
     forwarded_auth: ForwardedAuth | None = None
     identity: Identity | None = None
     body_bytes: int = 0
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
     audited: bool | None = None
     stale: bool = False
     allowed: bool | None = None
+
+    def __repr__(self) -> str:
+        # Without token, data and headers.
+        return f"Call({self.operation}, path={self.path!r}, id={self.id!r}, remote_address={self.remote_address!r})"
 
     @property
     def known(self) -> Identity:
@@ -80,29 +87,31 @@ class Wrap:
     claims: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class Answer:
+class Answer(msgspec.Struct):
     """What a backend answers. ``raw`` replaces the envelope by a body of its own, ``plain`` by one that is no JSON
     object at all and ``stream`` by one that goes on until the client leaves. ``headers`` are added to the answer's.
     ``stored`` is an unwrapped envelope, which is repeated with a new request id. ``wrap`` says that the
     answer must be wrapped, ``wrap_info`` that it is. ``data`` None without auth, warnings or lease becomes 204."""
 
-    data: dict[str, Any] | None = field(default=None, repr=False)
-    auth: dict[str, Any] | None = field(default=None, repr=False)
-    warnings: list[str] = field(default_factory=list)
+    data: dict[str, Any] | None = None
+    auth: dict[str, Any] | None = None
+    warnings: list[str] = msgspec.field(default_factory=list)
     lease_id: str = ""
     lease_duration_s: int = 0
     renewable: bool = False
     status: int = 200
-    raw: dict[str, Any] | None = field(default=None, repr=False)
-    stored: dict[str, Any] | None = field(default=None, repr=False)
+    raw: dict[str, Any] | None = None
+    stored: dict[str, Any] | None = None
     wrap: Wrap | None = None
     wrap_info: WrapInfo | None = None
     mount_type: str = ""
-    plain: bytes | None = field(default=None, repr=False)
+    plain: bytes | None = None
     content_type: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    stream: AsyncGenerator[bytes] | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
+    stream: AsyncGenerator[bytes] | None = None
+
+    def __repr__(self) -> str:
+        return f"Answer(status={self.status}, mount_type={self.mount_type!r})"  # never what is answered
 
     @property
     def is_empty(self) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from plugin_api.formats import format_time
 
 
-@dataclass(frozen=True, slots=True)
-class RequestUnderWay:
+class RequestUnderWay(msgspec.Struct, frozen=True):
     """One of them; ``started_s`` is unix seconds."""
 
     method: str
