@@ -32,6 +32,7 @@ from tests.support.cluster import (  # noqa: E402 - the folder above must be imp
     embedded_storage,
     in_step,
     performance,
+    ready,
 )
 from tests.support.consul_server import ConsulServer  # noqa: E402 - the folder above must be importable first
 
@@ -151,7 +152,7 @@ def step_init(out: Narrator, primary: Cluster, secondary: Cluster) -> None:
                 out.outrider(node, "operator", "unseal", key, show=False, secret=(key, f"KEY_{number}"))
         active = cluster.wait_active()
         for node in cluster.nodes:
-            node.wait_until("become active or standby", lambda node=node: (node.health() or Node).status in (200, 429))
+            node.wait_until("become active or standby", lambda node=node: ready(node))
         out.good(
             f"{active.name} is active" + (f", {cluster.standby().name} stands by" if len(cluster.nodes) > 1 else "")
         )
@@ -237,24 +238,13 @@ def step_use(out: Narrator, primary: Cluster, secondary: Cluster) -> str:
     out.good("a write to the secondary was forwarded to the primary and is readable at once on both")
     if len(secondary.nodes) > 1:
         standby = next(n for n in secondary.nodes if n is not node)
-        status = wait_for("the standby to seal itself", lambda: sealed_status(standby))
-        for warning in status.get("warnings") or []:
-            out.say(f"the secondary's standby says: {warning}")
-        for number, key in enumerate(primary.keys, 1):
-            out.outrider(standby, "operator", "unseal", key, show=False, secret=(key, f"KEY_{number}"))
-        wait_for("the standby to stand by", lambda: (standby.health() or Node).status == 429)
+        wait_for("the standby to stand by", lambda: ready(standby))
         through = hvac.Client(standby.address, token=client.token)
         through.secrets.kv.v2.create_or_update_secret("shop/standby", secret={"hops": "standby, active, primary"})
-        out.good("unsealed with the primary's keys; a write through it goes standby → active → primary")
+        out.good(f"{standby.name} has the new keys from {node.name}; a write through it: standby → active → primary")
     else:
         out.say("(a standby of the secondary needs a second node: make demo STORAGE=consul)")
     return str(client.token)
-
-
-def sealed_status(node: Node) -> dict[str, Any] | None:
-    """seal-status while the node is sealed, else None."""
-    body = node.call("GET", "sys/seal-status").body
-    return body if body["sealed"] else None
 
 
 def step_status(out: Narrator, primary: Cluster, secondary: Cluster) -> None:
