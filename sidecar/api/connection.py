@@ -12,7 +12,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import HttpRequestParserPy
 from aiohttp.web_exceptions import HTTPBadRequest
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
@@ -26,6 +27,7 @@ log = logging.getLogger("http")
 SERVER_NAME = "Outrider"
 """aiohttp would tell its version and Python's."""
 READ_BYTES = 64 * 1024
+_TOO_LONG = "the request line or a header is longer than this server takes"
 # As many pipelined requests as aiohttp itself lets wait.
 _PIPELINE_MAX = 32
 
@@ -42,7 +44,7 @@ class Times:
 class Connection(RequestHandler):
     """Made by :class:`Server` for each socket. ``client_host`` is the client's address where a proxy told it."""
 
-    __slots__ = ("_head_timer", "_times", "_write_timer", "client_host")
+    __slots__ = ("_head_timer", "_last_body", "_times", "_write_timer", "client_host")
 
     def __init__(
         self, manager: Server, *, loop: asyncio.AbstractEventLoop, client_host: str, times: Times, **settings: Any
@@ -53,6 +55,7 @@ class Connection(RequestHandler):
         self._times = times
         self._head_timer: Patience | None = None
         self._write_timer: Patience | None = None
+        self._last_body: StreamReader | None = None
         # aiohttp has made its C parser by the arguments above, where there is one, as on every supported platform.
         self._parser: Any = PlainRequestParser(
             self._parser,
@@ -87,6 +90,7 @@ class Connection(RequestHandler):
         before = self._request_count
         super().data_received(data)
         if self._request_count != before:
+            self._last_body = self._messages[-1][1]
             self._forget_head_timer()
         elif self._head_timer is None and self._current_request is None and not self._messages:
             self._expect_head()
@@ -99,6 +103,15 @@ class Connection(RequestHandler):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._forget_write_timer()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp's returns None: close at once
+        """A client may close its sending half after its request: it gets the answer, then the connection ends. Of
+        requests sent ahead none but the first is begun. (asyncio cannot keep the other half of TLS open.)"""
+        waiting = self._waiter is not None and not self._waiter.done()
+        if waiting or self._last_body is None or not self._last_body.is_eof():
+            return False
+        self.close()
+        return True
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._forget_head_timer()
@@ -134,7 +147,7 @@ class Connection(RequestHandler):
         status = status if 400 <= status < 600 else HTTPBadRequest.status_code
         response = web.Response(
             status=status,
-            body=json_codec.encode(envelopes.errors(())),
+            body=json_codec.encode(envelopes.errors((_TOO_LONG,) if isinstance(exc, LineTooLong) else ())),
             content_type="application/json",
             headers={"Cache-Control": "no-store", "Server": SERVER_NAME},
         )

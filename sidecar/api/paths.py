@@ -16,7 +16,8 @@ _NEVER_ENCODED = ("%2e", "%2f", "%5c", "%00")
 
 
 class PathRefused(ValueError):
-    """A target that is not served. The client gets 400 and an empty list of errors."""
+    """A target that is not served. The client gets 400 and this text, which repeats nothing of the target; for control
+    characters an empty list of errors, as published clients know it."""
 
 
 def split_target(target: str) -> tuple[str, str]:
@@ -50,6 +51,8 @@ def decode_query(raw: str) -> dict[str, list[str]]:
     fields: dict[str, list[str]] = {}
     if not raw:
         return fields
+    if not raw.isascii():
+        raise PathRefused("a query is ASCII, all else percent-encoded")
     try:
         pairs = parse_qsl(raw, keep_blank_values=True, errors="strict", max_num_fields=QUERY_FIELDS_MAX)
     except ValueError:
@@ -71,7 +74,7 @@ def _segment(raw: str, *, may_be_empty: bool) -> str:
     if (not text and not may_be_empty) or text in (".", ".."):
         raise PathRefused(_ODD_SEGMENT)
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
-        raise PathRefused("a path must not contain control characters")
+        raise PathRefused
     return text
 
 

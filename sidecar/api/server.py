@@ -18,8 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from aiohttp import web
-from multidict import CIMultiDict
+from aiohttp import HttpVersion10, HttpVersion11, web
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from consul_backend.deadline import time_limit
 from consul_backend.socket_reads import limit_socket_reads
@@ -42,6 +42,7 @@ _BODY_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE", "LIST"})
 _METHODS = _BODY_METHODS | {"GET", "HEAD", "OPTIONS"}
 # Set by hops inside the cluster, never by a client: what the cluster port knows travels in its own frame.
 _INTERNAL_PREFIX = "x-vault-internal-"
+_VERSIONS = (HttpVersion11, HttpVersion10)
 _SHUTDOWN_TIMEOUT_S = 2.0
 # On every answer, also an empty one: clients compare the content type by equality.
 _ALWAYS = CIMultiDict({"Content-Type": JSON_TYPE, "Cache-Control": "no-store", "Server": SERVER_NAME})
@@ -165,8 +166,8 @@ class ApiServer:
             if answer.stream is not None:
                 return await self._streamed(request, answer, answer.stream)
             return self._to_web(answer)
-        except paths.PathRefused:
-            return self._error(400)
+        except paths.PathRefused as refused:
+            return self._error(400, *refused.args)
         except _Refused as refused:
             return await self._refuse(request, refused)
         except TimeoutError:
@@ -185,8 +186,11 @@ class ApiServer:
         return await self._fallback(request)
 
     def _check_head(self, request: web.BaseRequest) -> None:
+        if request.version not in _VERSIONS:
+            raise _Refused(505, "only HTTP/1.1 and HTTP/1.0 are served", close=True)
         if request.method not in _METHODS:
-            raise _Refused(405)
+            # Closed, because what follows is not always a request: after CONNECT it would be somebody's tunnel.
+            raise _Refused(405, close=True)
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise _Refused(415, "a compressed request body is not accepted", close=True)
         if self._limits.require_request_header and request.headers.get("X-Vault-Request") != "true":
@@ -222,6 +226,8 @@ class ApiServer:
                     parts.append(part)
         except TimeoutError:
             raise _Refused(408, "the request body did not arrive in time", close=True) from None
+        except ConnectionError:  # nobody is there any more to be answered
+            raise _Refused(400, "the connection ended before the request did", close=True) from None
         return b"".join(parts)
 
     def _client_address(self, request: web.BaseRequest) -> str:
@@ -237,7 +243,7 @@ class ApiServer:
             raise _Refused(400, str(refused), close=True) from None
 
     def _message(self, request: web.BaseRequest, path: str, query: str, body: bytes, address: str) -> HttpRequest:
-        headers = request.headers.copy()
+        headers = _readable(request.headers)
         for name in [name for name in headers if name[: len(_INTERNAL_PREFIX)].lower() == _INTERNAL_PREFIX]:
             headers.popall(name, None)
         return HttpRequest(
@@ -295,6 +301,25 @@ class ApiServer:
         headers = _own_headers(answer)
         custom = self._limits.response_headers
         return headers if custom is None else custom.added(answer.status, headers)
+
+
+def _readable(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    """A copy in which every value is text. Bytes that are not UTF-8 come from aiohttp as lone surrogates, which cannot
+    be sent to another node. RFC 9110 (5.5) calls them obsolete text, once ISO 8859-1, and they are read as that."""
+    copied = headers.copy()
+    for name in {name for name, value in copied.items() if not (value.isascii() or _encodable(value))}:
+        values = [value.encode("utf-8", "surrogateescape").decode("latin-1") for value in copied.popall(name)]
+        for value in values:
+            copied.add(name, value)
+    return copied
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def _continue(request: web.BaseRequest) -> None:

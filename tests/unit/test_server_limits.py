@@ -209,11 +209,30 @@ async def test_a_defect_is_an_incident_and_not_a_trace() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["/v1/../sys/x", "/v1//x", "/v1/a/./b", "/v1/%2e%2e/x", "/v1/a%2fb", "/v1/%00", "/v1/%ff", "http://h/v1/x"],
+    [
+        "/v1/../sys/x",
+        "/v1//x",
+        "/v1/a/./b",
+        "/v1/%2e%2e/x",
+        "/v1/a%2fb",
+        "/v1/%00",
+        "/v1/%ff",
+        "http://h/v1/x",
+        "/v1/x?a=é",
+    ],
 )
-async def test_ambiguous_paths_get_400_and_nothing_else(target: str) -> None:
+async def test_ambiguous_paths_get_400_and_are_told_why(target: str) -> None:
     async with serving() as served:
         answer = await served.raw(request(target=target))
+    assert answer.status == 400
+    (text,) = json.loads(answer.body)["errors"]
+    assert target.removeprefix("/v1/") not in text
+    assert served.requests == []
+
+
+async def test_control_characters_get_400_and_nothing_else() -> None:
+    async with serving() as served:
+        answer = await served.raw(request(target="/v1/a%09b"))
     assert (answer.status, json.loads(answer.body)) == (400, {"errors": []})
     assert served.requests == []
 
@@ -225,12 +244,10 @@ async def test_ambiguous_paths_get_400_and_nothing_else(target: str) -> None:
         (b"GET /v1/x HTTP/9.9.9\r\n\r\n", 400),
         (b"GET /v1/x HTTP/1.1\r\nHost: h\r\nX-Vault-Token : hvs.secret\r\n\r\n", 400),
         (b"GET /v1/x HTTP/1.1\r\nHost: h\r\nX-Vault-Token: hvs.secret\x00\r\n\r\n", 400),
-        (b"GET /v1/x HTTP/1.1\r\nHost: h\r\nA: " + b"x" * 9000 + b"\r\n\r\n", 400),
         (b"PUT /v1/x HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
         (b"PUT /v1/x HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
         (b"PUT /v1/x HTTP/1.1\r\nHost: h\r\nContent-Length: -2\r\n\r\n{}", 400),
         (b"BREW /v1/x HTTP/1.1\r\nHost: h\r\n\r\n", 405),
-        (b"CONNECT h:1 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
     ],
     ids=lambda value: repr(value[:40]) if isinstance(value, bytes) else "",
 )
@@ -242,6 +259,91 @@ async def test_unreadable_requests_are_not_repeated(raw: bytes, status: int, cap
     assert answer.headers["content-type"] == "application/json"
     assert served.requests == []
     assert "hvs.secret" not in caplog.text
+
+
+async def test_a_head_that_is_too_long_is_named() -> None:
+    async with serving() as served:
+        answer = await served.raw(b"GET /v1/x HTTP/1.1\r\nHost: h\r\nA: " + b"x" * 9000 + b"\r\n\r\n")
+    assert answer.status == 400
+    assert "longer than this server takes" in json.loads(answer.body)["errors"][0]
+
+
+async def test_header_bytes_that_are_no_text_arrive_as_text_that_can_be_sent_on() -> None:
+    async with serving() as served:
+        raw = b"GET /v1/x HTTP/1.1\r\nHost: h\r\nX-Vault-Token: hvs.\xff\xfe\r\nUser-Agent: caf\xc3\xa9\r\n\r\n"
+        assert (await served.raw(raw)).status == 200
+    (seen,) = served.requests
+    assert seen.headers["X-Vault-Token"] == "hvs.\xff\xfe"
+    assert seen.headers["User-Agent"] == "café"
+    "".join(seen.headers.values()).encode()  # a lone surrogate would raise
+
+
+@pytest.mark.parametrize("version", [b"HTTP/0.9", b"HTTP/2.0", b"HTTP/3.0"])
+async def test_other_versions_of_http_are_refused(version: bytes) -> None:
+    async with serving() as served:
+        answer = await served.raw(b"GET /v1/x " + version + b"\r\nHost: h\r\n\r\n")
+    assert answer.status == 505
+    assert served.requests == []
+
+
+async def test_after_connect_nothing_is_waited_for() -> None:
+    async with serving() as served:
+        answer = await served.raw(b"CONNECT /v1/x HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert (answer.status, answer.closed) == (405, True)
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_incident(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as served:
+        _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(request("PUT", "/v1/x", "Content-Length: 100") + b"{")
+        await writer.drain()
+        assert (await served.raw(request())).status == 200  # the other one has arrived by now
+        writer.close()
+        await writer.wait_closed()
+        assert (await served.raw(request())).status == 200
+    assert "request failed" not in caplog.text
+    assert [seen.method for seen in served.requests] == ["GET", "GET"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{}"])
+async def test_a_client_that_has_no_more_to_send_gets_its_answer(body: bytes) -> None:
+    async with serving() as served:
+        arrived, ended = asyncio.Event(), asyncio.Event()
+
+        async def handle(_: HttpRequest) -> HttpResponse:
+            arrived.set()
+            await ended.wait()
+            return HttpResponse(body=b"{}\n")
+
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(request("PUT", body=body))
+        writer.write_eof()  # at once: it may be seen before the request is begun
+        async with asyncio.timeout(10):
+            assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
+        writer.close()
+        served.handle = handle  # type: ignore[method-assign]
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(request("PUT", body=body))
+        await arrived.wait()
+        writer.write_eof()  # while it is at work
+        served.handle = Served.handle.__get__(served)  # type: ignore[method-assign]
+        assert (await served.raw(request())).status == 200
+        ended.set()
+        async with asyncio.timeout(10):
+            assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
+        writer.close()
+
+
+async def test_a_client_that_ends_in_the_middle_of_a_request_is_not_waited_for() -> None:
+    async with serving() as served:
+        for cut in (request()[:-3], request("PUT", "/v1/x", "Content-Length: 9") + b"{", request() + b"GET /v1/y HT"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+            writer.write(cut)
+            writer.write_eof()
+            async with asyncio.timeout(10):
+                await reader.read()
+            writer.close()
+    assert "PUT" not in [seen.method for seen in served.requests]
 
 
 async def test_a_client_that_waits_is_told_to_go_on() -> None:
