@@ -42,9 +42,10 @@ class Times:
 
 
 class Connection(RequestHandler):
-    """Made by :class:`Server` for each socket. ``client_host`` is the client's address where a proxy told it."""
+    """Made by :class:`Server` for each socket. ``client_host`` is the client's address where a proxy told it;
+    ``client_ended`` once the client closed its sending half, or all."""
 
-    __slots__ = ("_head_timer", "_last_body", "_times", "_write_timer", "client_host")
+    __slots__ = ("_head_timer", "_last_body", "_times", "_write_timer", "client_ended", "client_host")
 
     def __init__(
         self, manager: Server, *, loop: asyncio.AbstractEventLoop, client_host: str, times: Times, **settings: Any
@@ -52,6 +53,7 @@ class Connection(RequestHandler):
         # A compressed body is not inflated: a small one could unpack to gigabytes.
         super().__init__(manager, loop=loop, read_bufsize=READ_BYTES, auto_decompress=False, **settings)
         self.client_host = client_host
+        self.client_ended = False
         self._times = times
         self._head_timer: Patience | None = None
         self._write_timer: Patience | None = None
@@ -107,6 +109,7 @@ class Connection(RequestHandler):
     def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp's returns None: close at once
         """A client may close its sending half after its request: it gets the answer, then the connection ends. Of
         requests sent ahead none but the first is begun. (asyncio cannot keep the other half of TLS open.)"""
+        self.client_ended = True
         waiting = self._waiter is not None and not self._waiter.done()
         if waiting or self._last_body is None or not self._last_body.is_eof():
             return False

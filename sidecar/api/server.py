@@ -283,7 +283,7 @@ class ApiServer:
             await response.prepare(request)
             async with contextlib.aclosing(pieces) as open_pieces:
                 async for piece in open_pieces:
-                    if request.transport is None or request.transport.is_closing():
+                    if _has_left(request):
                         break
                     if piece:
                         await response.write(piece)
@@ -301,6 +301,12 @@ class ApiServer:
         headers = _own_headers(answer)
         custom = self._limits.response_headers
         return headers if custom is None else custom.added(answer.status, headers)
+
+
+def _has_left(request: web.BaseRequest) -> bool:
+    """Who waits for an answer may have closed the sending half before; whose stream has no end is gone with it."""
+    ended = isinstance(request.protocol, Connection) and request.protocol.client_ended
+    return ended or request.transport is None or request.transport.is_closing()
 
 
 def _readable(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
