@@ -215,10 +215,9 @@ class Front:
 
     async def _leader(self, request: HttpRequest) -> HttpResponse:
         _require(request, "GET")
-        health = await self._node.health()
-        if not health.initialized or health.sealed:
+        health, leader = await self._node.health(), await self._node.leader()
+        if leader.ha_enabled and (not health.initialized or health.sealed):
             return _errors(503, "Vault is sealed")
-        leader = await self._node.leader()
         known = leader.ha_enabled
         shown = known and not request.disclosure.hides_addresses
         active_since_s = leader.active_since_s if known else 0

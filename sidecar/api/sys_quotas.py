@@ -91,7 +91,8 @@ class SysQuotas:
                 "interval": quota.interval_s,
                 "name": quota.name,
                 "path": quota.path,
-                "rate": quota.rate,
+                # As Go writes it: a whole number without its point.
+                "rate": int(quota.rate) if quota.rate.is_integer() else quota.rate,
                 "role": "",
                 "type": "rate-limit",
             }

@@ -110,7 +110,13 @@ def new_mount(
 def built_in_mounts(random_bytes: Callable[[int], bytes]) -> list[MountEntry]:
     """The mounts every cluster has."""
     return [
-        new_mount(SECRETS, "sys/", "system", random_bytes, description="system endpoints used for control and policy"),
+        new_mount(
+            SECRETS,
+            "sys/",
+            "system",
+            random_bytes,
+            description="system endpoints used for control, policy and debugging",
+        ),
         built_in_cubbyhole(random_bytes),
         new_mount(AUTH, "token/", "token", random_bytes, description="token based credentials"),
     ]

@@ -272,10 +272,10 @@ class TokenStore:
 
     async def renew(self, token: str, increment_s: int = 0) -> Renewed:
         """Let the token live longer, within its maxima. Raises InvalidRequest ``lease is not renewable``, and
-        PermissionDenied ``bad token`` for an unknown one."""
+        ``token not found`` for an unknown one."""
         entry = await self.lookup(token)
         if entry is None:
-            raise PermissionDenied("bad token")
+            raise InvalidRequest("token not found")
         return await self._renew(entry, increment_s)
 
     async def renew_accessor(self, accessor: str, increment_s: int = 0) -> Renewed:
@@ -288,7 +288,7 @@ class TokenStore:
         async with self._locks.hold(entry.id_hash):
             current = await self._live(entry.id_hash)
             if current is None:
-                raise PermissionDenied("bad token")
+                raise InvalidRequest("token not found")
             if not current.renewable or not current.expires_s:
                 raise InvalidRequest("lease is not renewable")
             now_s = int(self._now())

@@ -269,9 +269,12 @@ class TokenPaths(RouteBackend):
             raise InvalidRequest("token to revoke not found")
         await self._tokens.revoke_orphan(token)
 
-    async def _revoke_accessor(self, call: Call, params: Params) -> None:
-        accessor, _ = await self._by_accessor(Fields(call.data))
+    async def _revoke_accessor(self, call: Call, params: Params) -> Answer | None:
+        accessor = _required(Fields(call.data), "accessor")
+        if await self._tokens.lookup_accessor(accessor) is None:
+            return Answer(warnings=["No token found with this accessor"])
         await self._tokens.revoke_accessor(accessor)
+        return None
 
 
 def _own(call: Call) -> TokenEntry:

@@ -75,7 +75,7 @@ async def test_unknown_tokens(token: str):
     assert await tokens.use(token) is None
     await tokens.revoke(token)
     await tokens.revoke_orphan(token)
-    with pytest.raises(PermissionDenied, match="bad token"):
+    with pytest.raises(InvalidRequest, match="token not found"):
         await tokens.renew(token)
 
 

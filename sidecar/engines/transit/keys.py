@@ -222,7 +222,7 @@ class KeyStore:
             if ring is None:
                 raise InvalidRequest("could not delete key; not found")
             if not ring.deletion_allowed:
-                raise InvalidRequest("deletion is not allowed for this key")
+                raise InvalidRequest(f"error deleting policy {name}: deletion is not allowed for this key")
             await self._storage.commit([Write(_ring_key(name), None), _garbage_write(ring.uid)])
             self.forget(name)
         await self.sweep()
