@@ -202,9 +202,14 @@ async def test_health_has_a_code_for_each_state(node: Harness) -> None:
 
 async def test_a_sealed_node_answers_what_it_can(node: Harness) -> None:
     node.node.state = NodeHealth(True, True, True)
-    for path in ("sys/mounts", "secret/a", "sys/leader", "auth/token/lookup-self", "sys/replication/status"):
+    for path in ("sys/mounts", "secret/a", "auth/token/lookup-self", "sys/replication/status"):
         reply = await node.call("GET", path)
         assert (reply.status, reply.errors) == (503, ["Vault is sealed"])
+    leader = await node.call("GET", "sys/leader", token=None)
+    assert (leader.status, leader.errors) == (503, ["Vault is sealed"])
+    node.node.leading = LeaderStatus(ha_enabled=False, is_self=False)
+    leader = await node.call("GET", "sys/leader", token=None)
+    assert (leader.status, leader.body["ha_enabled"]) == (200, False)
     status = await node.call("GET", "sys/seal-status", token=None)
     assert (status.status, status.body["sealed"], status.body["t"], status.body["storage_type"]) == (
         200,
