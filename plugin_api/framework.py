@@ -77,11 +77,16 @@ _ZERO: Mapping[FieldType, Callable[[], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
-    """One field of a path. Without a default, a field that is not sent reads as its type's zero value."""
+    """One field of a path. Without a default, a field that is not sent reads as its type's zero value.
+
+    Of a path that is written to, a field is shown as part of the body; ``query_of`` names the operations without a body
+    (reads and deletes) that take it from the query. Of a path that is never written to they all take it.
+    """
 
     type: FieldType
     default: Any = None
     description: str = ""
+    query_of: tuple[Operation, ...] = ()
 
     def missing(self) -> Any:
         """The value of a field that was not sent; a new object each time where it can be changed."""

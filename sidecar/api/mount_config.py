@@ -8,11 +8,12 @@ import msgspec
 
 from plugin_api.errors import InvalidRequest
 from plugin_api.framework import FieldSpec
+from plugin_api.request import Operation
 from sidecar.api.lockout_fields import shown_lockout
 from sidecar.core.mounts import AUTH, MountConfig, MountEntry
 from sidecar.request.fields import Fields
 from sidecar.request.mount_view import TtlDefaults, mount_info
-from sidecar.request.route_table import ANY, BOOL, LIST, MAP, STRING, takes
+from sidecar.request.route_table import ANY, BOOL, LIST, MAP, STRING, in_query, takes
 from sidecar.version import PLUGIN_VERSION, __version__
 
 LISTS = (
@@ -40,8 +41,7 @@ MOUNTING: dict[str, FieldSpec] = takes(
     local=BOOL,
     seal_wrap=BOOL,
     external_entropy_access=BOOL,
-    force=BOOL,
-)
+) | {"force": in_query(BOOL, Operation.DELETE)}
 """What can be sent to enable a mount; ``force`` is for its removal."""
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from plugin_api.framework import FieldSpec
-from sidecar.request.route_table import BOOL, DURATION, INT, LIST, STRING, Route, takes
+from plugin_api.request import Operation
+from sidecar.request.route_table import BOOL, DURATION, INT, LIST, STRING, Route, in_query, takes
 
 _NONE: dict[str, FieldSpec] = {}
 _LEASE = takes(lease_id=STRING, url_lease_id=STRING, increment=DURATION, sync=BOOL)
@@ -19,6 +20,7 @@ _PROMOTION = takes(primary_cluster_addr=STRING, force=BOOL, preview=BOOL)
 _UPDATE = takes(token=STRING, primary_api_addr=STRING, ca_file=STRING, ca_path=STRING, update_primary_addrs=LIST)
 _REINDEX = takes(diff=BOOL, force=BOOL, skip_flush=BOOL, deletions=INT)
 _SHARE = takes(key=STRING, nonce=STRING)
+_ATTEMPT = takes(otp=STRING, pgp_key=STRING) | {"nonce": in_query(STRING, Operation.DELETE)}
 _FILTER = takes(mode=STRING, paths=LIST)
 _REKEY = takes(
     secret_shares=INT,
@@ -27,8 +29,7 @@ _REKEY = takes(
     pgp_keys=LIST,
     backup=BOOL,
     require_verification=BOOL,
-    nonce=STRING,
-)
+) | {"nonce": in_query(STRING, Operation.DELETE)}
 
 _REKEY_STEPS = ("init", "update", "verify")
 
@@ -44,7 +45,7 @@ _TABLE: dict[str, tuple[str, dict[str, FieldSpec]]] = {
         "When a fresh key is used by itself.",
         takes(enabled=BOOL, interval=DURATION, max_operations=INT),
     ),
-    "generate-root/attempt": ("A root token from key shares.", takes(otp=STRING, pgp_key=STRING, nonce=STRING)),
+    "generate-root/attempt": ("A root token from key shares.", _ATTEMPT),
     "generate-root/update": ("One share for a root token.", _SHARE),
     "rekey/init": ("New key shares.", _REKEY),
     "rekey/update": ("One old share for new ones.", _SHARE),
@@ -121,7 +122,7 @@ _ON_A_DR_SECONDARY: dict[str, dict[str, FieldSpec]] = {
     "reindex": _OPERATION | _REINDEX,
     "merkle-check": _OPERATION,
     "accept-deletions": _OPERATION | takes(deletions=INT),
-    "generate-operation-token/attempt": takes(otp=STRING, pgp_key=STRING, nonce=STRING),
+    "generate-operation-token/attempt": _ATTEMPT,
     "generate-operation-token/update": _SHARE,
 }
 for _action, _fields in _ON_A_DR_SECONDARY.items():

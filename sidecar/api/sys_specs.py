@@ -10,7 +10,7 @@ from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.request import openapi
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
-from sidecar.request.route_table import BOOL, STRING, takes
+from sidecar.request.route_table import BOOL, STRING, in_query
 
 
 class SysSpecs:
@@ -26,7 +26,10 @@ class SysSpecs:
                 "internal/specs/openapi",
                 {Operation.READ: self._document, Operation.UPDATE: self._document},
                 help="This API as an OpenAPI document.",
-                fields=takes(generic_mount_paths=BOOL, context=STRING),
+                fields={
+                    "generic_mount_paths": in_query(BOOL, Operation.READ),
+                    "context": in_query(STRING, Operation.READ),
+                },
                 raw=True,
             )
         ]

@@ -8,7 +8,7 @@ from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.request.call import Answer, Call
 from sidecar.request.errors import TokenRefused
 from sidecar.request.fields import Fields
-from sidecar.request.route_table import STRING, takes
+from sidecar.request.route_table import STRING, in_query, takes
 
 
 class SysWrapping:
@@ -28,7 +28,7 @@ class SysWrapping:
                 {read: self._lookup, update: self._lookup},
                 open=True,
                 help="What is known of a wrapping token.",
-                fields=token,
+                fields={"token": in_query(STRING, read)},
             ),
             Route("wrapping/unwrap", {update: self._unwrap}, open=True, help="What was wrapped, once.", fields=token),
             Route("wrapping/rewrap", {update: self._rewrap}, open=True, help="A fresh wrapping token.", fields=token),

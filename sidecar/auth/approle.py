@@ -117,7 +117,12 @@ class AppRole(PathEngine):
                 help="Reads or sets a role's role id.",
                 primary_only=True,
             ),
-            Path(role + "/local-secret-ids", _NAME, {Operation.READ: partial(self._read_property, "local_secret_ids")}),
+            Path(
+                role + "/local-secret-ids",
+                _NAME,
+                {Operation.READ: partial(self._read_property, "local_secret_ids")},
+                help="Whether the role's secret ids are this cluster's own.",
+            ),
             *(self._property_path(role, name, parameter) for name, parameter in _PROPERTIES.items()),
             *self._issuing.paths(role, _NAME),
             Path(

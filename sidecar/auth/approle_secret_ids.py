@@ -23,8 +23,12 @@ GENERATE_FIELDS = {
     "num_uses": FieldSpec(FieldType.INT, description="Logins it is good for; 0 for no limit."),
     "ttl": FieldSpec(FieldType.DURATION_S, description="Its life; 0 for no end."),
 }
-_SECRET_ID = {"secret_id": FieldSpec(FieldType.STRING, description="Secret id.")}
-_ACCESSOR = {"secret_id_accessor": FieldSpec(FieldType.STRING, description="Accessor of a secret id.")}
+_SECRET_ID = {"secret_id": FieldSpec(FieldType.STRING, description="Secret id.", query_of=(Operation.DELETE,))}
+_ACCESSOR = {
+    "secret_id_accessor": FieldSpec(
+        FieldType.STRING, description="Accessor of a secret id.", query_of=(Operation.DELETE,)
+    )
+}
 _NO_ACCESSOR = "failed to find accessor entry for secret_id_accessor"
 
 

@@ -27,7 +27,9 @@ VERSIONS_PER_COMMIT_MAX = 32
 _CONFIG_KEY = "config"
 
 _PATH = FieldSpec(FieldType.STRING, description="Location of the secret.")
-_VERSION = FieldSpec(FieldType.INT, description="Version to read; the current one if 0 or missing.")
+_VERSION = FieldSpec(
+    FieldType.INT, description="Version to read; the current one if 0 or missing.", query_of=(Operation.READ,)
+)
 _VERSIONS = FieldSpec(FieldType.INT_LIST, description="Version numbers.")
 _OPTIONS = FieldSpec(FieldType.MAP, description="Options of the write; cas: the version it must replace, 0 for none.")
 _DATA = FieldSpec(FieldType.MAP, description="The contents of the secret.")
@@ -89,7 +91,11 @@ class KVv2(PathEngine):
             ),
             Path(
                 "metadata/(?P<path>.*)",
-                {"path": _PATH, "custom_metadata": FieldSpec(FieldType.MAP), **_SETTINGS},
+                {
+                    "path": _PATH,
+                    "custom_metadata": FieldSpec(FieldType.MAP, description="Texts that are kept with the secret."),
+                    **_SETTINGS,
+                },
                 writes(self._write_metadata)
                 | {
                     Operation.READ: self._read_metadata,
@@ -101,12 +107,34 @@ class KVv2(PathEngine):
                 help="Settings and versions of a secret; DELETE removes it with all versions.",
                 primary_only=True,
             ),
-            Path("delete/(?P<path>.*)", versions, writes(self._delete_versions), primary_only=True),
-            Path("undelete/(?P<path>.*)", versions, writes(self._undelete_versions), primary_only=True),
-            Path("destroy/(?P<path>.*)", versions, writes(self._destroy_versions), primary_only=True),
+            Path(
+                "delete/(?P<path>.*)",
+                versions,
+                writes(self._delete_versions),
+                help="Deletes versions of a secret; undelete brings them back.",
+                primary_only=True,
+            ),
+            Path(
+                "undelete/(?P<path>.*)",
+                versions,
+                writes(self._undelete_versions),
+                help="Brings deleted versions of a secret back.",
+                primary_only=True,
+            ),
+            Path(
+                "destroy/(?P<path>.*)",
+                versions,
+                writes(self._destroy_versions),
+                help="Removes the data of versions of a secret for good.",
+                primary_only=True,
+            ),
             Path(
                 "subkeys/(?P<path>.*)",
-                {"path": _PATH, "version": _VERSION, "depth": FieldSpec(FieldType.INT)},
+                {
+                    "path": _PATH,
+                    "version": _VERSION,
+                    "depth": FieldSpec(FieldType.INT, description="Levels of keys to show; 0 for all."),
+                },
                 {Operation.READ: self._read_subkeys},
                 help="The keys of a secret with null for every value.",
             ),

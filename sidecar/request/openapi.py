@@ -132,7 +132,12 @@ def _operation(
         if description.fields or description.free_form:
             made["requestBody"] = _body(operation, description)
     else:
-        parameters += [_query(name, _schema(spec)) for name, spec in description.fields.items()]
+        written = not _IN_BODY.isdisjoint(description.operations)
+        parameters += [
+            _query(name, _schema(spec))
+            for name, spec in description.fields.items()
+            if not written or operation in spec.query_of
+        ]
     if parameters:
         made["parameters"] = parameters
     made["responses"] = _responses(description)

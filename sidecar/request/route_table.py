@@ -33,6 +33,11 @@ def takes(**types: FieldType) -> dict[str, FieldSpec]:
     return {name: FieldSpec(kind) for name, kind in types.items()}
 
 
+def in_query(kind: FieldType, *operations: Operation) -> FieldSpec:
+    """A parameter that these operations, which have no body, take from the query."""
+    return FieldSpec(kind, query_of=operations)
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """One row: a path below the mount with ``{name}`` for a segment and ``{name*}`` for any rest, and who answers.

@@ -19,7 +19,19 @@ from sidecar.request.auth_fields import auth_of, lookup_of
 from sidecar.request.call import Answer, Call
 from sidecar.request.errors import JoinedError
 from sidecar.request.fields import Fields
-from sidecar.request.route_table import BOOL, DURATION, INT, LIST, MAP, STRING, Params, Route, RouteBackend, takes
+from sidecar.request.route_table import (
+    BOOL,
+    DURATION,
+    INT,
+    LIST,
+    MAP,
+    STRING,
+    Params,
+    Route,
+    RouteBackend,
+    in_query,
+    takes,
+)
 from sidecar.request.token_roles import ROLE_FIELDS, TokenRolePaths
 
 TIDY_STARTED = (
@@ -84,9 +96,10 @@ class TokenPaths(RouteBackend):
     def _looking(self) -> list[Route]:
         read, update, listing = Operation.READ, Operation.UPDATE, Operation.LIST
         token, accessor, increment = takes(token=STRING), takes(accessor=STRING), takes(increment=DURATION)
+        asked = {"token": in_query(STRING, read)}
         lookup, lookup_self = self._lookup, self._lookup_self
         return [
-            Route("lookup", {read: lookup, update: lookup}, help="What is known of a token.", fields=token),
+            Route("lookup", {read: lookup, update: lookup}, help="What is known of a token.", fields=asked),
             Route("lookup-self", {read: lookup_self, update: lookup_self}, help="The caller's token.", fields=token),
             Route("lookup-accessor", {update: self._lookup_accessor}, help="A token by accessor.", fields=accessor),
             Route("accessors", {listing: self._accessors}, sudo=True, help="The accessors of all tokens.", fields={}),

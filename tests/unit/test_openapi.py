@@ -16,8 +16,10 @@ from plugin_api.testing import make_context
 from sidecar.api.raw_paths import RAW_PATHS
 from sidecar.api.sys_parameters import TEMPLATES
 from sidecar.request.call import Answer, Call
+from sidecar.request.cubbyhole import Cubbyhole
 from sidecar.request.openapi import MountDescription, document, matching
 from sidecar.request.route_table import INT, STRING, Route, RouteBackend, takes
+from tests.support.endpoints import ENGINES
 from tests.support.service_node import Harness, running, with_bob, with_kv
 
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "LIST")
@@ -96,6 +98,70 @@ async def test_every_route_of_the_core_declares_its_parameters(node: Harness) ->
         if isinstance(backend, RouteBackend):
             undeclared += [path + one.template for one in backend.describe() if one.free_form or not one.help]
     assert undeclared == ["sys/wrapping/wrap"]
+
+
+async def test_every_path_has_help(node: Harness) -> None:
+    """Of every engine, auth method and core table: what the path does, in ``?help=1`` and in the document."""
+    without = [
+        f"{group} {one.template}"
+        for engine, group in ENGINES.items()
+        for one in engine(make_context()).describe()
+        if not one.help
+    ]
+    for path, backend in node.service.mounts.router.items():
+        if isinstance(backend, RouteBackend | Cubbyhole):
+            without += [path + one.template for one in backend.describe() if not one.help]
+    assert without == []
+    for path in ("delete", "undelete", "destroy"):
+        text = (await node.call("GET", f"secret/{path}/a?help=1")).body["help"]
+        assert "versions of a secret" in text.lower()
+
+
+async def test_only_what_comes_in_the_query_is_shown_there(node: Harness) -> None:
+    paths = (await served(node))["paths"]
+
+    def query(path: str, method: str) -> set[str]:
+        return {one["name"] for one in paths[path][method].get("parameters", ()) if one["in"] == "query"}
+
+    assert query("/secret/data/{path}", "get") == {"version"}
+    assert query("/secret/data/{path}", "delete") == set()
+    assert query("/secret/config", "get") == set()
+    assert query("/secret/subkeys/{path}", "get") == {"version", "depth"}
+    assert query("/secret/metadata/{path}/", "get") == {"list"}
+    assert query("/sys/mounts/{path}", "get") == set()
+    assert query("/sys/mounts/{path}", "delete") == {"force"}
+    assert query("/sys/rekey/init", "delete") == {"nonce"}
+    assert query("/sys/rekey/init", "get") == set()
+    assert query("/sys/internal/specs/openapi", "get") == {"generic_mount_paths", "context"}
+    assert query("/auth/token/lookup", "get") == {"token"}
+    assert query("/sys/policies/acl/{name}", "get") == set()
+    posted = paths["/secret/data/{path}"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"data", "options", "version"} == set(posted["properties"])
+
+
+async def test_what_the_query_is_said_to_take_it_takes(node: Harness) -> None:
+    """One of each kind that is both in a body and in a query."""
+    for value in ("1", "2"):
+        await node.call("POST", "secret/data/a", {"data": {"x": value}})
+    assert (await node.call("GET", "secret/data/a?version=1")).data["data"] == {"x": "1"}
+    created = (await node.call("POST", "auth/token/create", {"policies": ["app"]})).body["auth"]
+    found = await node.call("GET", f"auth/token/lookup?token={created['client_token']}")
+    assert found.data["accessor"] == created["accessor"]
+    begun = (await node.call("PUT", "sys/rekey/init", {"secret_shares": 1, "secret_threshold": 1})).body
+    cancelled = await node.call("DELETE", f"sys/rekey/init?nonce={begun['nonce']}", token=None)
+    assert cancelled.status == 204
+    wrapped = await node.call("GET", "secret/data/a", X_Vault_Wrap_TTL="60")
+    token = wrapped.body["wrap_info"]["token"]
+    assert (await node.call("GET", f"sys/wrapping/lookup?token={token}", token=None)).status == 200
+    await node.call("POST", "auth/approle/role/r", {})
+    for kind, name in (("secret-id", "secret_id"), ("secret-id-accessor", "secret_id_accessor")):
+        made = (await node.call("POST", "auth/approle/role/r/secret-id", {})).data
+        gone = await node.call("DELETE", f"auth/approle/role/r/{kind}/destroy?{name}={made[name]}")
+        assert gone.status == 204
+        left = await node.call(
+            "POST", "auth/approle/role/r/secret-id-accessor/lookup", {"secret_id_accessor": made["secret_id_accessor"]}
+        )
+        assert left.status == 404
 
 
 async def status_of(node: Harness, verb: str, path: str) -> int:

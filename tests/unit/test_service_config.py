@@ -145,7 +145,22 @@ async def test_counters_count_what_there_is(node: Harness) -> None:
     tokens = (await node.call("GET", "sys/internal/counters/tokens")).data
     assert tokens["counters"]["service_tokens"]["total"] == 2
     assert (await node.call("GET", "sys/internal/counters/entities")).data["counters"]["entities"]["total"] == 0
-    assert (await node.call("GET", "sys/internal/counters/activity")).status == 204
+    activity = "sys/internal/counters/activity"
+    assert (await node.call("GET", activity)).status == 204
+    for start, end in (
+        ("2023-11-01T00:00:00Z", "2023-11-30T23:59:59Z"),
+        ("1698796800", "1701388799"),
+        ("2023-11-01T00:00:00%2B02:00", ""),
+    ):
+        assert (await node.call("GET", f"{activity}?start_time={start}&end_time={end}")).status == 204
+    for query, text in (
+        ("start_time=yesterday", "failed to parse start_time"),
+        ("end_time=2023-11-01T00:00:00", "failed to parse end_time"),
+        ("start_time=99999999999999999999", "failed to parse start_time"),
+        ("start_time=1701388799&end_time=1698796800", "later than"),
+    ):
+        refused = await node.call("GET", f"{activity}?{query}")
+        assert (refused.status, text in refused.errors[0]) == (400, True)
     assert (await node.call("GET", "sys/internal/counters/config")).data["queries_available"] is False
     assert (await node.call("GET", "sys/internal/ui/version")).data == {"version": "0.1.0"}
 
