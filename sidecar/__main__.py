@@ -56,6 +56,11 @@ def _run(name: tuple[str, ...], tokens: list[str]) -> int:
 
 def _no_command(tokens: Sequence[str]) -> int:
     group = tokens[0]
+    from sidecar.cli.elsewhere import instead
+
+    if hint := instead(tokens):
+        print(f'"{" ".join(tokens[:2]).strip()}" is not available: {hint}', file=sys.stderr)
+        return 1
     if group not in registry.GROUPS:
         print(f'unknown command "{group}"{_hint(group)}\n\n{registry.overview()}', file=sys.stderr)
         return 127

@@ -81,8 +81,9 @@ class ClientOptions:
         wrap_ttl: str = "",
         headers: Mapping[str, str] | None = None,
         as_curl: bool = False,
+        as_policy: bool = False,
     ) -> None:
-        self.headers, self.as_curl = dict(headers or {}), as_curl
+        self.headers, self.as_curl, self.as_policy = dict(headers or {}), as_curl, as_policy
         self.address, self.token, self.namespace, self.wrap_ttl = address, token, namespace, wrap_ttl
         self.ca_file, self.ca_path, self.client_cert, self.client_key = ca_file, ca_path, client_cert, client_key
         self.tls_server_name, self.tls_skip_verify = tls_server_name, tls_skip_verify
@@ -164,6 +165,10 @@ class Client:
         payload = json.dumps(body).encode() if has_body else None
         if self.options.as_curl and not path.startswith(_PREFLIGHT):
             raise NotSent(self._curl(method, url, payload))
+        if self.options.as_policy and not path.startswith(_PREFLIGHT):
+            from sidecar.cli.policy_text import policy_for
+
+            raise NotSent(policy_for(method, path.strip("/"), lists=(query or {}).get("list") == "true"))
         reply = self._send(method, url, payload)
         for _ in range(self.options.retries_max):
             if not _worth_retrying(reply.status):

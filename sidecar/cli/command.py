@@ -60,6 +60,9 @@ HTTP_FLAGS = (
     Flag("wrap-ttl", "Wrap the answer in a single-use token with this TTL. VAULT_WRAP_TTL."),
     Flag("header", "name=value header to send too; may be repeated.", "texts"),
     Flag("output-curl-string", "Print the request as a call of curl, and send nothing.", "bool"),
+    Flag("output-policy", "Print the policy that the request needs, and send nothing.", "bool"),
+    Flag("non-interactive", "Accepted: without a terminal nothing is asked for.", "bool"),
+    Flag("policy-override", "Accepted: there are no Sentinel policies.", "bool"),
 )
 FORMAT_FLAG = Flag("format", "table, json, yaml or raw. VAULT_FORMAT.", default="table")
 FIELD_FLAG = Flag("field", "Print only this field, without a newline where the output is no terminal.")
@@ -137,6 +140,7 @@ class Call:
             wrap_ttl=self.option("wrap-ttl", "WRAP_TTL", wrap_ttl),
             headers=self._headers(),
             as_curl=self.values.flag("output-curl-string"),
+            as_policy=self.values.flag("output-policy"),
         )
         try:
             return Client(options)

@@ -1,14 +1,15 @@
-"""``token capabilities``, ``path-help``, ``print token``, ``plugin``, ``version-history`` and ``monitor``: look, change
-nothing."""
+"""``token capabilities``, ``path-help``, ``auth help``, ``print token``, ``plugin``, ``operator usage``,
+``version-history`` and ``monitor``: look, change nothing but what is loaded."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from sidecar.cli import output
-from sidecar.cli.command import EXIT_OK, Call, Command, doing
+from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
 from sidecar.cli.data import found
-from sidecar.cli.flags import Flag
+from sidecar.cli.flags import Flag, UsageError
 
 
 def capabilities(call: Call) -> int:
@@ -58,6 +59,63 @@ def plugin_info(call: Call) -> int:
     path = f"sys/plugins/catalog/{kind}/{name}"
     data = (found(call, "reading plugin", path, lambda: client.get(path)).body or {}).get("data") or {}
     return call.show_value(data, output.pairs(sorted(data.items())))
+
+
+def plugin_reload(call: Call) -> int:
+    call.at_most(2)
+    names, mounts = call.values.text("plugin"), call.values.texts("mounts")
+    request: dict[str, Any] = {"scope": call.values.text("scope")} if "scope" in call.values else {}
+    client = call.client()
+    if call.arguments:
+        path = f"sys/plugins/reload/{call.path(0, 'TYPE')}/{call.path(1, 'NAME')}"
+        what = call.path(1, "NAME")
+    elif bool(names) == bool(mounts):
+        raise UsageError("give TYPE NAME, or one of -plugin and -mounts")
+    else:
+        path = "sys/plugins/reload/backend"
+        listed = [name for text in mounts for name in text.split(",") if name.strip()]
+        request |= {"plugin": names} if names else {"mounts": listed}
+        what = names or ", ".join(listed)
+    with doing("reloading plugin"):
+        body = client.put(path, request).body or {}
+    call.warn_of(body)
+    return call.show_value(body.get("data") or {}, f"Success! Reloaded: {what}")
+
+
+def usage(call: Call) -> int:
+    """What the server has recorded of clients; this one records nothing and says so by an empty answer."""
+    call.at_most(0)
+    query = {
+        name.replace("-", "_"): call.values.text(name) for name in ("start-time", "end-time") if name in call.values
+    }
+    query = {name: f"{text}-01T00:00:00Z" if len(text) == 7 else text for name, text in query.items()}
+    client = call.client()
+    with doing("retrieving client counts"):
+        body = client.get("sys/internal/counters/activity", query).body
+    data = (body or {}).get("data")
+    if not data:
+        call.complain("No data is available: this server does not record its clients.")
+        return EXIT_OK if body is None else EXIT_SERVER
+    total = data.get("total") or {}
+    rows = [(name, total[name]) for name in sorted(total)]
+    return call.show_value(data, output.pairs(rows))
+
+
+def auth_help(call: Call) -> int:
+    """Of a method by its path, or by its type where one of that type is mounted."""
+    call.at_most(1)
+    wanted = call.path(0, "TYPE | PATH")
+    client = call.client()
+    with doing("listing auth methods"):
+        mounts = (client.get("sys/auth").body or {}).get("data") or {}
+    paths = [path for path, mount in sorted(mounts.items()) if isinstance(mount, dict)]
+    by_type = [path for path in paths if mounts[path].get("type") == wanted]
+    if f"{wanted}/" not in paths and not by_type:
+        raise Failed(f"Error: there is no auth method at or of type {wanted}", EXIT_SERVER)
+    path = f"{wanted}/" if f"{wanted}/" in paths else by_type[0]
+    with doing(f"retrieving help for auth/{path}"):
+        body = client.get(f"auth/{path}", {"help": "1"}).body or {}
+    return call.show_value(body, str(body.get("help", "")).rstrip("\n"))
 
 
 def version_history(call: Call) -> int:
@@ -110,3 +168,20 @@ MONITOR = Command(
     ),
     formats=False,
 )
+PLUGIN_RELOAD = Command(
+    "plugin reload [flags] [TYPE NAME]",
+    "Load the engines of a plugin, or those at some paths, anew.",
+    plugin_reload,
+    (
+        Flag("plugin", "Name of the plugin."),
+        Flag("mounts", "Path of a mount; may be repeated, or with commas.", "texts"),
+        Flag("scope", "Accepted: the active node alone loads engines."),
+    ),
+)
+USAGE = Command(
+    "operator usage [flags]",
+    "Show how many clients the server has recorded: none are.",
+    usage,
+    (Flag("start-time", "YYYY-MM or an RFC 3339 time."), Flag("end-time", "Likewise.")),
+)
+AUTH_HELP = Command("auth help [flags] TYPE | PATH", "Show the help text of an auth method.", auth_help)

@@ -1,9 +1,12 @@
-"""``outrider policy``: write, read, list and delete."""
+"""``outrider policy``: write, read, list, delete and fmt."""
 
 from __future__ import annotations
 
+import os
+import stat
+
 from sidecar.cli import output
-from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
+from sidecar.cli.command import EXIT_LOCAL, EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
 from sidecar.cli.data import found
 from sidecar.cli.flags import UsageError
 
@@ -59,7 +62,51 @@ def delete(call: Call) -> int:
     return EXIT_OK
 
 
+def fmt(call: Call) -> int:
+    """In the file itself, which is the old one or the new one whatever happens."""
+    from sidecar.hcl import HCLError
+    from sidecar.hcl.formatting import format_text
+
+    call.at_most(1)
+    given = call.argument(0, "PATH")
+    path = os.path.realpath(given)
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            text = file.read()
+        made = format_text(text, given)
+        if made != text:
+            _replace(path, made)
+    except HCLError as error:
+        raise Failed(f"Error formatting policy: {error}", EXIT_LOCAL) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot format {given}: {reason}") from error
+    call.say(f"Success! Formatted policy: {given}")
+    return EXIT_OK
+
+
+def _replace(path: str, text: str) -> None:
+    import tempfile
+
+    handle, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".policy-")
+    try:
+        with open(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.chmod(name, stat.S_IMODE(os.stat(path).st_mode))
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
 WRITE = Command("policy write [flags] NAME FILE", "Upload a policy; FILE - is standard input.", write, formats=False)
 READ = Command("policy read [flags] NAME", "Print a policy.", read)
 LIST = Command("policy list [flags]", "List the policies.", list_names)
 DELETE = Command("policy delete [flags] NAME", "Delete a policy.", delete, formats=False)
+FMT = Command(
+    "policy fmt PATH",
+    "Lay the policy in a file out as is usual; the file is rewritten.",
+    fmt,
+    http=False,
+    formats=False,
+)

@@ -1,0 +1,137 @@
+"""Commands and flags of Vault's command line that came late: policy fmt, -output-policy, usage, help, reload."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from sidecar import hcl
+from sidecar.cli import elsewhere, registry
+from sidecar.cli.policy_text import SUDO_PATHS, SUDO_TO_LIST, needs_sudo, policy_for
+from sidecar.request.route_table import RouteBackend
+from tests.support.service_node import running
+from tests.unit.test_cli import envelope, run, server
+
+__all__ = ["run", "server"]  # fixtures
+
+
+# --- policy fmt -----------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_file_is_laid_out(run, tmp_path):
+    path = tmp_path / "p.hcl"
+    path.write_text('path "a/*" {\ncapabilities=["read" ,"list"]\n}')
+    path.chmod(0o640)
+    code, out, _ = run("policy", "fmt", str(path))
+    assert (code, out) == (0, f"Success! Formatted policy: {path}\n")
+    assert path.read_text() == 'path "a/*" {\n  capabilities = ["read", "list"]\n}\n'
+    assert path.stat().st_mode & 0o777 == 0o640
+    before = path.stat().st_ino
+    assert run("policy", "fmt", str(path))[0] == 0
+    assert path.stat().st_ino == before, "nothing to change, nothing written"
+    link = tmp_path / "link.hcl"
+    path.write_text("a=1")
+    link.symlink_to(path)
+    assert run("policy", "fmt", str(link))[0] == 0
+    assert (link.is_symlink(), path.read_text()) == (True, "a = 1\n")
+    assert sorted(os.listdir(tmp_path)) == ["link.hcl", "p.hcl"]
+
+
+def test_what_is_no_policy_file_stays_as_it_is(run, tmp_path):
+    path = tmp_path / "p.hcl"
+    path.write_text('path "a" {\n')
+    code, _, err = run("policy", "fmt", str(path))
+    assert (code, err) == (
+        1,
+        f"Error formatting policy: {path}:2:1: expected a name, found the end of the file\n",
+    )
+    assert path.read_text() == 'path "a" {\n'
+    path.write_bytes(b"\xff")
+    assert "it is not UTF-8 text" in run("policy", "fmt", str(path))[2]
+    assert "No such file" in run("policy", "fmt", str(tmp_path / "none"))[2]
+    assert run("policy", "fmt")[0] == 1
+
+
+# --- -output-policy -------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_that_a_request_needs(server, run):
+    for words, path, capabilities in (
+        (("read", "secret/a"), "secret/a", ["read"]),
+        (("list", "secret/"), "secret", ["list"]),
+        (("write", "secret/a", "x=y"), "secret/a", ["create", "update"]),
+        (("delete", "secret/a"), "secret/a", ["delete"]),
+        (("patch", "secret/a", "x=y"), "secret/a", ["patch"]),
+        (("audit", "list"), "sys/audit", ["read", "sudo"]),
+        (("operator", "rotate"), "sys/rotate", ["create", "update", "sudo"]),
+        (("token", "create"), "auth/token/create", ["create", "update"]),
+        (("read", 'od"d'), 'od"d', ["read"]),
+    ):
+        code, out, _ = run(*words[:1], *words[1:], "-output-policy")
+        assert code == 0, words
+        (block,) = hcl.parse(out).blocks
+        assert (block.type, block.labels) == ("path", (path,))
+        assert block.body.attributes["capabilities"].value == capabilities
+    assert [one for one in server.requests if not one["path"].startswith("sys/internal/ui/mounts")] == []
+
+
+async def test_the_paths_that_take_sudo_are_the_servers(run):
+    async with running() as node:
+        for mount, backend in node.service.mounts.router.items():
+            if not isinstance(backend, RouteBackend):
+                continue
+            for route in backend._routes:
+                path = mount + route.template.replace("*}", "}").replace("{mode}", "performance")
+                for lists in (False, True):
+                    expected = route.sudo or (lists and route.sudo_list)
+                    assert needs_sudo(path, lists=lists) == expected, path
+    assert len(set(SUDO_PATHS) | set(SUDO_TO_LIST)) == len(SUDO_PATHS) + len(SUDO_TO_LIST)
+    assert policy_for("GET", "sys/leases/lookup", lists=True).count("sudo") == 1
+
+
+# --- usage, help, reload, and what there is not ---------------------------------------------------------------------
+
+
+def test_usage_says_that_nothing_is_recorded(server, run):
+    server.answer("GET", "sys/internal/counters/activity", (204, None))
+    code, out, err = run("operator", "usage", "-start-time=2026-01", "-end-time=2026-02-01T00:00:00Z")
+    assert (code, out) == (0, "")
+    assert "No data is available" in err
+    assert server.last["query"] == {"start_time": ["2026-01-01T00:00:00Z"], "end_time": ["2026-02-01T00:00:00Z"]}
+    total = {"clients": 5, "entity_clients": 2}
+    server.answer("GET", "sys/internal/counters/activity", (200, envelope({"total": total})))
+    assert "clients           5" in run("operator", "usage")[1], "another server's"
+
+
+def test_help_of_an_auth_method_by_path_or_type(server, run):
+    mounts = {"staff/": {"type": "userpass"}, "token/": {"type": "token"}}
+    server.answer("GET", "sys/auth", (200, envelope(mounts) | mounts))
+    server.answer("GET", "auth/staff/", (200, {"help": "how to log in\n"}))
+    for word in ("staff", "staff/", "userpass"):
+        assert run("auth", "help", word)[::2] == (0, "")
+        assert server.last["query"] == {"help": ["1"]}
+    assert run("auth", "help", "userpass")[1] == "how to log in\n"
+    assert run("auth", "help", "ldap")[::2] == (2, "Error: there is no auth method at or of type ldap\n")
+
+
+def test_engines_are_loaded_anew(server, run):
+    server.answer("PUT", "sys/plugins/reload/backend", (200, envelope({"reload_id": "r"})))
+    server.answer("PUT", "sys/plugins/reload/secret/kv", (200, envelope({"reload_id": "r"})))
+    assert run("plugin", "reload", "-plugin=kv")[:2] == (0, "Success! Reloaded: kv\n")
+    assert server.last["body"] == {"plugin": "kv"}
+    assert run("plugin", "reload", "-mounts=a/,b/", "-mounts=c/")[:2] == (0, "Success! Reloaded: a/, b/, c/\n")
+    assert server.last["body"] == {"mounts": ["a/", "b/", "c/"]}
+    assert json.loads(run("plugin", "reload", "-format=json", "secret", "kv")[1]) == {"reload_id": "r"}
+    assert run("plugin", "reload")[0] == 1
+    assert run("plugin", "reload", "-plugin=kv", "-mounts=a/")[0] == 1
+
+
+@pytest.mark.parametrize("words", elsewhere.COMMANDS)
+def test_commands_that_there_are_not_say_what_to_do_instead(run, words):
+    code, _, err = run(*words, "x")
+    assert code == 1
+    assert "is not available: " in err
+    assert words not in registry.COMMANDS
+    assert run("nosuch")[0] == run("operator", "nosuch")[0] == 127
