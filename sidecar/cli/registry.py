@@ -39,6 +39,7 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("list",): Entry("List names", "data", "LIST"),
     ("delete",): Entry("Delete data", "data", "DELETE"),
     ("patch",): Entry("Change some fields of data", "data", "PATCH"),
+    ("debug",): Entry("Capture what a node says of itself", "debug", "DEBUG"),
     ("login",): Entry("Get a token and keep it", "login", "LOGIN"),
     ("monitor",): Entry("Follow the server's log", "looking", "MONITOR"),
     ("path-help",): Entry("Show the help text of an endpoint", "looking", "PATH_HELP"),
