@@ -203,7 +203,7 @@ def main() -> None:
     try:
         with workspace() as home, framing_server() as framing:
             storage = consul_storage(consul.address, consul.token, "outrider/")
-            cluster = Cluster([Node("bench-1", home, storage, cluster_name="bench")])
+            cluster = Cluster([Node("bench-1", home, storage, cluster_name="bench", warm=False)])
             try:
                 cluster.bootstrap()
                 measure(arguments, home, cluster, consul, framing)

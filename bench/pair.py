@@ -29,7 +29,9 @@ def consul_cluster(home: Path, name: str, nodes: int) -> Iterator[Cluster]:
     server = ConsulServer()
     server.start()
     storage = consul_storage(server.address, server.token, "outrider/")
-    cluster = Cluster([Node(f"{name}-{n}", home / name, storage, cluster_name=name) for n in range(1, nodes + 1)])
+    cluster = Cluster(
+        [Node(f"{name}-{n}", home / name, storage, cluster_name=name, warm=False) for n in range(1, nodes + 1)]
+    )
     try:
         cluster.bootstrap()
         yield cluster

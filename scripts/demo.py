@@ -115,7 +115,7 @@ def make_clusters(storage: str, home: Path, consuls: list[ConsulServer]) -> tupl
         else:
             stanza, count = embedded_storage(home / region / "data"), 1
         names = [f"{region}-{number}" for number in range(1, count + 1)]
-        clusters.append(Cluster([Node(name, home / region, stanza, cluster_name=region) for name in names]))
+        clusters.append(Cluster([Node(name, home / region, stanza, cluster_name=region, warm=False) for name in names]))
     return clusters[0], clusters[1]
 
 

@@ -132,9 +132,7 @@ def test_every_failpoint_in_the_tree_is_declared_and_visited_here() -> None:
 
 def one_node(home: Path, name: str) -> Cluster:
     """A cluster of one node on SQLite that flushes and collects eagerly."""
-    return Cluster(
-        [Node(name, home, embedded_storage(home / f"{name}-data"), cluster_name=name, settings=SETTINGS, warm=True)]
-    )
+    return Cluster([Node(name, home, embedded_storage(home / f"{name}-data"), cluster_name=name, settings=SETTINGS)])
 
 
 def stored(cluster: Cluster) -> StoreFacts:

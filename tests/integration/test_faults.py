@@ -186,7 +186,7 @@ def test_an_operator_s_hand(server: ConsulServer, site: Site, hand: Callable[[Co
 def test_the_same_configuration_twice(site: Site, tmp_path: Path) -> None:
     """On one machine the ports decide; elsewhere two nodes call themselves the same, and still one leads."""
     active = site.cluster.wait_active()
-    again = Node("again", tmp_path, active.storage, settings=SETTINGS, api_port=active.api_port, warm=True)
+    again = Node("again", tmp_path, active.storage, settings=SETTINGS, api_port=active.api_port)
     again.start(wait=False)
     again.wait_until("refuse to start", lambda: not again.running)
     assert "address already in use" in again.log_tail().lower()

@@ -140,7 +140,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Links]:
     home = tmp_path_factory.mktemp("links")
     clock = WrongClock(home / "clock")
     near, far, mirror = (
-        Cluster([Node(name, home, embedded_storage(home / f"{name}-data"), name, SETTINGS, warm=name != "far")])
+        Cluster([Node(name, home, embedded_storage(home / f"{name}-data"), name, SETTINGS)])
         for name in ("near", "far", "mirror")
     )
     far.nodes[0].environment = clock.environment
@@ -369,7 +369,7 @@ def test_bytes_changed_below_tls_apply_nothing_wrong(links: Links) -> None:
 
 def test_a_first_fill_is_cut_and_goes_on_by_itself(links: Links, tmp_path: Path) -> None:
     """Until all is there it serves nothing rather than a part."""
-    late = Cluster([Node("late", tmp_path, embedded_storage(tmp_path / "late-data"), "late", SETTINGS, warm=True)])
+    late = Cluster([Node("late", tmp_path, embedded_storage(tmp_path / "late-data"), "late", SETTINGS)])
     links.write(30, "v" * 50_000)
     try:
         late.bootstrap()

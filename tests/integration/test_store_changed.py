@@ -32,7 +32,7 @@ def cluster_on(server: ConsulServer, home: Path, nodes: int = 1, *, token: str =
     """A cluster under a prefix of its own, with the load mount."""
     prefix = f"outrider/{uuid.uuid4().hex[:8]}/"
     storage = consul_storage(server.address, token or server.token, prefix)
-    cluster = Cluster([Node(f"node-{n}", home, storage, settings=SETTINGS, warm=True) for n in range(nodes)])
+    cluster = Cluster([Node(f"node-{n}", home, storage, settings=SETTINGS) for n in range(nodes)])
     try:
         cluster.bootstrap()
         mount_load(cluster.call)

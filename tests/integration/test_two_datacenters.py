@@ -25,7 +25,7 @@ FAILOVERS = 4
 
 def one_node(home: Path, name: str) -> Cluster:
     """A cluster of one node on SQLite."""
-    return Cluster([Node(name, home, embedded_storage(home / f"{name}-data"), name, SETTINGS, warm=True)])
+    return Cluster([Node(name, home, embedded_storage(home / f"{name}-data"), name, SETTINGS)])
 
 
 @dataclass

@@ -119,7 +119,13 @@ class SimTimer(asyncio.TimerHandle):
         loop: asyncio.AbstractEventLoop,
         context: contextvars.Context | None,
     ) -> None:
-        SimHandle.__init__(self, callback, args, loop, context)  # type: ignore[arg-type]  # the same slots
+        self._callback: Any = callback
+        self._args: Any = args
+        self._loop = loop
+        self._context = context if context is not None else contextvars.copy_context()
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
         self._when = when
         self._scheduled = True
 
@@ -162,7 +168,10 @@ class SimLoop(asyncio.BaseEventLoop):
     def call_later(
         self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> SimTimer:
-        return self.call_at(self._now + delay, callback, *args, context=context)
+        when = self._now + delay
+        timer = SimTimer(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._timer_numbers), timer))
+        return timer
 
     def call_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
@@ -183,7 +192,10 @@ class SimLoop(asyncio.BaseEventLoop):
         self._ready.extend(process.resume())
 
     def _run_once(self) -> None:
-        """Rounds until the loop is to stop: a round is every callback that is ready when it begins."""
+        """Rounds until the loop is to stop: a round is every callback that is ready when it begins.
+
+        Each step's time counts, there are thousands in a seed: so a callback is called here, not by its handle.
+        """
         ready, timers, shuffle = self._ready, self._timers, self._random.shuffle if self._shuffle else None
         while not self._stopping:
             while timers and timers[0][2]._cancelled:
@@ -206,11 +218,17 @@ class SimLoop(asyncio.BaseEventLoop):
             for handle in batch:
                 if handle._cancelled:
                     continue
-                process = handle._context.get(PROCESS)
+                context = handle._context
+                process = context.get(PROCESS)
                 if process is not None and (process.paused or process.killed):
                     process.park(handle)
-                else:
-                    handle._run()
+                    continue
+                try:
+                    context.run(handle._callback, *handle._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:  # as asyncio's handles do: told to whoever owns the loop
+                    self.call_exception_handler({"message": f"exception in {handle!r}", "exception": error})
 
     def _process_events(self, event_list: list[Any]) -> None:
         raise AssertionError("a simulated loop has no files")

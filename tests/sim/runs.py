@@ -129,6 +129,21 @@ class Totals:
         self.steps += outcome.steps
         self.happened.update(outcome.happened)
 
+    def merge(self, other: Totals) -> None:
+        """Those of other seeds."""
+        self.seeds += other.seeds
+        self.simulated_s += other.simulated_s
+        self.acknowledged += other.acknowledged
+        self.reads += other.reads
+        self.tenures += other.tenures
+        self.steps += other.steps
+        self.happened.update(other.happened)
+
+    def never(self, kinds: Iterable[str]) -> str:
+        """Which of ``kinds`` never happened, in words; empty if all did."""
+        missing = [kind for kind in kinds if not self.happened[kind]]
+        return f"never happened in {self.seeds} seeds: {missing}; what did: {dict(self.happened)}" if missing else ""
+
     @property
     def faults(self) -> int:
         """Acts of the nemesis and faults of single calls."""

@@ -92,7 +92,8 @@ def _reply(status: int, raw: bytes, headers: dict[str, str]) -> Reply:
 @dataclass
 class Node:
     """One ``outrider server`` process. ``storage`` is the storage stanza's text; ``settings`` more top-level lines,
-    ``listener_settings`` more lines of the listener. ``warm``: forked by the nursery, not started from nothing."""
+    ``listener_settings`` more lines of the listener. ``warm``: forked by the nursery, not started from nothing, unless
+    its ``environment`` holds what only a new interpreter obeys."""
 
     name: str
     directory: Path
@@ -104,7 +105,7 @@ class Node:
     cluster_port: int = field(default_factory=free_port)
     advertised_cluster_port: int = 0
     environment: dict[str, str] = field(default_factory=dict, repr=False)
-    warm: bool = False
+    warm: bool = True
     process: subprocess.Popen[bytes] | WarmProcess | None = field(default=None, repr=False)
 
     @property
@@ -139,7 +140,7 @@ class Node:
     def start(self, *, wait: bool = True) -> None:
         """Start the process; with ``wait`` until it answers sys/health."""
         self.write_config()
-        if self.warm:
+        if self.warm and "PYTHONPATH" not in self.environment:
             arguments = ["server", f"-config={self.config_path}"]
             self.process = nursery().spawn(arguments, self.log_path, self.environment)
         else:

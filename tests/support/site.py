@@ -39,7 +39,6 @@ class Site:
                 home,
                 consul_storage(tap.address, agent.token, self.prefix),
                 settings=settings,
-                warm=True,
             )
             for tap, agent in zip(self.taps, agents, strict=True)
         ]

@@ -21,7 +21,7 @@ time.time = lambda: _time() + _offset_ns() / 1e9
 
 
 class WrongClock:
-    """``environment`` is for the node, which has to be started cold: a forked one has its clock already."""
+    """``environment`` is for the node, which is started cold by it: a forked one has its clock already."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True)

@@ -15,7 +15,7 @@ from tests.support.store import PARTITION, key, memory_cluster
 OPTIONS = StoreOptions(segment_records=8, wal_keep_records=8, resolve_timeout_s=0.2, flush_interval_s=3600)
 SMALL = Limits(ops_max=8, body_bytes_max=48 * 1024, value_bytes_max=16 * 1024)
 OLD = {f"k{n}": b"old" for n in range(20)}
-NEW = {**{f"k{n}": b"new" * 40 for n in range(10, 250)}, "k3": None, "big": b"v" * 60_000}
+NEW = {**{f"k{n}": b"new" * 80 for n in range(10, 130)}, "k3": None, "big": b"v" * 60_000}
 RECOVERY = [*(point for point in POINTS if point.startswith("recovery:")), *LARGE_POINTS]
 
 
@@ -157,4 +157,4 @@ async def test_recovery_from_a_checkpoint_finds_batches_in_progress(cluster, poi
     again = await cluster.recover(OPTIONS)
     await cluster.check(again, whole_log=False)
     found = await contents(again)
-    assert ("k200" in found) == (point == "large:after-roll")
+    assert ("k100" in found) == (point == "large:after-roll")

@@ -44,6 +44,7 @@ def focused(seed: int, focus: SetFocus) -> SetPlan:
         events.append(Event(at_s, rnd.choice(focus.kinds), one, other, focus.for_s * rnd.random()))
     far = {"wal_keep_records": 4096, "wal_keep_bytes": 1 << 28} if focus.delay_s >= 0.1 else {}
     fields = {"think_s": 0.05, "clients": 1, "large_share": 0.0, "keys": 12, "faults": {}, "usual_s": 0.003}
+    fields["sessions"] = 0
     return replace(
         plan,
         events=focus.script or tuple(events),

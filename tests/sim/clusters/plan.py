@@ -49,6 +49,9 @@ TOPOLOGIES: dict[str, tuple[Follow, ...]] = {
     "chain": (Follow("b", "a", "performance"), Follow("c", "b", "dr")),
 }
 
+SESSIONS = 3
+"""In every other plan whose topology has performance replication: elsewhere another cluster's index means nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -93,6 +96,7 @@ class SetPlan:
     replication: ReplicationOptions
     link: LinkPlan
     events: tuple[Event, ...]
+    sessions: int = 0
     skipped: frozenset[int] = frozenset()
     muted: frozenset[str] = field(default_factory=frozenset)
 
@@ -110,7 +114,7 @@ class SetPlan:
         """For a person who looks at a failing seed."""
         lines = [
             f"cluster seed {self.seed}: {self.topology}, {self.nodes} nodes each, {self.clients} clients per cluster,"
-            f" {self.keys} keys, think {self.think_s:.3f} s, shuffle {self.shuffle}",
+            f" {self.sessions} sessions, {self.keys} keys, think {self.think_s:.3f} s, shuffle {self.shuffle}",
             f"  link: {self.link.delay_s * 1000:.1f} ms one way, damage per frame {self.link.tampering}",
             f"  faults per call of a store: { {name: round(p, 4) for name, p in self.faults.items()} }",
             f"  limits: {self.limits}",
@@ -157,6 +161,7 @@ def make_plan(seed: int) -> SetPlan:
         replication=_replication(rnd, limits, far=delay_s > 0.1),
         link=LinkPlan(delay_s, dict.fromkeys(kinds, damage) if damage else {}),
         events=_events(rnd, len(TOPOLOGIES[topology]) + 1, duration_s),
+        sessions=SESSIONS if seed % 2 == 0 and any(it.mode == "performance" for it in TOPOLOGIES[topology]) else 0,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from consul_backend.errors import BackendError
 from sidecar.replication.modes import PERFORMANCE
@@ -19,12 +20,13 @@ from tests.sim.clusters.cluster import Cluster, Gone
 from tests.sim.clusters.lineage import Origin, is_taken
 from tests.sim.clusters.node import MOUNT_1, Order, SetNode
 from tests.sim.clusters.plan import CALM_S
-from tests.sim.clusters.world import SetWorld
 from tests.sim.history import Write
 from tests.sim.witness import Violation
 
+if TYPE_CHECKING:
+    from tests.sim.clusters.world import SetWorld
+
 HEADERS_MAX = 6
-SESSIONS = 3
 PATIENCE_S = 8.0
 
 
@@ -126,9 +128,9 @@ def _alone(cluster: Cluster) -> bool:
     return isinstance(cluster.role(PERFORMANCE), DisabledRole)
 
 
-def with_sessions(world: SetWorld) -> None:
-    """For ``simulate_set(plan, watch=with_sessions)``."""
-    for number in range(SESSIONS):
+def start_sessions(world: SetWorld) -> None:
+    """As many as its plan has."""
+    for number in range(world.plan.sessions):
         name = f"session-{number}"
         session = Session(world, name, random.Random(f"session {world.plan.seed} {name}"))
         world.spawn(session.run())

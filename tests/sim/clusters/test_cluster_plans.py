@@ -1,4 +1,4 @@
-"""What the cluster seeds are: the same run everywhere, no two alike, and everything that can happen does."""
+"""What the cluster seeds are: the same run everywhere, and no two alike."""
 
 from __future__ import annotations
 
@@ -7,30 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.sim.clusters.plan import EVENTS, TAMPERING, TOPOLOGIES, make_plan
-from tests.sim.runs import SETS, Totals, run_seed, run_seeds
+from tests.sim.runs import SETS, run_seed
 
 ROOT = Path(__file__).resolve().parents[3]
-COUNTED = 80
-
-SEEN = (
-    *("record applied", "state taken over", "history adopted", "loss reported", "forecast"),
-    *("forwarded", "forwarded late", "own write read", "read"),
-    *("part record", "commit record", "collect"),
-)
-
-
-@pytest.mark.timeout(300)
-def test_every_kind_of_thing_happens() -> None:
-    """Every act of nemesis and operator, every damage to a frame, and all that comes of it, over few seeds."""
-    totals = Totals(SETS)
-    for outcome in run_seeds(range(20_000, 20_000 + COUNTED), SETS):
-        assert not outcome.violations
-        totals.add(outcome)
-    missing = [kind for kind in (*EVENTS, *TAMPERING, *SEEN) if not totals.happened[kind]]
-    assert not missing, f"never happened in {COUNTED} seeds: {missing}; what did: {dict(totals.happened)}"
 
 
 def test_a_seed_is_the_same_run_in_every_process() -> None:

@@ -26,6 +26,7 @@ from tests.sim.clusters.node import KEYRINGS, SEAL_KEY
 from tests.sim.clusters.operators import Operator
 from tests.sim.clusters.plan import CALM_S, SetPlan
 from tests.sim.clusters.seams import Tokens, simulated
+from tests.sim.clusters.sessions import start_sessions
 from tests.sim.clusters.stream import StreamWatch
 from tests.sim.clusters.trouble import Trouble
 from tests.sim.history import Write
@@ -304,6 +305,7 @@ def simulate_set(
     try:
         world = SetWorld(plan, loop, verbose=verbose)
         watch(world)
+        start_sessions(world)
         with simulated(loop, world.links, world.tokens, plan.seed):
             try:
                 loop.run_until_complete(world.run())
