@@ -119,7 +119,7 @@ PARTIAL_FLUSH = replace(
 LAZY = replace(RECOVERY, plan={"keys": 60, "marker_share": 0.5}, store={"index_eager_keys": 0, "flush_interval_s": 1.0})
 LAZY_DEPOSED = Focus(
     kinds=("cut-and-depose", "pause-and-depose"),
-    every_s=1.5,
+    every_s=0.8,
     for_s=4.0,
     plan={"keys": 60, "usual_s": 0.02, "marker_share": 0.5},
     store={"index_eager_keys": 0, "flush_interval_s": 0.05, "flush_extents_per_s": 1000.0},
