@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -133,23 +133,31 @@ Collect = Callable[[Name, int, str, bytes], None]
 
 
 async def check(
-    parts: Inspected, progress: Progress, *, extents: bool = True, collect: Collect | None = None
+    parts: Inspected,
+    progress: Progress,
+    *,
+    extents: bool = True,
+    collect: Collect | None = None,
+    only: Collection[Name] | None = None,
 ) -> CheckReport:
-    """Compare data keys and, if asked for, stored extents with the index. Raises FenceLost, and what reading raises."""
+    """Compare data keys and, if asked for, stored extents with the index; of everything, or of the partitions ``only``.
+    Raises FenceLost, and what reading raises."""
     report = CheckReport()
-    await parts.lazy.load_undamaged()
+    await parts.lazy.load_undamaged(only)
     for (cls, partition, page), problem in parts.lazy.damaged.items():
+        if only is not None and (cls, partition) not in only:
+            continue
         report.damaged.add((cls, partition, page))
         report.pages.setdefault((cls, partition), {}).setdefault(page, set()).update(range(SUBPAGES))
         report.problems.append(f"class {cls}, partition {partition}, page {page}: {problem}")
-    names = {(cls, name) for cls in "rlc" for name in parts.forest.names(cls)}
+    names = {(cls, name) for cls in "rlc" for name in parts.forest.names(cls)} if only is None else set(only)
     progress.total = sum([parts.forest.count(*name) for name in names])
     progress.stage = "building"
-    stored = await _partitions(parts)
+    stored = await _partitions(parts) if only is None else set()
     for name in sorted(names | stored):
         await _check_partition(parts, name, report, progress, collect)
     if extents:
-        for name in parts.table.names:
+        for name in parts.table.names if only is None else only:
             await _check_extents(parts, name, report)
     if report.findings or report.problems:
         await require_tenure(parts.physical, parts.tenure)  # or else what looks like damage is a successor's work

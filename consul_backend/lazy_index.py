@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from consul_backend.complaints import Complaint
 from consul_backend.digesting import compute_digests
@@ -165,9 +165,12 @@ class LazyIndex:
                 await asyncio.sleep(0)
         await compute_digests(self._forest)
 
-    async def load_undamaged(self) -> None:
-        """As :meth:`load_all`, leaving out what is damaged; :attr:`damaged` has it all afterwards."""
+    async def load_undamaged(self, only: Collection[Name] | None = None) -> None:
+        """As :meth:`load_all`, of all partitions or ``only`` some, leaving out what is damaged; :attr:`damaged` has
+        all of that afterwards."""
         for name, page in self._todo():
+            if only is not None and name not in only:
+                continue
             with contextlib.suppress(IndexDamaged):
                 await self._load(name, page)
             await asyncio.sleep(0)

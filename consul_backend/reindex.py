@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
@@ -32,9 +32,9 @@ from consul_backend.batching import MANIFEST_MAGIC
 from consul_backend.chunks import split
 from consul_backend.errors import Conflict, OutcomeUnknown, TooLarge
 from consul_backend.failpoint import failpoint
-from consul_backend.fenced import fenced_txn
+from consul_backend.fenced import fenced_txn, require_tenure
 from consul_backend.index_check import CheckReport, Finding, Inspected, Kind, Progress, check, examine
-from consul_backend.keys import encode_partition
+from consul_backend.keys import encode_partition, public_name
 from consul_backend.large_batch import Replay
 from consul_backend.lazy_index import Name
 from consul_backend.merkle import entry_digest
@@ -154,6 +154,28 @@ async def reindex(
         await parts.stored(parts.head().index)
     if checked.findings or checked.problems:
         log.warning("reindex: %s", report)
+    return report
+
+
+async def heal(parts: Inspected, only: Collection[Name], keys: Collection[str] = ()) -> ReindexReport:
+    """Put right, as far as the log can tell, what the partitions ``only`` hold, which are small, and the entries
+    ``keys``: before anything is served from them. Nothing is given up. Raises FenceLost, and what reading raises."""
+    checked = await check(parts, Progress(), extents=False, only=only)
+    await parts.lazy.need(keys)
+    found = [await examine(parts, key, parts.where(key)) for key in keys]
+    checked.findings += [finding for finding in found if finding is not None]
+    report = ReindexReport(keys=checked.keys)
+    if not checked.findings:
+        return report
+    await require_tenure(parts.physical, parts.tenure)  # or else it is a successor's work
+    wanted = {finding.key: finding.digest for finding in checked.findings if finding.digest is not None}
+    values = await _from_log(parts, wanted)
+    for finding in checked.findings:
+        log.error("%s was changed by somebody else: %s", public_name(finding.key), finding.kind.value)
+        await _repair(parts, finding, values.get(finding.key), ReindexOptions(), report)
+    log.warning("before anything is served: %s", report)
+    if report.unresolved:
+        log.error("the log no longer has %d of them: put them back from a backup, or reindex", report.unresolved)
     return report
 
 

@@ -47,6 +47,7 @@ from sidecar.core.write_gate import GatedStore, WriteGate
 from sidecar.forwarding import LEADER_KEY, ForwardingServer, TenureCredentials, Told, from_message
 from sidecar.gauges import store_gauges, store_totals
 from sidecar.generation import Generation, drop_others, flip_generation, read_generation
+from sidecar.healing import heal_needed
 from sidecar.node import ActiveRole, Node
 from sidecar.replication.activation import ActivationResult
 from sidecar.replication.manager import Replication
@@ -174,6 +175,7 @@ class ActiveScope:
         )
         self._store = self.recovered = store
         self._spawn(tasks, store.run(), "replicated store")
+        await heal_needed(store)
         barrier = await load_barrier(store.get, self._opened.root_key)
         sealed = SealedStore(store, barrier)
         self._sealed = sealed

@@ -46,15 +46,8 @@ from sidecar.transport.listener import ClusterListener
 log = logging.getLogger("core")
 
 # The store or the keys are not what they must be: retrying cannot help, and serving could do harm.
-HALTING = (
-    SentinelMissing,
-    StoreWentBack,
-    Corrupt,
-    DecryptionFailed,
-    BarrierMissing,
-    BadKeyring,
-    WrongKey,
-)
+KEYS = (DecryptionFailed, BarrierMissing, BadKeyring, WrongKey)
+HALTING = (SentinelMissing, StoreWentBack, Corrupt, *KEYS)
 # This tenure is over, another may begin.
 ENDING = (FenceLost, OutcomeUnknown, Unavailable, NotApplied, Conflict, PermissionDenied)
 
@@ -230,12 +223,17 @@ class Roles:
 
     async def _follow_leader(self, opened: Opened, role: StandbyRole) -> None:
         """Keep ``role`` pointing at the active node, and tell that node of this one."""
+        complaint = Complaint()
         while True:
             try:
                 if not self._stale:  # what would be read is being deleted
                     await self._follow_once(opened, role)
             except (Unavailable, ForwardNotSent) as error:
                 log.debug("the active node is not reached: %s", error)
+            except KEYS as error:
+                # Read past the index, by which the one that leads judges it and puts it right; this node can wait.
+                if complaint.due(error):
+                    log.error("requests cannot be forwarded, the keys of the active node do not open: %s", error)
             await asyncio.sleep(self._options.retry_s if role.forwarder is None else self._options.echo_s)
 
     async def _follow_once(self, opened: Opened, role: StandbyRole) -> None:

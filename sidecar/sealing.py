@@ -24,6 +24,7 @@ from consul_backend.replicated import genesis, read_entry
 from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, Unavailable
 from sidecar.api.node_view import InitOptions, InitOutcome, SealStatus
+from sidecar.core.barrier import PUT_BACK
 from sidecar.core.init import build_genesis
 from sidecar.core.keys import SEAL
 from sidecar.core.seal import InvalidShares, UnsealAttempt
@@ -225,11 +226,11 @@ class Sealing:
     async def _record(self, generation: Generation) -> tuple[bytes, SealRecord]:
         raw = await read_entry(self._physical, generation.id, SEAL)
         if raw is None:
-            raise Unavailable("the store holds no seal record: it is damaged or not this program's")
+            raise Unavailable(f"there is no seal record at {SEAL}: {PUT_BACK}")
         try:
             return raw, SealRecord.decode(raw)
         except BadSealRecord as error:
-            raise Unavailable(str(error)) from error
+            raise Unavailable(f"{error} at {SEAL}, somebody else changed it: {PUT_BACK}") from error
 
     async def _current(self) -> tuple[Generation, bytes, SealRecord] | None:
         """The cluster's generation and seal record, or None where it is not initialized. Raises Unavailable."""

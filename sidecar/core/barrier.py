@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from sidecar.core.keyring import KEY_ID_BYTES, Keyring
 from sidecar.core.keys import LOCAL_KEYRING, PRIVATE_KEYRING, REPLICATED_KEYRING, keyring, partition_of
-from sidecar.core.seal_record import NONCE_BYTES, root_fingerprint
+from sidecar.core.seal_record import NONCE_BYTES, WrongKey, root_fingerprint
 
 VERSION = 1
 HEADER_BYTES = 1 + KEY_ID_BYTES + NONCE_BYTES
@@ -35,6 +35,10 @@ class DecryptionFailed(Exception):
 
 class UnknownKey(DecryptionFailed):
     """The value names a data key that the ring does not hold (yet)."""
+
+
+PUT_BACK = "put this one entry back from a backup of Consul (docs/operations.md, Backup)"
+"""What to do where nothing else than a backup helps; ends an error's text."""
 
 
 class BarrierMissing(Exception):
@@ -195,8 +199,15 @@ async def load_barrier(read_raw: Callable[[str], Awaitable[bytes | None]], root_
     for storage_key in (REPLICATED_KEYRING, LOCAL_KEYRING):
         raw = await read_raw(storage_key)
         if raw is None:
-            raise BarrierMissing(f"there is no keyring at {storage_key}")
-        rings.append(Keyring.decode(raw, root_key, storage_key))
+            raise BarrierMissing(f"there is no keyring at {storage_key}: {PUT_BACK}")
+        rings.append(_opened(raw, root_key, storage_key))
     raw = await read_raw(PRIVATE_KEYRING)
-    private = Keyring.decode(raw, root_key, PRIVATE_KEYRING) if raw is not None else None
+    private = _opened(raw, root_key, PRIVATE_KEYRING) if raw is not None else None
     return Barrier(root_key, rings[0], rings[1], private)
+
+
+def _opened(raw: bytes, root_key: bytes, storage_key: str) -> Keyring:
+    try:
+        return Keyring.decode(raw, root_key, storage_key)
+    except WrongKey:
+        raise WrongKey(f"the keyring at {storage_key} does not open, somebody else changed it: {PUT_BACK}") from None

@@ -33,8 +33,8 @@ _AUTO_AAD = "outrider root key, auto seal v1\n{kind}\n{key_id}"
 class WrongKey(Exception):
     """The key does not open what it was tried on. Says nothing about how it differs."""
 
-    def __init__(self) -> None:
-        super().__init__("cipher: message authentication failed")
+    def __init__(self, text: str = "cipher: message authentication failed") -> None:
+        super().__init__(text)
 
 
 class BadSealRecord(Exception):

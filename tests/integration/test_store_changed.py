@@ -229,6 +229,37 @@ def test_the_stored_index_is_damaged_in_every_way(server: ConsulServer, tmp_path
 # -- the data
 
 
+@pytest.mark.parametrize("how", [foreign, removed])
+def test_what_a_start_needs_is_put_right_before_anything_is_served(
+    server: ConsulServer, tmp_path: Path, how: Callable[[bytes, list[bytes]], bytes | None]
+) -> None:
+    """Keyrings, mounts and the tokens' salt: the log has them. The first start finds the lock of a killed node, so it
+    stands by before it leads. The seal record is needed before there is a lock: its loss is named."""
+    with cluster_on(server, tmp_path) as cluster:
+        assert put(cluster, "mine", "mine").status == 204
+        (node,) = cluster.nodes
+        node.kill()
+        rows = [row for row in names(server, cluster, "/d/") if "/core/keyring" in row or "/core/mounts/" in row]
+        for row in [*rows, *names(server, cluster, "/d/l/token/salt")]:
+            damage(server, row, how(b"", [b"foreign"]))
+        node.start()
+        assert not node.unseal(cluster.keys).body["sealed"]
+        assert cluster.call("GET", f"{MOUNT}/mine").data == {"v": "mine"}
+        assert "was changed by somebody else" in node.log_path.read_text(encoding="utf-8")
+        (seal,) = names(server, cluster, "/d/c/core/seal")
+        kept = value_at(server, seal)
+        node.kill()
+        damage(server, seal, how(b"", [b"foreign"]))
+        node.start()
+        refused = node.unseal(cluster.keys)
+        assert refused.status == 503
+        assert "c/core/seal" in refused.errors[0]
+        assert "from a backup of Consul" in refused.errors[0]
+        server.raw_put(seal, kept)
+        assert not node.unseal(cluster.keys).body["sealed"]
+        assert cluster.call("GET", f"{MOUNT}/mine").data == {"v": "mine"}
+
+
 def test_an_overwritten_entry_is_not_served(server: ConsulServer, tmp_path: Path) -> None:
     """Nothing, another entry's bytes, one bit; an entry nobody wrote is not listed, and the check names both."""
     with cluster_on(server, tmp_path) as cluster:

@@ -13,7 +13,7 @@ from consul_backend.failpoint import FailpointHit, arm, disarm
 from consul_backend.index_check import Kind, Progress, check
 from consul_backend.limits import Limits, body_bytes
 from consul_backend.merkle import SUBPAGES, bucket_of
-from consul_backend.reindex import Quarantined, ReindexOptions, quarantine_prefix, reindex
+from consul_backend.reindex import Quarantined, ReindexOptions, heal, quarantine_prefix, reindex
 from consul_backend.replicated import StoreOptions, physical_key
 from consul_backend.txn import CheckNotExists, Delete, Set
 from consul_backend.wal import Write
@@ -136,6 +136,46 @@ async def test_beyond_the_log_only_force_gives_up(cluster, kind):
         assert await store.get(victim) is None
         assert not (await checked(store)).corrupted
         await cluster.check(store, whole_log=False)
+
+
+@pytest.mark.parametrize("options", [KEEP, LAZY], ids=["eager", "lazy"])
+async def test_what_is_needed_first_is_healed_before_anything_is_served(cluster, options, caplog):
+    """Deleted, overwritten and planted entries of one partition, and one key of another; the rest is not looked at."""
+    async with cluster.running(options) as store:
+        data = await entries(store)
+    replicated = [name for name in sorted(data) if name.startswith("r/")]
+    gone, foreign, local, other = replicated[3], replicated[9], *[n for n in sorted(data) if n.startswith("l/")][:2]
+    changes = [Delete(where(gone)), *(Set(where(name), b"foreign") for name in (foreign, key("planted"), local, other))]
+    await cluster.inner.txn(changes)
+    async with cluster.running(options) as store:
+        done = await heal(store.inspected(), [("r", PARTITION)], [local])
+        assert (done.restored, done.quarantined, done.unresolved) == (3, 3, 0)
+        for name in (gone, foreign, local):
+            assert await store.get(name) == data[name]
+        with pytest.raises(ForeignWrite):
+            await store.get(other)
+        assert (await heal(store.inspected(), [("r", PARTITION)], [local])).restored == 0
+    assert caplog.text.count("was changed by somebody else") == 4
+    assert "f1/" not in caplog.text, "no path is named"
+
+
+async def test_what_the_log_cannot_heal_is_named_and_left(cluster, caplog):
+    async with cluster.running(FORGET) as store:
+        data = await entries(store, 50)
+    async with cluster.running(FORGET) as store:
+        for number in range(40):
+            await store.commit([Write(key("busy"), b"%d" % number)])
+    store = await cluster.recover(FORGET)
+    await store.flush()
+    assert await store.collect()
+    victim = sorted(data)[5]
+    await cluster.inner.txn([Delete(where(victim))])
+    async with cluster.running(FORGET) as store:
+        done = await heal(store.inspected(), [tuple(victim.split("/")[:2])])
+        assert (done.unresolved, done.restored, done.dropped) == (1, 0, 0)
+        with pytest.raises(ForeignWrite):
+            await store.get(victim)
+    assert "the log no longer has 1 of them" in caplog.text
 
 
 async def test_entries_of_a_large_batch_are_healed_whole_from_its_parts(cluster):
