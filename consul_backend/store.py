@@ -320,7 +320,7 @@ class ConsulStore:
         """A read-only transaction, for what the server says of its size. The token must be allowed to see our keys."""
         answer = await self._read("PUT", "/v1/txn", self._query, body)
         if answer.status == 409 and isinstance(refused := _decoded(refusal, answer), PermissionDenied):
-            raise refused
+            raise self._lacking(refused, "read")
 
     def _with_query(self, query: str, consistent: bool) -> str:
         parts = [query, self._query, "consistent" if consistent else ""]

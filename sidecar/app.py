@@ -356,15 +356,30 @@ def api_tls(listener: Listener) -> ssl.SSLContext:
     context.minimum_version = versions[listener.tls_min_version]
     context.maximum_version = versions[listener.tls_max_version]
     context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(listener.tls_cert_file, listener.tls_key_file or None)
+    _load_pair(context, listener)
     if listener.tls_disable_client_certs:
         return context
     if listener.tls_client_ca_file:
-        context.load_verify_locations(listener.tls_client_ca_file)
+        try:
+            context.load_verify_locations(listener.tls_client_ca_file)
+        except OSError as error:
+            why = "no PEM certificates" if isinstance(error, ssl.SSLError) else error.strerror
+            raise OSError(f'tls_client_ca_file "{listener.tls_client_ca_file}": {why}') from None
         context.verify_mode = ssl.CERT_OPTIONAL
     if listener.tls_require_and_verify_client_cert:
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _load_pair(context: ssl.SSLContext, listener: Listener) -> None:
+    """Raises OSError that names the files. An encrypted key is refused, as OpenSSL would ask a terminal."""
+    try:
+        context.load_cert_chain(listener.tls_cert_file, listener.tls_key_file or None, password=lambda: "")
+    except OSError as error:
+        files = f'tls_cert_file "{listener.tls_cert_file}", tls_key_file "{listener.tls_key_file}"'
+        odd = isinstance(error, ssl.SSLError)
+        why = "no PEM files that belong together, or the key is encrypted" if odd else error.strerror
+        raise OSError(f"{files}: {why}") from None
 
 
 def reload_settings(
@@ -380,7 +395,7 @@ def reload_settings(
             set_level(load(config_paths).log_level)
         for listener, context in contexts:
             api_tls(listener)  # tried on a context of its own: half a pair would break the one in use
-            context.load_cert_chain(listener.tls_cert_file, listener.tls_key_file or None)
+            _load_pair(context, listener)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError, ConfigError a ValueError
         log.error("the reload failed, what was loaded before stays in force: %s", error)
 

@@ -275,3 +275,11 @@ async def test_the_environment_does_not_redirect_us(consul_store_factory: Any, m
     store = await consul_store_factory()
     session = await store.create_session("env", beat_ttl_s=5, lock_delay_s=0)
     await store.txn([Lock(LOCK_KEY, b"", session)])
+
+
+async def test_a_token_without_rights_is_told_which_it_lacks_when_the_store_is_opened(
+    consul_server: ConsulServer, consul_store_factory: Any, consul_path: str
+) -> None:
+    token = consul_server.create_token(consul_server.create_policy(SESSIONS))
+    with pytest.raises(PermissionDenied, match=f'needed: key_prefix "{consul_path}" with policy "read"'):
+        await consul_store_factory(token=token)
