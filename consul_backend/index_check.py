@@ -17,6 +17,7 @@ from enum import Enum
 from consul_backend.chunks import Chunks
 from consul_backend.errors import Corrupt
 from consul_backend.fenced import Newest, require_tenure
+from consul_backend.foreign import ForeignWrites
 from consul_backend.keys import decode_path, decode_segment, encode_partition, encode_path
 from consul_backend.lazy_index import LazyIndex, Name
 from consul_backend.merkle import BUCKETS, SUBPAGES, Forest, bucket_of, count_entries, entry_digest, unpack_entries
@@ -89,6 +90,7 @@ class Inspected:
     pending: Callable[[str], bool]
     elsewhere: Callable[[str], bool]
     fresh_name: Callable[[], str]
+    foreign: ForeignWrites
 
     def where(self, key: str) -> str:
         """The physical data key."""

@@ -34,7 +34,7 @@ from consul_backend.errors import Conflict, OutcomeUnknown, TooLarge
 from consul_backend.failpoint import failpoint
 from consul_backend.fenced import fenced_txn, require_tenure
 from consul_backend.index_check import CheckReport, Finding, Inspected, Kind, Progress, check, examine
-from consul_backend.keys import encode_partition, public_name
+from consul_backend.keys import encode_partition
 from consul_backend.large_batch import Replay
 from consul_backend.lazy_index import Name
 from consul_backend.merkle import entry_digest
@@ -171,7 +171,7 @@ async def heal(parts: Inspected, only: Collection[Name], keys: Collection[str] =
     wanted = {finding.key: finding.digest for finding in checked.findings if finding.digest is not None}
     values = await _from_log(parts, wanted)
     for finding in checked.findings:
-        log.error("%s was changed by somebody else: %s", public_name(finding.key), finding.kind.value)
+        parts.foreign.found(finding.key, finding.kind.value)
         await _repair(parts, finding, values.get(finding.key), ReindexOptions(), report)
     log.warning("before anything is served: %s", report)
     if report.unresolved:

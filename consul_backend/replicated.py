@@ -18,14 +18,14 @@ from consul_backend.bulk_read import read_many
 from consul_backend.chunks import Chunks, read_value
 from consul_backend.clock import Clock
 from consul_backend.digesting import keep_digested
-from consul_backend.errors import ForeignWrite
 from consul_backend.failpoint import failpoint
 from consul_backend.fenced import require_tenure
+from consul_backend.foreign import ForeignWrites
 from consul_backend.generation import drop_generation, physical_key, read_entry
 from consul_backend.genesis import genesis
 from consul_backend.group_commit import CommitOptions, Committed, GroupCommit
 from consul_backend.index_check import Inspected
-from consul_backend.keys import decode_name, encode_partition, encode_path, public_name, split_prefix
+from consul_backend.keys import decode_name, encode_partition, encode_path, split_prefix
 from consul_backend.large_batch import BatchBounds, crossing
 from consul_backend.listing import corrected, exists, indexed
 from consul_backend.merkle import Forest, entry_digest
@@ -97,7 +97,7 @@ class ReplicatedStore:
             self._ring.append(record)
         self._holds: dict[str, int] = {}
         self._advanced = asyncio.Event()
-        self._foreign_writes = 0
+        self._foreign = ForeignWrites()
         commit_options = CommitOptions(
             options.queue_batches_max, options.queue_bytes_max, options.resolve_timeout_s, options.segment_records
         )
@@ -239,6 +239,7 @@ class ReplicatedStore:
             pending=lambda key: self._group_commit.pending(key) or self._large.pending(key),
             elsewhere=lambda key: self._large.overlay.get(key) is not None,
             fresh_name=lambda: f"reindex-{self._random_bytes(16).hex()}",
+            foreign=self._foreign,
         )
 
     # -- reading
@@ -308,8 +309,7 @@ class ReplicatedStore:
                 continue
             if consistent and self._lease.valid():
                 # With the lease valid after the read, no successor of ours can have written it.
-                self._foreign_writes += 1
-                raise ForeignWrite(f"the stored value of {public_name(key)} is not what the index says")
+                raise self._foreign.read(key)
             await self._lease.ensure()
             consistent = True
 
@@ -460,7 +460,7 @@ class ReplicatedStore:
             "wal_keep_from": keep_from(self._retention_facts()),
             "wal_hard_records": HARD_FACTOR * self._options.wal_keep_records,
             "recovery_records_redone": self._redone,
-            "foreign_writes": self._foreign_writes,
+            "foreign_writes": self._foreign.count,
         }
         log = (self._collector, self._group_commit, self._large, self._chunks, self._ring)
         for part in (*log, self._cache, self._names, self._table, self._flusher, self._lazy):

@@ -155,8 +155,23 @@ async def test_what_is_needed_first_is_healed_before_anything_is_served(cluster,
         with pytest.raises(ForeignWrite):
             await store.get(other)
         assert (await heal(store.inspected(), [("r", PARTITION)], [local])).restored == 0
+        assert store.statistics()["foreign_writes"] == 5
     assert caplog.text.count("was changed by somebody else") == 4
     assert "f1/" not in caplog.text, "no path is named"
+
+
+async def test_a_foreign_value_that_is_read_is_named_in_the_log_and_not_every_time(cluster, caplog):
+    async with cluster.running(KEEP) as store:
+        data = await entries(store, 50)
+    victim = min(data)
+    await cluster.inner.txn([Set(where(victim), b"foreign")])
+    async with cluster.running(KEEP) as store:
+        for _ in range(20):
+            with pytest.raises(ForeignWrite):
+                await store.get(victim)
+        assert store.statistics()["foreign_writes"] == 20
+    assert caplog.text.count("somebody else changed it; merkle-check names what") == 3  # times 1, 4 and 16 are due
+    assert victim.rsplit("/", 1)[1] not in caplog.text
 
 
 async def test_what_the_log_cannot_heal_is_named_and_left(cluster, caplog):
