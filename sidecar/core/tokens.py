@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 
 import msgspec
 
@@ -56,6 +56,7 @@ from sidecar.core.token_ids import (
     store,
 )
 from sidecar.core.token_tidy import logged_tidy
+from sidecar.core.token_trees import Release, descendants, nothing_leased, side_by_side
 from sidecar.core.usage import creation_labels
 
 log = logging.getLogger("token")
@@ -65,13 +66,6 @@ __all__ = ["CreateToken", "IssuedToken", "Renewed", "TokenEntry", "TokenStore", 
 # A transaction has room for 61 operations; what a revocation deletes beyond this goes in further commits.
 WRITES_MAX = 48
 _TOKEN_BYTES_MAX = 8192
-
-Release = Callable[[str], Awaitable[None]]
-"""Takes all leases of a token (by its hash) away from it and has them revoked."""
-
-
-async def nothing_leased(id_hash: str) -> None:
-    """The :data:`Release` of a store without leases."""
 
 
 class TokenStore:
@@ -355,9 +349,15 @@ class TokenStore:
             return values
 
     async def revoke_hash(self, id_hash: str) -> None:
-        """:meth:`revoke` by hash, also of a token that cannot be used any more: leaves first, with the root unusable
-        from the start; the mark it gets lets a restart finish the work."""
-        pending = [id_hash]
+        """:meth:`revoke` by hash, also of a token that cannot be used any more: it is unusable from the start, then all
+        below it, many in a commit; the mark that each gets lets a restart finish the work. Then they go."""
+        if (children := await self._revoke_one(id_hash)) is None:
+            return
+        tree = await descendants(self._sealed, children)
+        await side_by_side(self._revoke_one, tree)
+        marked = frozenset(tree)
+        left = await side_by_side(lambda name: self._revoke_one(name, marked), [*tree, id_hash])
+        pending = [name for name, below in zip([*tree, id_hash], left, strict=True) if below is not None]
         while pending:
             children = await self._revoke_one(pending[-1])
             if children is None:
@@ -365,14 +365,15 @@ class TokenStore:
             else:
                 pending.extend(children)
 
-    async def _revoke_one(self, id_hash: str) -> list[str] | None:
-        """Remove one token (None), or make it unusable and return the children that have to go before the next try."""
+    async def _revoke_one(self, id_hash: str, marked: Collection[str] = ()) -> list[str] | None:
+        """Remove one token (None), or make it unusable and return the children that have to go before the next try:
+        none of ``marked``, which go by themselves."""
         folder = f"{TOKEN_PARENTS}{id_hash}/"
         async with self._locks.hold(id_hash):
             entry = await self._load(id_hash)
             if entry is None:
                 return None
-            children = await self._sealed.list(folder)
+            children = [name for name in await self._sealed.list(folder) if name not in marked]
             kept = await walk(self._sealed, cubbyhole_folder(id_hash), WRITES_MAX + 1)
             leased = bool(await self._sealed.list(f"{LEASES_BY_TOKEN}{id_hash}/"))
             if not children and not leased and len(kept) <= WRITES_MAX:

@@ -461,6 +461,55 @@ async def test_a_deep_chain_of_tokens():
     assert left(store) == []
 
 
+async def test_a_wide_tree_ends_side_by_side():
+    """Ten thousand children one after the other would outlast the request that asks for it."""
+    store, sealed, _, tokens = await make()
+    root = await tokens.create(CreateToken(policies=["a"]))
+    for number in range(64):
+        child = await tokens.create(CreateToken(policies=["a"], parent=root.entry))
+        below = await tokens.create(CreateToken(policies=["a"], parent=child.entry))
+        if number % 16 == 0:
+            for name in range(60):
+                await cubbyhole(sealed, below.entry).put(f"k{name}", b"")
+    commit, under_way, most = store.commit, 0, 0
+
+    async def slow(writes: list[Write], **options: object):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        under_way -= 1
+        return await commit(writes)
+
+    store.commit = slow
+    await tokens.revoke(root.token)
+    assert left(store) == []
+    assert most >= 16
+
+
+async def test_all_below_is_unusable_before_the_chain_goes():
+    store, _, _, tokens = await make()
+    chain = [await tokens.create(CreateToken(policies=["a"]))]
+    for _ in range(99):
+        chain.append(await tokens.create(CreateToken(policies=["a"], parent=chain[-1].entry)))
+    commit, gone = store.commit, 0
+    usable: list[int] = []
+
+    async def watched(writes: list[Write], **options: object):
+        nonlocal gone
+        gone += sum(write.value is None and write.key.startswith(TOKEN_IDS) for write in writes)
+        if gone > 2:
+            usable.append(sum([await tokens.lookup(each.token) is not None for each in chain]))
+        return await commit(writes)
+
+    store.commit = watched
+    await tokens.revoke(chain[0].token)
+    assert left(store) == []
+    assert usable
+    assert not any(usable)
+
+
 @pytest.mark.parametrize("crash_after", range(12))
 async def test_a_revocation_that_is_cut_short_ends_all_the_same(crash_after: int):
     store, sealed, now, tokens = await make()
