@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,9 @@ path "sys/wrapping/unwrap" { capabilities = ["update"] }
 _WRITES = frozenset({Operation.CREATE, Operation.UPDATE, Operation.PATCH})
 _HIDDEN = frozenset({RESPONSE_WRAPPING, CONTROL_GROUP})
 _CACHED_ACLS_MAX = 4096
+# Above these, parsing and arranging rules goes to a thread: a policy may hold thousands of them.
+_CHARACTERS_IN_THE_LOOP_MAX = 8192
+_RULES_IN_THE_LOOP_MAX = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +294,7 @@ class PolicyStore:
         changes = self._changes
         with METRICS.timer("policy.get_policy"):
             raw = await self._sealed.get(POLICIES + name)
-        policy = None if raw is None else Policy.parse(name, raw.decode())
+        policy = None if raw is None else await _parse(name, raw.decode())
         if policy is not None and changes == self._changes:
             self._policies[name] = policy
         return policy
@@ -306,7 +310,7 @@ class PolicyStore:
             raise InvalidRequest(f'cannot update "{name}" policy')
         if not text.strip():
             raise InvalidRequest("'policy' parameter not supplied or empty")
-        policy = Policy.parse(name, text)
+        policy = await _parse(name, text)
         self._require_writable()
         with METRICS.timer("policy.set_policy"):
             await self._sealed.commit([Write(POLICIES + name, text.encode())])
@@ -337,8 +341,9 @@ class PolicyStore:
             self._acls.move_to_end(key)
             return cached
         changes = self._changes
-        found = [await self.get(name) for name in key]
-        acl = ACL(policy for policy in found if policy is not None)
+        found = [policy for name in key if (policy := await self.get(name)) is not None]
+        large = sum(len(policy.rules) for policy in found) > _RULES_IN_THE_LOOP_MAX
+        acl = await asyncio.to_thread(ACL, found) if large else ACL(found)
         if changes == self._changes:
             self._acls[key] = acl
             if len(self._acls) > _CACHED_ACLS_MAX:
@@ -360,6 +365,13 @@ class PolicyStore:
     def _require_writable(self) -> None:
         if not self._writable():
             raise ReadOnlyStorage
+
+
+async def _parse(name: str, text: str) -> Policy:
+    """:meth:`Policy.parse`, where it does not hold up the loop."""
+    if len(text) <= _CHARACTERS_IN_THE_LOOP_MAX:
+        return Policy.parse(name, text)
+    return await asyncio.to_thread(Policy.parse, name, text)
 
 
 async def _names(sealed: SealedStore, prefix: str) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import threading
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
@@ -357,6 +359,33 @@ async def test_requests_the_store_refuses():
     with pytest.raises(ReadOnlyStorage):
         await policies.delete("a")
     assert store.data == {}
+
+
+async def test_large_policies_are_parsed_and_arranged_beside_the_loop(monkeypatch: pytest.MonkeyPatch):
+    """A policy of thousands of rules takes a second of the processor, a small one no thread."""
+    threads: dict[str, list[bool]] = {"parse": [], "acl": []}
+    parse, arrange = Policy.parse, ACL.__init__
+
+    def parsed(name: str, text: str) -> Policy:
+        threads["parse"].append(threading.current_thread() is not threading.main_thread())
+        return parse(name, text)
+
+    def arranged(self: ACL, policies: Iterable[Policy]) -> None:
+        threads["acl"].append(threading.current_thread() is not threading.main_thread())
+        arrange(self, policies)
+
+    _, sealed = make_sealed()
+    policies = PolicyStore(sealed, lambda: True)
+    monkeypatch.setattr(Policy, "parse", parsed)
+    monkeypatch.setattr(ACL, "__init__", arranged)
+    await policies.put("large", "".join(rule(f"a/{n}", "read") + "\n" for n in range(1000)))
+    await policies.put("small", rule("b", "read"))
+    assert (await policies.acl(["large", "small"])).check("a/999", Operation.READ).allowed
+    assert (await policies.acl(["small"])).check("b", Operation.READ).allowed
+    assert (await PolicyStore(sealed, lambda: True).get("large")) is not None
+    built_in = 2
+    del threads["parse"][2 : 2 + built_in]
+    assert threads == {"parse": [True, False, True], "acl": [True, False]}
 
 
 async def test_acl_follows_changes():
