@@ -38,7 +38,7 @@ def protect_process(*, lock_memory: bool) -> list[str]:
 def _lock_memory() -> str:
     """Keep every page in memory from when it is first touched. Tried only where no limit applies: with one, a later
     allocation would fail and end the process."""
-    if not _may_lock():
+    if not may_lock_memory():
         return (
             "memory is not locked and keys may reach the swap: give the process CAP_IPC_LOCK or LimitMEMLOCK=infinity, "
             "or say disable_mlock = true where there is no swap or it is encrypted"
@@ -48,7 +48,8 @@ def _lock_memory() -> str:
     return ""
 
 
-def _may_lock() -> bool:
+def may_lock_memory() -> bool:
+    """Whether :func:`protect_process` could lock memory here."""
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
         return True
     with contextlib.suppress(OSError, ValueError):

@@ -263,6 +263,7 @@ class Capture:
         self._bundle.write(f"{folder}/{name}.txt", self._client.get(f"sys/pprof/{name}", query).text)
 
     def _follow(self) -> None:
+        self._bundle.append(_FILES["log"], "")  # there also where the server has nothing to say
         for line in self._client.stream("sys/monitor", {"log_level": "debug", "log_format": self._log_format}):
             self._bundle.append(_FILES["log"], line)
 

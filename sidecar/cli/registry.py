@@ -82,6 +82,7 @@ COMMANDS: dict[tuple[str, ...], Entry] = {
     ("operator", "key-status"): Entry("Show the data key", "operator_keys", "KEY_STATUS"),
     ("operator", "rotate"): Entry("Use a fresh data key", "operator_keys", "ROTATE"),
     ("operator", "members"): Entry("List the nodes of the cluster", "operator_keys", "MEMBERS"),
+    ("operator", "diagnose"): Entry("Check a configuration on this machine", "diagnose", "DIAGNOSE"),
     ("operator", "usage"): Entry("Show what is recorded of clients", "looking", "USAGE"),
     ("policy", "write"): Entry("Write a policy from a file", "policy", "WRITE"),
     ("policy", "read"): Entry("Print a policy", "policy", "READ"),

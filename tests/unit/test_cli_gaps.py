@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 from sidecar import hcl
 from sidecar.cli import elsewhere, registry
+from sidecar.cli import server as server_command
 from sidecar.cli.policy_text import SUDO_PATHS, SUDO_TO_LIST, needs_sudo, policy_for
 from sidecar.request.route_table import RouteBackend
 from tests.support.service_node import running
@@ -135,3 +139,34 @@ def test_commands_that_there_are_not_say_what_to_do_instead(run, words):
     assert "is not available: " in err
     assert words not in registry.COMMANDS
     assert run("nosuch")[0] == run("operator", "nosuch")[0] == 127
+
+
+def test_the_log_file_of_the_configuration_and_that_of_the_command_line(run, monkeypatch, tmp_path):
+    written = []
+    application = type(sys)("sidecar.app")
+
+    def run_server(_settings, _dev, _paths, opened):
+        for one in itertools.chain(*opened):
+            one.close()
+        return 0
+
+    application.run_server = run_server
+    monkeypatch.setitem(sys.modules, "sidecar.app", application)
+    monkeypatch.setattr(server_command, "_log_to", written.append)
+    (tmp_path / "a.hcl").write_text(
+        f'log_file = "{tmp_path}/a.log"\nstorage "inmem" {{}}\n'
+        'listener "tcp" { address = "127.0.0.1:0"\n tls_disable = true }'
+    )
+    assert run("server", f"-config={tmp_path}/a.hcl")[0] == 0
+    assert run("server", f"-config={tmp_path}/a.hcl", "-log-file=/b.log")[0] == 0
+    assert written == [f"{tmp_path}/a.log", "/b.log"]
+
+
+def test_a_folder_as_log_file_holds_one(tmp_path):
+    code = "import sys; from sidecar.cli.server import _log_to; _log_to(sys.argv[1]); print('x', file=sys.stderr)"
+    for name in ("there", "there/"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, timeout=60)
+    made = tmp_path / "there" / "outrider.log"
+    assert made.read_text() == "x\nx\n"
+    assert made.stat().st_mode & 0o777 == 0o600

@@ -18,6 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sidecar.config": ("sidecar.hcl", "sidecar.config"),
     "sidecar.cli": ("sidecar.cli", "sidecar.hcl", "sidecar.config", "sidecar.version"),
     "sidecar.cli.server": ("sidecar.cli", "sidecar.config", "sidecar.api.sockets", "sidecar.app"),
+    "sidecar.cli.diagnose": ("sidecar.cli", "sidecar.diagnose"),
     "sidecar.transport": ("consul_backend", "sidecar.transport"),
     "sidecar.mesh": ("consul_backend", "sidecar.mesh"),
     "sidecar.core": ("plugin_api", "consul_backend", "sidecar.core", "sidecar.hcl"),
@@ -34,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sidecar": ("plugin_api", "consul_backend", "sidecar"),
 }
 # Only the command's own entry point may start the daemon.
-WIRED_BY: dict[str, tuple[str, ...]] = {"sidecar.app": ("sidecar.__main__", "sidecar.cli.server")}
+WIRED_BY: dict[str, tuple[str, ...]] = {"sidecar.app": ("sidecar.__main__", "sidecar.cli.server", "sidecar.diagnose")}
 
 
 def modules() -> list[tuple[str, Path]]:
