@@ -81,9 +81,15 @@ def show_names(call: Call, reply: Reply) -> int:
         return EXIT_OK
     if body.get("wrap_info"):
         return call.show_secret(reply)
-    keys = (body.get("data") or {}).get("keys") or []
+    data = body.get("data") or {}
+    keys = data.get("keys") or []
     if not keys:
         raise Failed("No entries found", EXIT_SERVER)
+    info = data.get("key_info") or {}
+    if call.values.flag("detailed") and info:
+        names = sorted({name for one in info.values() if isinstance(one, dict) for name in one})
+        rows = [(key, *((info.get(key) or {}).get(name, "") for name in names)) for key in keys]
+        return call.show_value(data, output.table(("Keys", *names), rows))
     return call.show_value(keys, output.table(("Keys",), [(key,) for key in keys]))
 
 
@@ -116,5 +122,10 @@ PATCH = Command(
     (Flag("force", "Patch with nothing.", "bool", aliases=("f",)),),
     field=True,
 )
-LIST = Command("list [flags] PATH", "List the names below a path.", list_names)
+LIST = Command(
+    "list [flags] PATH",
+    "List the names below a path.",
+    list_names,
+    (Flag("detailed", "Show what is known of each name too, where the server tells.", "bool"),),
+)
 DELETE = Command("delete [flags] PATH", "Delete what is at a path.", delete)

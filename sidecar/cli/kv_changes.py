@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sidecar.cli.client import Client, Reply
+from sidecar.cli.client import ApiError, Client, Reply
 from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
 from sidecar.cli.data import found
 from sidecar.cli.flags import Flag, UsageError
@@ -14,15 +14,42 @@ from sidecar.cli.values import parse_data
 
 
 def patch(call: Call) -> int:
-    data = parse_data(call.arguments[1:], call.read_stdin)
-    if not data:
+    """By PATCH; with ``rw``, or where the server has no PATCH, by reading and writing what was read, changed."""
+    removed = call.values.texts("remove-data")
+    data: dict[str, Any] = parse_data(call.arguments[1:], call.read_stdin)
+    if not data and not removed:
         raise UsageError("must supply data")
+    data |= dict.fromkeys(removed)  # None in a merge patch takes a member away
+    method = call.values.text("method")
+    if method not in ("", "patch", "rw"):
+        raise UsageError("-method must be patch or rw")
     client = call.client()
     path = versioned(call, client).path("data")
+    if method == "rw":
+        return _read_and_write(call, client, path, data)
     cas = call.values.integer("cas", -1)
     payload = {"data": data, "options": {"cas": cas} if cas >= 0 else {}}
+    try:
+        with doing(f"writing data to {path}"):
+            reply = client.patch(path, payload)
+    except Failed as failure:
+        cause = failure.__cause__
+        if method or not isinstance(cause, ApiError) or cause.status != 405:
+            raise
+        return _read_and_write(call, client, path, data)
+    return show_written(call, path, reply)
+
+
+def _read_and_write(call: Call, client: Client, path: str, changes: dict[str, Any]) -> int:
+    """The write counts only if nobody has written since the read."""
+    newest = found(call, "reading", path, lambda: client.get(path))
+    old = ((newest.body or {}).get("data") or {}).get("data")
+    if old is None:
+        raise Failed(f"No value found at {path}", EXIT_SERVER)
+    merged = {name: value for name, value in {**old, **changes}.items() if value is not None}
+    cas = call.values.integer("cas", -1)
     with doing(f"writing data to {path}"):
-        reply = client.patch(path, payload)
+        reply = client.put(path, {"data": merged, "options": {"cas": cas if cas >= 0 else _version(newest)}})
     return show_written(call, path, reply)
 
 
@@ -99,7 +126,12 @@ PATCH = Command(
     "kv patch [flags] PATH KEY=VALUE...",
     "Change some fields of a secret's newest version; the others stay.",
     patch,
-    (Flag("cas", "Write only if this is the current version.", "int"), MOUNT_FLAG),
+    (
+        Flag("cas", "Write only if this is the current version.", "int"),
+        Flag("method", "patch, or rw: read, change, and write if nobody has written meanwhile."),
+        Flag("remove-data", "A field to take away; may be repeated.", "texts"),
+        MOUNT_FLAG,
+    ),
     field=True,
 )
 ROLLBACK = Command(

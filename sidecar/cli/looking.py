@@ -16,10 +16,17 @@ def capabilities(call: Call) -> int:
     """With one argument, those of the token in use."""
     call.at_most(2)
     client = call.client()
+    accessor = call.values.flag("accessor")
+    if accessor and len(call.arguments) != 2:
+        raise UsageError("-accessor needs two arguments: ACCESSOR PATH")
     path = call.argument(len(call.arguments) - 1 if call.arguments else 0, "PATH")
     with doing("listing capabilities"):
         if len(call.arguments) == 1:
             reply = client.post("sys/capabilities-self", {"paths": [path]})
+        elif accessor:
+            reply = client.post(
+                "sys/capabilities-accessor", {"accessor": call.argument(0, "ACCESSOR"), "paths": [path]}
+            )
         else:
             reply = client.post("sys/capabilities", {"token": call.argument(0, "TOKEN"), "paths": [path]})
     granted = sorted((reply.body or {}).get("capabilities") or ((reply.body or {}).get("data") or {}).get(path) or [])
@@ -48,6 +55,11 @@ def plugins(call: Call) -> int:
         body = client.get("sys/plugins/catalog").body or {}
     data = body.get("data") or {}
     kinds = [call.path(0, "TYPE")] if call.arguments else ["auth", "database", "secret"]
+    if call.values.flag("detailed"):
+        detailed = [one for one in data.get("detailed") or [] if one.get("type") in kinds]
+        names = ("name", "type", "version", "deprecation_status")
+        shown = [tuple(str(one.get(name, "")) for name in names) for one in detailed]
+        return call.show_value(detailed, output.table(("Name", "Type", "Version", "Deprecation Status"), shown))
     rows = [(name, kind) for kind in kinds for name in data.get(kind) or []]
     return call.show_value({kind: data.get(kind) or [] for kind in kinds}, output.table(("Name", "Type"), rows))
 
@@ -147,11 +159,19 @@ def monitor(call: Call) -> int:
 
 
 CAPABILITIES = Command(
-    "token capabilities [flags] [TOKEN] PATH", "Show what a token, or the one in use, may do at a path.", capabilities
+    "token capabilities [flags] [TOKEN | ACCESSOR] PATH",
+    "Show what a token, or the one in use, may do at a path.",
+    capabilities,
+    (Flag("accessor", "The first argument is a token's accessor.", "bool"),),
 )
 PATH_HELP = Command("path-help [flags] PATH", "Show the help text of an endpoint.", path_help)
 PRINT_TOKEN = Command("print token", "Print the token in use.", print_token, http=False, formats=False)
-PLUGIN_LIST = Command("plugin list [flags] [TYPE]", "List what can be mounted: auth, database or secret.", plugins)
+PLUGIN_LIST = Command(
+    "plugin list [flags] [TYPE]",
+    "List what can be mounted: auth, database or secret.",
+    plugins,
+    (Flag("detailed", "Show their versions too.", "bool"),),
+)
 PLUGIN_INFO = Command(
     "plugin info [flags] TYPE NAME", "Show what is known of something that can be mounted.", plugin_info
 )

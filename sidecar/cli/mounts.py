@@ -26,14 +26,17 @@ COMMON_FLAGS = (
     Flag("options", "key=value option of the mount; may be repeated.", "texts"),
     Flag("plugin-version", "The version of its plugin: only the server's own."),
     Flag("force-no-cache", "Accepted; nothing of a mount is cached that could be stale.", "bool"),
-    Flag("seal-wrap", "Accepted; everything is encrypted by the barrier alike.", "bool"),
+    Flag("seal-wrap", "Kept and shown; everything is encrypted by the barrier alike.", "bool"),
+    Flag("external-entropy-access", "Kept and shown; it changes nothing.", "bool"),
+    Flag("plugin-name", "Name of the plugin, in the place of TYPE."),
     *(Flag(name, "Header or field, as tune takes it; may be repeated.", "texts") for name in LISTS),
 )
 
 
 def _enable(call: Call, base: str, what: str) -> int:
     call.at_most(1)
-    kind = call.path(0, "TYPE")
+    named = call.values.text("plugin-name")
+    kind = named if named and (not call.arguments or call.arguments == ["plugin"]) else call.path(0, "TYPE")
     options = option_pairs(call.values.texts("options"))
     if kind in ("kv-v1", "kv-v2"):
         kind, options = "kv", {"version": kind[-1], **options}
@@ -58,8 +61,9 @@ def _enable(call: Call, base: str, what: str) -> int:
         request["options"] = options
     if "plugin-version" in call.values:
         request["plugin_version"] = call.values.text("plugin-version")
-    if call.values.flag("seal-wrap"):
-        request["seal_wrap"] = True
+    for flag in ("seal-wrap", "external-entropy-access"):
+        if call.values.flag(flag):
+            request[flag.replace("-", "_")] = True
     client = call.client()
     with doing(f"enabling {what}"):
         client.post(f"{base}/{mount}", request)

@@ -14,7 +14,14 @@ _TEXTS = {
     "description": "description",
     "listing-visibility": "listing_visibility",
     "max-lease-ttl": "max_lease_ttl",
+    "plugin-version": "plugin_version",
     "token-type": "token_type",
+}
+_LOCKOUT = {
+    "user-lockout-counter-reset-duration": "lockout_counter_reset_duration",
+    "user-lockout-disable": "lockout_disable",
+    "user-lockout-duration": "lockout_duration",
+    "user-lockout-threshold": "lockout_threshold",
 }
 _LISTS = {name: name.replace("-", "_") for name in LISTS}
 _POLL_S = 0.5
@@ -26,6 +33,8 @@ def _tune(call: Call, base: str, what: str) -> int:
     values = call.values
     request: dict[str, Any] = {field: values.text(flag) for flag, field in _TEXTS.items() if flag in values}
     request |= {field: values.texts(flag) for flag, field in _LISTS.items() if flag in values}
+    if lockout := {field: values.text(flag) for flag, field in _LOCKOUT.items() if flag in values}:
+        request["user_lockout_config"] = lockout
     options = option_pairs(values.texts("options"))
     if "version" in values:
         options["version"] = values.text("version")
@@ -69,6 +78,13 @@ _TUNE_FLAGS = (
     Flag("audit-non-hmac-response-keys", "Response field that the audit shows in clear; may be repeated.", "texts"),
     Flag("passthrough-request-headers", "Request header passed to the plugin; may be repeated.", "texts"),
     Flag("allowed-response-headers", "Header the plugin may set; may be repeated.", "texts"),
+    Flag("plugin-version", "The version of its plugin: only the server's own."),
+)
+_LOCKOUT_FLAGS = (
+    Flag("user-lockout-threshold", "Failed logins after which a user is locked out."),
+    Flag("user-lockout-duration", "For how long, as 15m."),
+    Flag("user-lockout-counter-reset-duration", "Without a failure for so long the count starts afresh, as 15m."),
+    Flag("user-lockout-disable", "Lock nobody out.", "bool"),
 )
 SECRETS_TUNE = Command(
     "secrets tune [flags] PATH",
@@ -81,7 +97,7 @@ AUTH_TUNE = Command(
     "auth tune [flags] PATH",
     "Change settings of a mounted auth method.",
     lambda call: _tune(call, "sys/auth", "auth method"),
-    (*_TUNE_FLAGS, Flag("token-type", "default-service, default-batch, service or batch.")),
+    (*_TUNE_FLAGS, *_LOCKOUT_FLAGS, Flag("token-type", "default-service, default-batch, service or batch.")),
     formats=False,
 )
 SECRETS_MOVE = Command(

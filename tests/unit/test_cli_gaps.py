@@ -170,3 +170,82 @@ def test_a_folder_as_log_file_holds_one(tmp_path):
     made = tmp_path / "there" / "outrider.log"
     assert made.read_text() == "x\nx\n"
     assert made.stat().st_mode & 0o777 == 0o600
+
+
+# --- flags ----------------------------------------------------------------------------------------------------------
+
+
+def test_capabilities_by_accessor(server, run):
+    server.answer("POST", "sys/capabilities-accessor", (200, envelope({"a": ["read"]}) | {"capabilities": ["read"]}))
+    assert run("token", "capabilities", "-accessor", "acc", "a")[:2] == (0, "read\n")
+    assert server.last["body"] == {"accessor": "acc", "paths": ["a"]}
+    assert run("token", "capabilities", "-accessor", "a")[0] == 1
+
+
+def test_lockout_is_tuned(server, run):
+    server.answer("POST", "sys/auth/userpass/tune", (204, None))
+    words = ("-user-lockout-threshold=3", "-user-lockout-duration=5m", "-user-lockout-disable=false")
+    assert run("auth", "tune", *words, "-user-lockout-counter-reset-duration=1m", "userpass/")[0] == 0
+    assert server.last["body"] == {
+        "user_lockout_config": {
+            "lockout_threshold": "3",
+            "lockout_duration": "5m",
+            "lockout_disable": "false",
+            "lockout_counter_reset_duration": "1m",
+        }
+    }
+
+
+async def test_what_the_command_sends_about_lockout_the_server_takes():
+    async with running() as node:
+        assert (await node.call("POST", "sys/auth/userpass", {"type": "userpass"})).status == 204
+        body = {"lockout_threshold": "3", "lockout_duration": "5m", "lockout_disable": "false"}
+        tuned = await node.call("POST", "sys/auth/userpass/tune", {"user_lockout_config": body})
+        assert tuned.status == 204
+        shown = (await node.call("GET", "sys/auth/userpass/tune")).data
+        assert (shown["user_lockout_threshold"], shown["user_lockout_duration"]) == (3, 300)
+
+
+def test_mounts_by_the_name_of_a_plugin(server, run):
+    server.answer("POST", "sys/mounts/kv", (204, None))
+    assert run("secrets", "enable", "-plugin-name=kv", "-external-entropy-access", "plugin")[0] == 0
+    assert (server.last["body"]["type"], server.last["body"]["external_entropy_access"]) == ("kv", True)
+    assert run("secrets", "enable")[0] == 1
+
+
+def test_plugins_and_names_in_detail(server, run):
+    one = {"name": "kv", "type": "secret", "version": "v1", "deprecation_status": "supported", "builtin": True}
+    server.answer("GET", "sys/plugins/catalog", (200, envelope({"secret": ["kv"], "auth": [], "detailed": [one]})))
+    assert "kv      secret    v1         supported" in run("plugin", "list", "-detailed", "secret")[1]
+    info = {"a": {"ttl": 1, "type": "x"}, "b": {}}
+    server.answer("GET", "some/path", (200, envelope({"keys": ["a", "b"], "key_info": info})))
+    lines = run("list", "-detailed", "some/path")[1].splitlines()
+    assert [line.split() for line in lines[2:]] == [["a", "1", "x"], ["b", "n/a", "n/a"]]
+    assert run("list", "some/path")[1].split() == ["Keys", "----", "a", "b"]
+
+
+def secret(server, path="secret/data/a"):
+    mount = envelope({"path": "secret/", "type": "kv", "options": {"version": "2"}})
+    server.answer("GET", "sys/internal/ui/mounts/secret/a", (200, mount))
+    old = {"data": {"x": "1", "y": "2"}, "metadata": {"version": 4}}
+    server.answer("GET", path, (200, envelope(old)))
+    server.answer("PUT", path, (200, envelope({"version": 5})))
+    server.answer("PATCH", path, (200, envelope({"version": 5})))
+
+
+def test_a_secret_is_patched_by_either_method(server, run):
+    secret(server)
+    assert run("kv", "patch", "-remove-data=y", "secret/a", "z=3")[0] == 0
+    assert (server.last["method"], server.last["body"]) == ("PATCH", {"data": {"z": "3", "y": None}, "options": {}})
+    assert run("kv", "patch", "-method=rw", "-remove-data=y", "secret/a", "z=3")[0] == 0
+    assert server.last["method"] == "PUT"
+    assert server.last["body"] == {"data": {"x": "1", "z": "3"}, "options": {"cas": 4}}
+    server.answer("PATCH", "secret/data/a", (405, {"errors": []}))
+    assert run("kv", "patch", "secret/a", "z=3")[0] == 0
+    assert server.last["body"] == {"data": {"x": "1", "y": "2", "z": "3"}, "options": {"cas": 4}}
+    assert run("kv", "patch", "-method=patch", "secret/a", "z=3")[0] == 2
+    assert run("kv", "patch", "-method=both", "secret/a", "z=3")[0] == 1
+    assert run("kv", "patch", "secret/a")[0] == 1
+    server.answer("PATCH", "secret/data/a", (403, {"errors": ["permission denied"]}))
+    assert run("kv", "patch", "secret/a", "z=3")[0] == 2
+    assert server.last["method"] == "PATCH", "nothing is written by another way than asked for"
