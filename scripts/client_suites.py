@@ -98,7 +98,7 @@ def run_suite(name: str, suites: Mapping[str, Suite], programs: Path) -> Verdict
     suite = suites[name]
     source = fetched(suite)
     python = environment_of(suite)
-    values = {"address": f"http://127.0.0.1:{two_free_ports()}", "token": TOKEN}
+    values = {"address": f"http://127.0.0.1:{two_free_ports()}", "token": TOKEN, "folder": str(source)}
     for wanted, target in suite.copies:
         other, _, path = wanted.partition(":")
         place(source / target, (fetched(suites[other]) / path).read_bytes())

@@ -27,7 +27,14 @@ TOP_LEVEL = frozenset(
     }
 )
 """Paths whose data is repeated beside the envelope; old and new clients read it there."""
-_TOP_LEVEL_BELOW = ("sys/audit-hash/", "sys/policy/")
+_TOP_LEVEL_BELOW = (
+    "sys/audit/",
+    "sys/audit-hash/",
+    "sys/auth/",
+    "sys/config/auditing/request-headers/",
+    "sys/mounts/",
+    "sys/policy/",
+)
 
 
 def repeats_data(path: str) -> bool:
