@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
 import msgspec
@@ -37,14 +38,21 @@ class Fails(msgspec.Struct, forbid_unknown_fields=True):
     reason: str
 
 
-class Step(msgspec.Struct, forbid_unknown_fields=True):
-    """A command line with its ``code`` and words that its output has; ``name`` keeps the output for later lines."""
+class Step(NamedTuple):
+    """A command line, its standard input and the exit code it must have; later lines know its output as ``name``."""
 
     line: str
-    code: int = 0
-    says: str = ""
-    input: str = ""
-    name: str = ""
+    code: int
+    input: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> Step:
+        """Of ``<code> [<name>=]<command> [<<< <input>]``. Raises ValueError."""
+        code, _, rest = text.partition(" ")
+        line, _, given = rest.partition(" <<< ")
+        named = re.match(r"([a-z_]+)=", line)
+        return cls(line[named.end() :] if named else line, int(code), given, named[1] if named else "")
 
 
 class Suite(msgspec.Struct, forbid_unknown_fields=True):
@@ -59,9 +67,14 @@ class Suite(msgspec.Struct, forbid_unknown_fields=True):
     copies: list[tuple[str, str]] = []
     dev_server: bool = False
     prepare: list[list[str]] = []
-    commands: list[Step] = []
+    commands: str = ""
     not_run: list[NotRun] = []
     fails: list[Fails] = []
+
+    def steps(self) -> list[Step]:
+        """The command lines, without comments. Raises ValueError for one that is not written as a step is."""
+        lines = (line.strip() for line in self.commands.splitlines())
+        return [Step.parse(line) for line in lines if line and not line.startswith("#")]
 
     def ignored_files(self) -> list[str]:
         """The files that are not run."""
