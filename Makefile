@@ -8,7 +8,7 @@ TARGET  ?= policy
 RUNS    ?= 1000000
 BIN     := $(VENV)/bin
 
-.PHONY: setup demo test check compatibility bench fuzz soak soak-clusters mutants soak-faults soak-timing clean
+.PHONY: setup demo test check clients compatibility bench fuzz soak soak-clusters mutants soak-faults soak-timing clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -39,6 +39,10 @@ bench: setup
 	$(BIN)/python bench/index.py
 	$(BIN)/python bench/recovery.py
 	$(BIN)/python bench/diff.py
+
+# Published clients' own test suites against this server, started as vault (docs/clients.md); a quarter of an hour.
+clients: setup
+	$(BIN)/python scripts/client_suites.py $(SUITE)
 
 # docs/compatibility.md, from the routes and from what the tests reach
 compatibility: setup

@@ -112,11 +112,11 @@ def run_suite(name: str, suites: Mapping[str, Suite], programs: Path) -> Verdict
         if suite.commands:
             return judge(suite, run_commands(suite, values, variables, source))
         outcomes = run_pytest(suite, suite.tests, python, source, variables)
-        for _ in range(TRIES - 1):
+        for attempt in range(2, TRIES + 1):
             again = judge(suite, outcomes).failed
             if again:
                 print(f"    once more: {len(again)} that failed", flush=True)
-                outcomes |= run_pytest(suite, again, python, source, variables)
+                outcomes |= run_pytest(suite, again, python, source, variables, attempt)
         return judge(suite, outcomes)
 
 
@@ -173,16 +173,22 @@ def pip(python: str, *arguments: str) -> None:
 
 
 def run_pytest(
-    suite: Suite, tests: Sequence[str], python: Path, folder: Path, variables: Mapping[str, str]
+    suite: Suite, tests: Sequence[str], python: Path, folder: Path, variables: Mapping[str, str], attempt: int = 1
 ) -> dict[str, Outcome]:
-    """What each test did, by its id. Raises SuiteBroken when the suite did not come to an end."""
+    """What each test did, by its id; pytest's words stand in ``output-<attempt>.txt``. Raises SuiteBroken when the suite
+    did not come to an end."""
     report = CACHE / "report.xml"
     report.unlink(missing_ok=True)
     settings = CACHE / "pytest.ini"  # its own: pytest would take the one of this project, which lies above
     settings.write_text("[pytest]\njunit_family = xunit1\n")
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(settings), f"--rootdir={folder}"]
-    command += [f"--junitxml={report}", *suite.arguments, *(f"--ignore={path}" for path in suite.ignored_files())]
-    with (CACHE / "output.txt").open("w") as output:
+    command += [
+        "--durations=10",
+        f"--junitxml={report}",
+        *suite.arguments,
+        *(f"--ignore={path}" for path in suite.ignored_files()),
+    ]
+    with (CACHE / f"output-{attempt}.txt").open("w") as output:
         # A session of its own, so that servers that a suite leaves behind end with it.
         process = subprocess.Popen(
             [*command, *tests], cwd=folder, env=dict(variables), stdout=output, stderr=output, start_new_session=True
