@@ -175,8 +175,8 @@ def pip(python: str, *arguments: str) -> None:
 def run_pytest(
     suite: Suite, tests: Sequence[str], python: Path, folder: Path, variables: Mapping[str, str], attempt: int = 1
 ) -> dict[str, Outcome]:
-    """What each test did, by its id; pytest's words stand in ``output-<attempt>.txt``. Raises SuiteBroken when the suite
-    did not come to an end."""
+    """What each test did, by its id; pytest's words stand in ``output-<attempt>.txt``. Raises SuiteBroken when it did
+    not come to an end."""
     report = CACHE / "report.xml"
     report.unlink(missing_ok=True)
     settings = CACHE / "pytest.ini"  # its own: pytest would take the one of this project, which lies above
