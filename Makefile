@@ -40,7 +40,7 @@ bench: setup
 	$(BIN)/python bench/recovery.py
 	$(BIN)/python bench/diff.py
 
-# Published clients' own test suites against this server, started as vault (docs/clients.md); a quarter of an hour.
+# Published clients' own test suites against this server, started as vault (docs/clients.md); ten minutes.
 clients: setup
 	$(BIN)/python scripts/client_suites.py $(SUITE)
 
