@@ -35,6 +35,8 @@ SUITE_TIMEOUT_S = 1800
 COMMAND_TIMEOUT_S = 60
 SERVER_TIMEOUT_S = 60
 TOKEN = "root-of-the-client-suites"  # of a development server on loopback
+NOT_PASSED_ON = ("VAULT_", "BAO_", "OUTRIDER_", "CONSUL_", "PYTEST", "PYTHON")
+"""What this machine's environment says about servers, and about the interpreter that runs this script."""
 TRIES = 2
 """Suites give a server fixed seconds to be there, which a loaded machine may not have: what failed is tried again."""
 
@@ -105,7 +107,7 @@ def run_suite(name: str, suites: Mapping[str, Suite], programs: Path) -> Verdict
         place(source / target, (fetched(suites[other]) / path).read_bytes())
     for target, text in suite.files.items():
         place(source / target, text.format(**values).encode() if suite.dev_server else text.encode())
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(("VAULT_", "PYTEST", "PYTHON"))}
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(NOT_PASSED_ON)}
     variables |= {key: value.format(**values) for key, value in suite.environment.items()}
     variables["PATH"] = f"{programs}:{python.parent}:{variables['PATH']}"
     with development_server(values, variables, suite) if suite.dev_server else nothing():
