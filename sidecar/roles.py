@@ -341,7 +341,11 @@ class Roles:
         if self._node.sealing.opened is not opened:
             return _Left()  # sealed while it was being elected
         started = time.monotonic()
-        role = await scope.start(tasks)
+        try:
+            role = await scope.start(tasks)
+        except BaseException:
+            METRICS.sample("core.leadership_setup_failed", (time.monotonic() - started) * 1000)
+            raise
         failpoint("lead:before-serving")
         self._node.take_role(role)
         self._node.rights.accepted()

@@ -11,6 +11,7 @@ from consul_backend.election import ElectionOptions, Held
 from consul_backend.embedded import EmbeddedStore
 from consul_backend.errors import SentinelMissing
 from consul_backend.replicated import StoreOptions
+from sidecar.core.metrics import METRICS
 from sidecar.roles import RoleOptions, Roles
 
 HELD = cast("Held", SimpleNamespace(tenure=SimpleNamespace(session="s")))
@@ -103,3 +104,23 @@ async def test_a_lock_won_while_the_process_ends_is_released() -> None:
         await standing
     assert elected.released == [HELD]
     await physical.close()
+
+
+async def test_a_lead_that_cannot_be_taken_is_counted() -> None:
+    """What operators of Vault have an alarm on."""
+
+    class Scope:
+        async def start(self, tasks: asyncio.TaskGroup) -> None:
+            raise SentinelMissing("gone")
+
+    def failures() -> int:
+        lines = METRICS.as_prometheus().splitlines()
+        name = "vault_core_leadership_setup_failed_count "
+        return sum(int(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+    physical, sealing, before = EmbeddedStore(None), Sealing(), failures()
+    opened = cast("Any", object())
+    sealing.opened = opened  # type: ignore[attr-defined]  # of what a real one has
+    with pytest.raises(SentinelMissing):
+        await standing_by(physical, sealing, Elected())._active(opened, cast("Any", Scope()), cast("Any", None))
+    assert failures() == before + 1
