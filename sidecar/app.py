@@ -17,7 +17,7 @@ import ssl
 import sys
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from consul_backend.clock import SystemClock
@@ -34,7 +34,7 @@ from sidecar.api.client_address import ForwardedFor
 from sidecar.api.front import Front
 from sidecar.api.listening import SocketAccess
 from sidecar.api.proxy_protocol import Behavior, ProxyRule
-from sidecar.api.response_headers import DEFAULT, ResponseHeaders
+from sidecar.api.response_headers import DEFAULT, ResponseHeaders, Sections
 from sidecar.api.server import ApiServer, ServerLimits
 from sidecar.auto_unseal import keep_unsealed
 from sidecar.config import (
@@ -46,6 +46,7 @@ from sidecar.config import (
     SealSettings,
     ServerConfig,
     TransitSealSettings,
+    UnixListener,
     load,
     split_address,
 )
@@ -147,9 +148,9 @@ async def _serve(
         stack.push_async_callback(cluster_listener.close)
         registration = make_registration(config, identity)
         stack.push_async_callback(registration.close)
-        tls = await open_listeners(config, sockets, front, stack)
+        served = await open_listeners(config, sockets, front, stack)
         print_banner(config, physical.kind)
-        loop.add_signal_handler(signal.SIGHUP, reload_settings, config_paths, tls, node.reopen_audit)
+        loop.add_signal_handler(signal.SIGHUP, reload_settings, config_paths, served, node.reopen_audit)
         roles = Roles(
             node,
             physical,
@@ -268,12 +269,21 @@ def shows_in_flight(config: ServerConfig) -> bool:
     return any(rules.unauthenticated_in_flight_request_access for rules in (*config.listeners, *config.unix_listeners))
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A listener at work, with what SIGHUP changes of it."""
+
+    listener: Listener | UnixListener
+    headers: ResponseHeaders
+    tls: ssl.SSLContext | None = None
+
+
 async def open_listeners(
     config: ServerConfig, sockets: OpenSockets, front: Front, stack: contextlib.AsyncExitStack
-) -> list[tuple[Listener, ssl.SSLContext]]:
-    """Serve every API listener; returns the TLS contexts, whose certificates SIGHUP reads again."""
-    contexts = []
-    hostname = socket.gethostname() if config.show_hostname else ""
+) -> list[Served]:
+    """Serve every API listener; returns what SIGHUP reads again of each."""
+    served = []
+    hostname = hostname_shown(config)
     for listener, opened in zip(config.listeners, sockets, strict=True):
         limits = replace(limits_of(listener, hostname), forwarded_for=forwarded_for(listener))
         server = ApiServer(front.handle, limits=limits)
@@ -281,14 +291,21 @@ async def open_listeners(
         tls = None
         if not listener.tls_disable:
             tls = api_tls(listener)
-            contexts.append((listener, tls))
+        served.append(Served(listener, limits.response_headers, tls))
         rule = proxy_rule(listener)
         await server.listen(*split_address(listener.address), tls=tls, proxy=rule, listeners=opened)
     for unix in config.unix_listeners:
-        server = ApiServer(front.handle, limits=limits_of(unix, hostname))
+        limits = limits_of(unix, hostname)
+        served.append(Served(unix, limits.response_headers))
+        server = ApiServer(front.handle, limits=limits)
         stack.push_async_callback(server.close)
         await server.listen_unix(unix.address, SocketAccess(unix.socket_mode, unix.socket_user, unix.socket_group))
-    return contexts
+    return served
+
+
+def hostname_shown(config: ServerConfig) -> str:
+    """The name of this host where every answer has it, else ""."""
+    return socket.gethostname() if config.show_hostname else ""
 
 
 def limits_of(rules: RequestRules, hostname: str = "") -> ServerLimits:
@@ -312,15 +329,16 @@ def limits_of(rules: RequestRules, hostname: str = "") -> ServerLimits:
             hides_cluster_name=rules.redact_cluster_name,
             hides_version=rules.redact_version,
         ),
-        response_headers=_response_headers(rules, hostname),
+        response_headers=ResponseHeaders(header_sections(rules, hostname)),
     )
 
 
-def _response_headers(rules: RequestRules, hostname: str) -> ResponseHeaders | None:
+def header_sections(rules: RequestRules, hostname: str) -> Sections:
+    """What a listener adds to its answers as configured."""
     sections = {name: dict(headers) for name, headers in rules.response_headers.items()}
     if hostname:
         sections.setdefault(DEFAULT, {})["X-Vault-Hostname"] = hostname
-    return ResponseHeaders(sections) if sections else None
+    return sections
 
 
 def proxy_rule(listener: Listener) -> ProxyRule | None:
@@ -384,18 +402,27 @@ def _load_pair(context: ssl.SSLContext, listener: Listener) -> None:
 
 def reload_settings(
     config_paths: tuple[str, ...],
-    contexts: list[tuple[Listener, ssl.SSLContext]],
+    served: Sequence[Served],
     reopen_audit: Callable[[], None],
 ) -> None:
-    """SIGHUP: the audit files, the log level, and the certificates of the API listeners for new connections."""
+    """SIGHUP: the audit files, the log level, and of each API listener its response headers, and its certificates for
+    new connections."""
     print(f"==> {product()} reload triggered", flush=True)
     reopen_audit()
     try:
         if config_paths:
-            set_level(load(config_paths).log_level)
-        for listener, context in contexts:
-            api_tls(listener)  # tried on a context of its own: half a pair would break the one in use
-            _load_pair(context, listener)
+            config = load(config_paths)
+            set_level(config.log_level)
+            every: list[Listener | UnixListener] = [*config.listeners, *config.unix_listeners]
+            rules = {one.address: one for one in every}
+            for one in served:
+                if (again := rules.get(one.listener.address)) is not None:
+                    one.headers.replace(header_sections(again, hostname_shown(config)))
+        for one in served:
+            listener = one.listener
+            if one.tls is not None and isinstance(listener, Listener):
+                api_tls(listener)  # tried on a context of its own: half a pair would break the one in use
+                _load_pair(one.tls, listener)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError, ConfigError a ValueError
         log.error("the reload failed, what was loaded before stays in force: %s", error)
 

@@ -20,13 +20,18 @@ class ResponseHeaders:
     """The headers of one listener."""
 
     def __init__(self, sections: Sections) -> None:
+        self.replace(sections)
+
+    def replace(self, sections: Sections) -> None:
+        """Others from now on."""
         self._sections = sections
         self._of = functools.lru_cache(maxsize=128)(self._merged)
 
     def added(self, status: int, own: CIMultiDict[str]) -> CIMultiDict[str]:
         """``own``, the server's headers of an answer, with those that are configured for its status."""
-        for name, value in self._of(status):
-            own.setdefault(name, value)
+        if self._sections:
+            for name, value in self._of(status):
+                own.setdefault(name, value)
         return own
 
     def _merged(self, status: int) -> tuple[tuple[str, str], ...]:

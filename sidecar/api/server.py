@@ -15,7 +15,7 @@ import ssl
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from aiohttp import HttpVersion10, HttpVersion11, web
@@ -67,7 +67,7 @@ class ServerLimits:
     require_request_header: bool = False
     forwarded_for: ForwardedFor | None = None
     disclosure: Disclosure = USUAL_DISCLOSURE
-    response_headers: ResponseHeaders | None = None
+    response_headers: ResponseHeaders = field(default_factory=lambda: ResponseHeaders({}))
 
 
 Handler = Callable[[HttpRequest], Awaitable[HttpResponse]]
@@ -298,9 +298,7 @@ class ApiServer:
         return self._to_web(HttpResponse(status, body=json_codec.encode(envelopes.errors(texts))))
 
     def _headers(self, answer: HttpResponse) -> CIMultiDict[str]:
-        headers = _own_headers(answer)
-        custom = self._limits.response_headers
-        return headers if custom is None else custom.added(answer.status, headers)
+        return self._limits.response_headers.added(answer.status, _own_headers(answer))
 
 
 def _has_left(request: web.BaseRequest) -> bool:

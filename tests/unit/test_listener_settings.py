@@ -16,7 +16,7 @@ from multidict import CIMultiDict
 from sidecar import app
 from sidecar.api.response_headers import ResponseHeaders
 from sidecar.api.server import ServerLimits
-from sidecar.config import ConfigError, ServerConfig, TelemetrySettings, ineffective, load_text
+from sidecar.config import ConfigError, ServerConfig, TelemetrySettings, ineffective, load, load_text
 from sidecar.core.metrics import Metrics
 from sidecar.pid_file import pid_file
 from sidecar.request.types import Disclosure
@@ -170,12 +170,41 @@ def test_headers_that_are_refused_or_left_to_the_server() -> None:
             config(f"custom_response_headers {{ {bad} }}")
 
 
+async def test_a_sighup_reads_the_headers_of_a_running_listener_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "set_level", lambda _level: None)
+    path = tmp_path / "c.hcl"
+
+    def write(text: str) -> None:
+        path.write_text(
+            f'storage "inmem" {{}}\nlistener "tcp" {{ address = "127.0.0.1:8200"\n tls_disable = true\n{text} }}\n'
+        )
+
+    write('custom_response_headers { "default" = { "X-A" = ["1"] } }')
+    loaded = load([str(path)], {}).listeners[0]
+    rules = app.limits_of(loaded)
+    served = [app.Served(loaded, rules.response_headers)]
+    async with running(limits=rules) as node:
+
+        async def headers() -> tuple[str | None, str | None]:
+            async with node.session.get(f"{node.address}/v1/sys/health") as answer:
+                return answer.headers.get("X-A"), answer.headers.get("X-B")
+
+        assert await headers() == ("1", None)
+        write('custom_response_headers { "2xx" = { "X-B" = ["2"] } }')
+        app.reload_settings((str(path),), served, lambda: None)
+        assert await headers() == (None, "2")
+        write("nonsense = 1")
+        app.reload_settings((str(path),), served, lambda: None)
+        assert await headers() == (None, "2"), "what was loaded before stays"
+
+
 def test_the_host_is_named_where_it_is_asked_for() -> None:
     assert config(top="enable_response_header_hostname = true").show_hostname
     named = app.limits_of(config().listeners[0], socket.gethostname()).response_headers
-    assert named is not None
     assert named.added(204, CIMultiDict())["X-Vault-Hostname"] == socket.gethostname()
-    assert limits("").response_headers is None
+    assert limits("").response_headers.added(200, CIMultiDict()) == CIMultiDict()
     assert ResponseHeaders({}).added(200, CIMultiDict({"a": "b"})) == CIMultiDict({"a": "b"})
 
 
