@@ -371,7 +371,7 @@ def _listener_tls(listener: Listener, api_host: str) -> list[Finding]:
     try:
         api_tls(listener)
     except (OSError, ssl.SSLError) as error:
-        return [Finding(name, FAILURE, f"{listener.tls_cert_file}: {_why(error)}", "the server would not start")]
+        return [Finding(name, FAILURE, _why(error), "the server would not start")]
     found = [_certificate(name, listener.tls_cert_file, api_host)]
     if listener.tls_client_ca_file:
         found.append(_certificate("Check Client CA", listener.tls_client_ca_file))
@@ -419,4 +419,4 @@ def _is_local(host: str) -> bool:
 def _why(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
         return str(error.reason or error)
-    return str(error.strerror if isinstance(error, OSError) else error)
+    return str((isinstance(error, OSError) and error.strerror) or error)
