@@ -7,7 +7,7 @@ and leases are sorted into buckets of time by rounding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -67,17 +67,19 @@ def creation_labels(spec: CreateToken, ttl_s: int) -> dict[str, str]:
     }
 
 
-def token_gauges(shapes: Iterable[TokenShape], cluster: str, values_max: int) -> dict[str, float]:
-    """``token.count`` and what it is made of. A token counts once for each of its policies."""
+def token_gauges(shapes: Mapping[TokenShape, int], cluster: str, values_max: int) -> dict[str, float]:
+    """``token.count`` and what it is made of, from how many tokens have each shape. A token counts once for each of its
+    policies."""
     total = 0
     policies: Counter[str] = Counter()
     methods: Counter[str] = Counter()
     ttls: Counter[str] = Counter()
-    for shape in shapes:
-        total += 1
-        policies.update(shape.policies)
-        methods[shape.method] += 1
-        ttls[shape.ttl] += 1
+    for shape, count in shapes.items():
+        total += count
+        for policy in shape.policies:
+            policies[policy] += count
+        methods[shape.method] += count
+        ttls[shape.ttl] += count
     own = {"cluster": cluster, "namespace": NAMESPACE}
     found = token_total(total, cluster)
     for name, label, counts in (

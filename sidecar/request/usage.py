@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 import msgspec
@@ -37,6 +38,7 @@ TOKENS_MAX = 100_000
 FOLDERS_MAX = 5_000
 """Of one KV mount; one that has more is not counted."""
 _READ_AT_ONCE = 64
+_AT_A_TURN = 1_000
 _FAILURES = (BackendError, PluginError, DecryptionFailed, msgspec.MsgspecError)
 
 Pause = Callable[[], Awaitable[None]]
@@ -64,6 +66,7 @@ class Usage:
         self._gate = gate
         self._pause = pause or _pause
         self._tokens: dict[str, TokenShape] = {}
+        self._shapes: Counter[TokenShape] = Counter()
         self._minutes: dict[int, int] = {}
         self._next_minute = 0
         self._found: dict[str, Mapping[str, float]] = {}
@@ -97,23 +100,50 @@ class Usage:
     # -- tokens: what one is counted by never changes, so that each is read once
 
     async def _of_tokens(self) -> Mapping[str, float]:
-        names = {name for name in await self._list(TOKEN_IDS) if not name.endswith("/")}
+        names = await self._list(TOKEN_IDS)
         if len(names) > TOKENS_MAX:
-            self._tokens.clear()
+            self._tokens, self._shapes = {}, Counter()
             log.info("usage: there are %d tokens; only their number is told", len(names))
             return token_total(len(names), self._cluster)
-        for gone in self._tokens.keys() - names:
-            del self._tokens[gone]
-        unknown = list(names - self._tokens.keys())
+        try:
+            await self._read_new(await self._forget_gone(names))
+        except BaseException:
+            self._tokens, self._shapes = {}, Counter()  # half a pass is none: the next one begins anew
+            raise
+        shapes = dict(self._shapes)
+        return await asyncio.to_thread(token_gauges, shapes, self._cluster, self._settings.label_values_max)
+
+    async def _forget_gone(self, names: list[str]) -> list[str]:
+        """Keep what is known of ``names`` and nothing else; returns those of which nothing is known."""
+        before, kept, unknown = self._tokens, {}, []
+        for number, name in enumerate(names):
+            shape = before.pop(name, None)
+            if shape is not None:
+                kept[name] = shape
+            else:
+                unknown.append(name)
+            if number % _AT_A_TURN == 0:
+                await asyncio.sleep(0)
+        self._tokens = kept
+        for number, shape in enumerate(before.values()):
+            self._shapes[shape] -= 1
+            if not self._shapes[shape]:
+                del self._shapes[shape]
+            if number % _AT_A_TURN == 0:
+                await asyncio.sleep(0)
+        return unknown
+
+    async def _read_new(self, names: list[str]) -> None:
         methods = self._methods()
-        for start in range(0, len(unknown), _READ_AT_ONCE):
-            keys = [TOKEN_IDS + name for name in unknown[start : start + _READ_AT_ONCE]]
+        shared = {shape: shape for shape in self._shapes}
+        for start in range(0, len(names), _READ_AT_ONCE):
+            keys = [TOKEN_IDS + name for name in names[start : start + _READ_AT_ONCE]]
             for raw in await read_many(self._sealed, keys):
                 entry = msgspec.msgpack.decode(raw, type=TokenEntry)
-                self._tokens[entry.id_hash] = _shape(entry, methods)
+                shape = _shape(entry, methods)
+                self._tokens[entry.id_hash] = shape = shared.setdefault(shape, shape)
+                self._shapes[shape] += 1
             await self._pause()
-        shapes = list(self._tokens.values())
-        return await asyncio.to_thread(token_gauges, shapes, self._cluster, self._settings.label_values_max)
 
     def _methods(self) -> list[tuple[str, str]]:
         """(path, type) of every auth method, the longest path first."""

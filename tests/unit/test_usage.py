@@ -64,7 +64,7 @@ def test_creation_ttls_in_steps(ttl_s: int, label: str) -> None:
 
 
 def test_of_the_values_of_a_label_the_most_frequent_are_shown() -> None:
-    shapes = [TokenShape((f"p{number}",), "userpass", "1h") for number in range(9) for _ in range(number + 1)]
+    shapes = {TokenShape((f"p{number}",), "userpass", "1h"): number + 1 for number in range(9)}
     found = token_gauges(shapes, "test", 2)
     assert found[Labelled("token.count", **OWN)] == 45
     shown = {one.labels for one in found if isinstance(one, Labelled) and one.name == "token.count.by_policy"}
@@ -240,3 +240,50 @@ async def test_it_can_be_interrupted_and_switched_off(node: Harness, monkeypatch
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_the_loop_turns_while_known_tokens_are_looked_through(
+    node: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100,000 names in one piece would hold it up for tenths of a second."""
+    monkeypatch.setattr(counting, "_AT_A_TURN", 100)
+    usage, _ = usage_of(node)
+    shape = TokenShape(("app",), "token", "1h")
+    usage._tokens = {str(number): shape for number in range(3000)}
+    usage._shapes[shape] = 3000
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    turning = asyncio.create_task(turn())
+    await asyncio.sleep(0)
+    assert await usage._forget_gone([str(number) for number in range(1000, 4000)]) == [
+        str(number) for number in range(3000, 4000)
+    ]
+    turning.cancel()
+    assert turns >= 40, "30 for the names, 10 for those that are gone"
+    assert (len(usage._tokens), usage._shapes) == (2000, {shape: 2000})
+
+
+async def test_half_a_pass_is_none(node: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    await node.call("POST", "auth/token/create", {"policies": ["app"]})
+    usage, _ = usage_of(node)
+    await usage.count()
+    before = usage.gauges()
+
+    async def failing(_: Any, keys: list[str]) -> list[bytes]:
+        raise backend.Unavailable("gone")
+
+    await node.call("POST", "auth/token/create", {"policies": ["app"]})
+    with monkeypatch.context() as patched:
+        patched.setattr(counting, "read_many", failing)
+        await usage.count()
+    assert {name: count for name, count in usage.gauges().items() if name.startswith("token.")} == {
+        name: count for name, count in before.items() if name.startswith("token.")
+    }
+    await usage.count()
+    assert usage.gauges()[Labelled("token.count", **OWN)] == 3
