@@ -223,7 +223,7 @@ def test_sigkill_of_the_active_loses_no_acknowledged_write(pair: tuple[Cluster, 
     time.sleep(1.0)
     acknowledged = load.finish()
     assert took_s < 8, f"takeover took {took_s:.1f} s"
-    assert len(acknowledged) > 50
+    assert len(acknowledged) > 10
     assert missing(survivor, primary.root_token, "kill", acknowledged) == []
     wait_in_step(primary, secondary)
     victim.start()

@@ -29,7 +29,7 @@ KEY = b"k" * 32
 UUID = "6f2d0b1c-6f6a-4f6e-8f2d-9a1d1f0a3b5c"
 POINTS = st.builds(Point, st.integers(1, 2**20), st.integers(1, 2**INDEX_BITS - 1))
 NAMES = st.binary(min_size=8, max_size=8)
-STATES = st.builds(SessionIndex, st.just(UUID), POINTS, NAMES, POINTS, NAMES, NAMES)
+STATES = st.builds(SessionIndex, st.just(UUID), POINTS, NAMES, POINTS | st.just(Point()), NAMES, NAMES)
 
 
 def as_clients_parse(header: str) -> tuple[str, int, int]:
@@ -63,6 +63,14 @@ def test_a_changed_or_foreign_header_is_refused(state: SessionIndex, data: st.Da
         assert decode(changed, KEY) == state, "hexadecimal digits may change their case, and nothing else"
     except BadSessionIndex:
         return
+
+
+@given(STATES, st.integers(0), st.sampled_from("\n !-_="))
+def test_a_header_has_one_spelling(state: SessionIndex, place: int, foreign: str) -> None:
+    header = encode(state, KEY)
+    place %= len(header)
+    with pytest.raises(BadSessionIndex):
+        decode(header[:place] + foreign + header[place:], KEY)
 
 
 @given(st.text(max_size=200))
