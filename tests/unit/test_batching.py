@@ -75,6 +75,11 @@ def transaction(packing):
     ]
 
 
+def test_what_every_transaction_holds_is_counted_with_the_longest_index() -> None:
+    fixed = [CheckSession(LOCK_KEY, SESSION), CheckIndex(KEY, 2**64 - 1), Cas(KEY, b"", 0)]
+    assert budget().fixed_body_bytes == body_bytes(fixed, LIMITS.prefix_bytes)
+
+
 @given(batches, st.lists(position, min_size=30, max_size=30))
 def test_everything_is_packed_whole_in_order_and_fits(lists, positions):
     pending = deque()

@@ -146,6 +146,28 @@ def test_a_secondary_judges_by_its_position_and_the_fork_point(
     assert judge_replicated(wanted, "b", SetLog("set", HISTORY, here), secondary=True) is verdict
 
 
+@pytest.mark.parametrize(
+    ("fork", "verdict"),
+    [
+        (at("B", 2, 10), Verdict.PRESENT),
+        (at("B", 2, 9), Verdict.LOST),
+        (at("B", 2, 11), Verdict.PRESENT),
+        (None, Verdict.LOST),
+    ],
+)
+def test_of_a_later_promotion_counts_whether_it_had_the_whole_epoch_before(
+    fork: Position | None, verdict: Verdict
+) -> None:
+    """Epoch 2 began with record 10 of its log: whoever had followed up to there has all of epoch 1 that epoch 2 had.
+    Without a known fork nothing is promised."""
+    history: History = (
+        Promotion(1, "e1", generation="A"),
+        Promotion(2, "e2", fork=at("A", 1, 50), generation="B", index=10),
+        Promotion(3, "e3", fork=fork, generation="C", index=5),
+    )
+    assert judge_replicated(seen(1, 5), "b", SetLog("set", history, at("C", 3, 9)), secondary=True) is verdict
+
+
 def test_who_is_in_no_set_cannot_tell() -> None:
     assert judge_replicated(seen(1, 5), "b", None, secondary=False) is Verdict.ELSEWHERE
     assert judge_replicated(seen(1, 5, cluster="b"), "b", None, secondary=False) is Verdict.PRESENT
@@ -166,6 +188,8 @@ def local(number: int, index: int, generation: str, cluster: str = "a") -> Sessi
         (local(2, 81, "B"), OwnLog("a", "B", 80, HISTORY), Verdict.MISSING),
         (local(2, 80, "B"), OwnLog("a", "A", 500, HISTORY[:1]), Verdict.MISSING),
         (local(1, 5, "X"), OwnLog("a", "A", 50), Verdict.ELSEWHERE),
+        (local(2, 5, "X"), OwnLog("a", "A", 50), Verdict.ELSEWHERE),
+        (local(1, 5, "X"), OwnLog("a", "B", 80, HISTORY), Verdict.ELSEWHERE),
     ],
 )
 def test_a_cluster_judges_its_own_log_also_when_it_took_over_an_identity(

@@ -1,5 +1,7 @@
 """The record codec: round trips, and that damage of any kind is seen."""
 
+from hashlib import blake2b
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from consul_backend.position import Position
 from consul_backend.wal import (
     GENESIS_PREV,
     RECORD_VERSION,
+    SEGMENT_RECORDS,
     CorruptRecord,
     Large,
     PartRef,
@@ -53,6 +56,14 @@ FIELDS = {
 
 def build(**changes):
     return Record.build(**(FIELDS | changes))
+
+
+def test_what_stored_logs_are_laid_out_by_does_not_change() -> None:
+    """Another length or digest is another format: it wants another RECORD_VERSION, and code that reads both."""
+    assert (RECORD_VERSION, SEGMENT_RECORDS) == (1, 512)
+    large = Large(b"l" * 16, parts=(PartRef(5, b"c" * 32, "lr"),))
+    raw = build(kind="commit", positions={"dr": Position("set", "g", 2, 40, b"h" * 32)}, large=large).encode()
+    assert (len(raw), blake2b(raw, digest_size=16).hexdigest()) == (335, "be28be87a7eaf55430db1a6e6112daf6")
 
 
 @given(groups, positions, st.integers(1, 2**40), st.integers(0, 2**40))
