@@ -70,7 +70,7 @@ class Brake:
         return deletions > self._allowed.get(COUNTED_CLASS, 0)
 
     def _deletions(self, cls: str) -> int:
-        return max(self._shrink.get(cls, 0), self._counted if cls == COUNTED_CLASS else 0)
+        return max(self._shrink[cls], self._counted if cls == COUNTED_CLASS else 0)
 
     @property
     def on(self) -> bool:

@@ -75,6 +75,20 @@ def transaction(packing):
     ]
 
 
+@pytest.mark.parametrize("malformed", ["r/p/", "r/pq", "r/p", "r//a"])
+def test_a_malformed_key_is_refused_also_when_its_beginning_is_known(malformed):
+    preparer = Preparer("g1", LIMITS)
+    preparer.prepare(Write("r/p/a", b"v"))
+    with pytest.raises(ValueError, match="key"):
+        preparer.prepare(Write(malformed, b"v"))
+
+
+@given(writes)
+def test_a_batch_weighs_what_its_values_do_in_the_data_and_in_the_log(write):
+    size = len(write.value or b"")
+    assert size * 7 // 3 <= batch([write]).size_bytes <= size * 7 // 3 + 1000, "base64 in the one, plain in the other"
+
+
 def test_what_every_transaction_holds_is_counted_with_the_longest_index() -> None:
     fixed = [CheckSession(LOCK_KEY, SESSION), CheckIndex(KEY, 2**64 - 1), Cas(KEY, b"", 0)]
     assert budget().fixed_body_bytes == body_bytes(fixed, LIMITS.prefix_bytes)

@@ -50,6 +50,23 @@ def test_it_is_on_exactly_over_the_allowance(here, there, counted, accepted):
     assert brake.shrink().deletions == (deletions if brake.on else 0)
 
 
+@given(st.integers(0, 500), st.integers(0, 300), st.integers(0, 300))
+def test_what_is_over_the_allowance_is_forbidden(here, accepted, deletions):
+    brake = Brake(STRICT, {"r": here}, {"r": here}, accepted)
+    assert brake.forbids(deletions) is (deletions > STRICT.allows(here) + accepted)
+
+
+def test_a_class_at_its_allowance_is_not_over_it_and_only_the_replicated_one_counts_what_was_found():
+    brake = Brake(STRICT, {"r": 100, "l": 200}, {"r": 90, "l": 100})
+    assert (brake.shrink().deletions, brake.shrink().here, brake.shrink().allowed) == (100, 200, 20)
+    equal = Brake(DeleteAllowance(entries=0, share=0.0), {"r": 5, "l": 5}, {"r": 5, "l": 5})
+    assert not equal.on
+    equal.count()
+    assert (equal.on, equal.shrink().deletions, equal.shrink().here) == (True, 1, 5)
+    local = Brake(STRICT, {"l": 5}, {"l": 5})
+    assert (local.forbids(0), local.forbids(1)) == (False, True), "of a class that is not here nothing may go"
+
+
 def test_progress_counts_entries_and_what_is_left():
     ranges = [Range("r/core"), Range("r/a"), Range("r/b", 2, 1), Range("r/b", 2, 3)]
     filling = Filling(ranges, {"r/core": 1, "r/a": 100, "r/b": 10}, kept=7, started_s=50.0)

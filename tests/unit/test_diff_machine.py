@@ -20,6 +20,11 @@ PARTITIONS = ["r/p", "l/q", "r/ü"]
 sides = st.booleans()
 
 
+def test_a_partition_is_divided_until_a_range_holds_so_many():
+    found = [diffing.depth_for(entries, 16, 5) for entries in (0, 1, 16, 17, 32, 33, 64, 65, 10**6)]
+    assert found == [0, 0, 0, 1, 1, 2, 2, 3, 5]
+
+
 class DiffMachine(RuleBasedStateMachine):
     """``primary`` and ``secondary`` are the oracles: digests by logical key."""
 

@@ -1,5 +1,8 @@
 """What the table says of extents that are known by name, before and after they were read."""
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from consul_backend.extents import CHECKSUM_BYTES, Extent
 from consul_backend.merkle import SUBPAGES
 from consul_backend.merkle_pages import ExtentTable
@@ -68,3 +71,19 @@ def test_checksums_are_known_of_what_is_stored_and_clean():
     table.mark(*P, 0x8001, 7)
     assert table.stored_checksum(*P, 1, 0x8000) is None, "about to be written anew"
     assert list(table.clean_leaves(*P)) == [(1, 0)]
+
+
+@given(
+    st.sets(st.sampled_from([(2, n << 14) for n in range(4)] + [(8, n << 8) for n in range(64)])),
+    st.lists(st.tuples(st.lists(st.integers(0, 0xFFFF), max_size=6), st.integers(1, 9)), max_size=4),
+)
+def test_marking_many_buckets_is_marking_each(stored, marked):
+    each, many = ExtentTable("g1"), ExtentTable("g1")
+    for table in (each, many):
+        table.add_names(*P, sorted(stored))
+    for buckets, index in marked:
+        for bucket in buckets:
+            each.mark(*P, bucket, index)
+        many.mark_all(*P, sorted(buckets), index)
+    assert set(many.dirty_leaves()) == set(each.dirty_leaves())
+    assert many.dirty_count == each.dirty_count == len(list(each.dirty_leaves()))

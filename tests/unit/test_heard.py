@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import msgspec
+import asyncio
+import contextlib
 
+import msgspec
+import pytest
+
+from consul_backend.errors import Unavailable
 from consul_backend.position import Position
 from sidecar.replication.applier import Applier, ApplierOptions
 from sidecar.replication.heard import BEATS_BETWEEN, Heard, HeardKeeper, heard_key, load_heard, resume
@@ -79,6 +84,10 @@ def test_only_news_is_stored() -> None:
     first = keeper._now()
     assert first is not None
     assert keeper._news(first)
+    clock.now_s += 2
+    assert keeper._now() == first, "when it was heard stays, while nothing comes"
+    clock.now_s -= 2
+    assert first.heard_ms == clock.time_ms()
     keeper._stored = first
     assert not keeper._news(first)
     assert keeper._news(replace_head(first, 51)), "a record that is known and not here"
@@ -104,3 +113,50 @@ async def test_what_cannot_be_read_is_left_out() -> None:
     await store.put(heard_key(DR), b"nonsense")
     assert await load_heard(DR, store) is None
     assert heard_key(DR).startswith("c/"), "shipped to nobody, in no root"
+
+
+class Entries(Store):
+    """Entries that cannot be written at first."""
+
+    def __init__(self, refused: int) -> None:
+        super().__init__("eu")
+        self.refused = refused
+        self.kept: dict[str, bytes] = {}
+        self.written = asyncio.Event()
+
+    async def get(self, key: str) -> bytes | None:
+        return self.kept.get(key)
+
+    async def put(self, key: str, value: bytes) -> None:
+        if self.refused:
+            self.refused -= 1
+            raise Unavailable("nobody there")
+        self.kept[key] = value
+        self.written.set()
+
+
+async def test_what_could_not_be_stored_is_stored_next_time_and_read_back() -> None:
+    clock, entries = FakeClock(), Entries(refused=2)
+    follower = applier(clock)
+    follower.upstream.connected, follower.upstream.heard_at_s, follower.upstream.head_index = True, clock.now_s, 50
+    keeper = HeardKeeper(DR, entries, lambda: follower, clock, beat_s=0.0)
+    assert await load_heard(DR, entries) is None
+    follower.upstream.connected = False
+    running = asyncio.create_task(keeper.run())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert entries.refused == 2, "nothing is heard of it"
+    follower.upstream.connected = True
+    await entries.written.wait()
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    assert entries.refused == 0
+    assert await load_heard(DR, entries) == keeper._now()
+
+
+async def test_what_cannot_be_read_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    entries = Entries(refused=0)
+    await entries.put(heard_key(DR), b"junk")
+    assert await load_heard(DR, entries) is None
+    assert "cannot be read" in caplog.text

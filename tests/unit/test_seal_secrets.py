@@ -90,6 +90,17 @@ def test_shares_at_zero_and_at_one_place_are_refused(shares: list[bytes]) -> Non
     assert quorum.progress == 0
 
 
+def test_a_share_is_no_shorter_and_no_longer_than_one_can_be() -> None:
+    for size, refused in ((15, "shorter"), (16, ""), (33, ""), (34, "longer")):
+        quorum = Quorum(SealConfig(3, 2), "n", WORDS)
+        if refused:
+            with pytest.raises(InvalidRequest, match=refused):
+                quorum.give(b"x" * size, "n")
+        else:
+            assert quorum.give(b"x" * size, "n") is None
+        assert quorum.progress == (0 if refused else 1)
+
+
 def test_a_quorum_listens_to_its_nonce_only() -> None:
     key = os.urandom(32)
     shares = split(key, 3, 2, os.urandom)

@@ -69,6 +69,7 @@ def test_what_stored_logs_are_laid_out_by_does_not_change() -> None:
 @given(groups, positions, st.integers(1, 2**40), st.integers(0, 2**40))
 def test_a_record_survives_its_encoding(entries, at, index, epoch):
     record = build(groups=entries, positions=at, index=index, epoch=epoch)
+    assert record.index == index
     found = Record.decode(record.encode(), expect_prev=b"p" * 32)
     assert found.header == record.header
     assert found.chain_hash == record.chain_hash == digest32(record.header_bytes)
