@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,14 @@ async def test_a_lazily_recovered_store_answers_as_an_eager_one(cluster, commits
     assert await store.get(key("nothing/here")) is None
     assert not await store.exists(key("nothing/there"))
     await loaded_check(cluster, store)
+
+
+async def test_an_index_of_just_so_many_entries_is_read_whole(cluster):
+    data = await fill(cluster, 1)
+    entries = len(data) + 1  # and the genesis'
+    for eager, lazy in ((entries, False), (entries - 1, True)):
+        store = await cluster.recover(replace(LAZY, index_eager_keys=eager))
+        assert bool(store.statistics()["index_cold_pages"]) is lazy
 
 
 async def test_roots_are_exact_as_soon_as_what_the_log_changed_is_loaded(cluster):

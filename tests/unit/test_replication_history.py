@@ -327,3 +327,9 @@ async def test_a_promoted_mirror_reports_by_the_log_that_it_mirrored() -> None:
     head = await head_of(mine, PERFORMANCE, 45)
     assert head is not None
     assert (head.records, head.certain) == (2, True)
+
+
+def test_a_promotion_is_stored_and_sent_as_an_array_of_its_fields():
+    """Others read it, of other versions too: fields are added at its end."""
+    raw = msgspec.msgpack.encode(Promotion(2, "e2", 5, None, "B", 7))
+    assert raw == msgspec.msgpack.encode([2, "e2", 5, None, "B", 7])

@@ -108,6 +108,11 @@ def test_omitted_groups_leave_the_chain_hash_alone():
     assert record.writes() == [Write("r/core/a", b"1"), Write("r/core/b", None), Write("l/core/a", b"2")]
 
 
+def test_the_least_that_a_header_may_say_is_read():
+    record = build(index=1, epoch=0, time_ms=0)
+    assert Record.decode(record.encode()).header == record.header
+
+
 def test_a_foreign_body_under_a_true_header_is_seen():
     record, other = build(), build(groups={("r", "core"): [("a", b"X"), ("b", None)], ("l", "core"): [("a", b"2")]})
     forged = Record(record.header, record.header_bytes, record.chain_hash, other.bodies)
