@@ -105,6 +105,7 @@ def document_of(served: Served) -> dict[str, Any]:
     return dict(response.json())
 
 
+@pytest.mark.timeout(300)
 def test_no_operation_breaks_what_the_document_promises(node: Served) -> None:
     problems = []
     asked = operations(document_of(node))

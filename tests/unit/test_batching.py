@@ -203,6 +203,7 @@ def test_malformed_keys_are_refused(name):
 def test_a_key_or_value_no_store_takes_is_refused():
     with pytest.raises(TooLarge, match="as stored"):
         batch([Write("r/core/" + "x" * 17_000, b"")])
+    assert Preparer("g1", LIMITS).prepare(Write("r/core/a", b"v" * 20_000)).value == b"v" * 20_000
     with pytest.raises(TooLarge, match="a value of 20001 bytes, the store takes 20000"):
         batch([Write("r/core/a", b"v" * 20_001)])
 
