@@ -164,8 +164,8 @@ class _Found:
     damage: list[str] = field(default_factory=list)
     heads: dict[tuple[str, str], Heads] = field(default_factory=dict)
     heads_damaged: set[tuple[str, str]] = field(default_factory=set)
-    heads_match: bool = False
-    lazy: bool = False
+    heads_match: bool = field(init=False)
+    lazy: bool = field(init=False)
 
 
 RECENT_RECORDS = 256

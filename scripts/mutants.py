@@ -117,12 +117,14 @@ def places(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
                 yield from places(child)
 
 
-def mutants(source: str) -> Iterator[tuple[int, str, str, ast.Module]]:
-    """Line, text before, text after and the whole module, for each mutant of ``source``."""
+def mutants(source: str) -> Iterator[tuple[int, str, ast.Module]]:
+    """Line, the change in words (of a constant: and what it is part of), and the whole module, for each mutant of
+    ``source``."""
     tree = ast.parse(source)
     for number, (parent, field, position) in enumerate(places(tree)):
         held = getattr(parent, field)
         node = held if position is None else held[position]
+        where = f" in `{_text(parent)}`" if isinstance(node, ast.Constant) else ""
         for changed in changes(node):
             copied = copy.deepcopy(tree)
             parent, field, position = next(place for n, place in enumerate(places(copied)) if n == number)
@@ -131,14 +133,14 @@ def mutants(source: str) -> Iterator[tuple[int, str, str, ast.Module]]:
                 setattr(parent, field, new)
             else:
                 getattr(parent, field)[position] = new
-            yield node.lineno, *_told(node, changed), ast.fix_missing_locations(copied)
+            yield node.lineno, _told(node, changed) + where, ast.fix_missing_locations(copied)
 
 
-def _told(node: ast.AST, changed: ast.AST) -> tuple[str, str]:
+def _told(node: ast.AST, changed: ast.AST) -> str:
     if isinstance(node, ast.Dict) and isinstance(changed, ast.Dict):
         gone = next(n for n, key in enumerate(node.keys) if changed.keys[n : n + 1] != [key])
-        return _text(node.keys[gone] or node), "left out"
-    return _text(node), _text(changed)
+        return f"`{_text(node.keys[gone] or node)}` → `left out`"
+    return f"`{_text(node)}` → `{_text(changed)}`"
 
 
 def _text(node: ast.AST) -> str:
@@ -197,10 +199,10 @@ def check(module: str, arguments: argparse.Namespace, explained: str) -> tuple[i
     if len(every) > arguments.limit:
         every = sorted(random.Random(1).sample(every, arguments.limit), key=lambda mutant: mutant[0])
     survived = new = 0
-    for line, before, after, tree in every:
+    for line, change, tree in every:
         if survives(module, compile(tree, path, "exec"), tests, limit_s):
             survived += 1
-            told = f"`{path.name}`: `{before}` → `{after}`"
+            told = f"`{path.name}`: {change}"
             new += told not in explained
             print(f"  {'explained' if told in explained else 'SURVIVED '} line {line}: {told}", flush=True)
     seconds = time.monotonic() - started

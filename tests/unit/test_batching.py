@@ -26,6 +26,7 @@ from consul_backend.wal import Record, Write, record_key
 SESSION = "0b8f2c1e-1c3d-4b5a-9a77-3f3a7f3a7f3a"
 LIMITS = Limits(ops_max=10, body_bytes_max=20_000, value_bytes_max=20_000, prefix_bytes=9)
 KEY = record_key("g1", 2**40, 512)
+WRITER = "node-" + "x" * 150
 
 values = st.none() | st.integers(0, 1500).map(lambda size: b"v" * size) | st.just(b"v" * 6000)
 writes = st.builds(
@@ -45,7 +46,7 @@ position = st.none() | st.builds(
 
 
 def budget(limits=LIMITS):
-    return Budget(limits, session=SESSION, record_key=KEY, writer="node")
+    return Budget(limits, session=SESSION, record_key=KEY, writer=WRITER)
 
 
 def batch(entries, limits=LIMITS, positions=None):
@@ -58,7 +59,7 @@ def transaction(packing):
         index=2**63 - 1,
         prev_hash=b"p" * 32,
         epoch=2**63 - 1,
-        writer="node",
+        writer=WRITER,
         batch_id=b"b" * 16,
         time_ms=2**63 - 1,
         kind="genesis",
@@ -140,7 +141,7 @@ def transaction_of(made):
         Limits(ops_max=10**6, body_bytes_max=10**9, value_bytes_max=10**9, prefix_bytes=9),
         session=SESSION,
         record_key=KEY,
-        writer="node",
+        writer=WRITER,
     )
     packing = Packing(loose, {})
     assert all(packing.add(each) for each in made)

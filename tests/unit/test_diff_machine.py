@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from consul_backend.merkle import Forest
+from consul_backend.merkle import Forest, entry_digest
 from sidecar.replication import diff as diffing
 from sidecar.replication import protocol as wire
 from sidecar.replication.diff import SyncPlan, compare, diff_request, differing_entries, dropped_keys, range_of
@@ -23,6 +23,17 @@ sides = st.booleans()
 def test_a_partition_is_divided_until_a_range_holds_so_many():
     found = [diffing.depth_for(entries, 16, 5) for entries in (0, 1, 16, 17, 32, 33, 64, 65, 10**6)]
     assert found == [0, 0, 0, 1, 1, 2, 2, 3, 5]
+
+
+def test_both_ends_of_any_version_compute_the_same_fingerprints():
+    forest = Forest()
+    for number in range(600):
+        forest.change("r", "p", f"k{number}", entry_digest(f"r/p/k{number}", b"v"))
+    shipped = Shipped(forest, DR.classes)
+    found = [diffing.fingerprint(b"s" * 16, shipped, diffing.Range("r/p", depth, 1)).hex() for depth in (1, 8, 9)]
+    assert found == ["c03d86e80f7a8415", "e66338d525c0214f", "d946b68e46ee23fe"], (
+        "of several pages, one, and half of one"
+    )
 
 
 class DiffMachine(RuleBasedStateMachine):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consul_backend.batching import Preparer
+from consul_backend.batching import GROUP_FRAME_BYTES, Preparer
 from consul_backend.errors import TooLarge
 from consul_backend.large_batch import (
     START,
@@ -107,6 +107,14 @@ def test_a_value_larger_than_every_part_goes_on_and_on():
         assert replay.feed(record) == []
     with pytest.raises(TooLarge, match="name alone"):
         next_part(prepared([Write("r/p/" + "n" * 500, b"")]), START, 400)
+
+
+def test_what_just_fits_is_no_piece():
+    (entry,) = entries = prepared([Write("r/p/a", b"v" * 300)])
+    size = entry.record_bytes + GROUP_FRAME_BYTES + len("p")
+    whole, cut = next_part(entries, START, size), next_part(entries, START, size - 1)
+    assert (whole.after, whole.groups[entry.group]) == ((1, 0), [("a", b"v" * 300)])
+    assert (cut.after, cut.groups[entry.group]) == ((0, 299), [("a", b"v" * 299)])
 
 
 def test_parts_that_do_not_fit_together_are_refused():
