@@ -40,8 +40,9 @@ writes = st.builds(
     values,
 )
 batches = st.lists(st.lists(writes, min_size=1, max_size=4), max_size=30)
-position = st.none() | st.builds(
-    lambda size: {"performance": Position("s" * size, "g", 1, 2, b"h" * 32)}, st.integers(0, 30)
+position = st.none() | st.dictionaries(
+    st.sampled_from(["performance", "dr"]),
+    st.builds(lambda size: Position("s" * size, "g", 1, 2, b"h" * 32), st.integers(0, 30)),
 )
 
 
@@ -68,6 +69,8 @@ def transaction(packing):
     )
     raw = record.encode()
     assert len(raw) <= packing.record_bytes, "the record's size is an upper bound"
+    groups = len({entry.group for entry in packing.entries.values()})
+    assert packing.record_bytes <= len(raw) + 400 + 80 * groups + 20 * len(packing.entries), "and not far above"
     return [
         CheckSession(LOCK_KEY, SESSION),
         CheckIndex(KEY, 2**64 - 1),
@@ -115,10 +118,12 @@ def test_everything_is_packed_whole_in_order_and_fits(lists, positions):
         state |= {name: entry.value for name, entry in packing.entries.items()}
         current = packing.positions
     assert packed == expected
-    folded = {}
+    folded, newest = {}, {}
     for made in expected:
+        newest |= made.positions or {}
         folded |= {name: entry.value for name, entry in made.writes.items()}
     assert state == folded
+    assert current == newest, "each mode's newest position goes along"
 
 
 @given(batches)

@@ -15,7 +15,7 @@ from consul_backend.physical import EPOCH_KEY, LOCK_KEY
 from consul_backend.recovery import CASES, Action, Facts, classify
 from consul_backend.replicated import StoreOptions
 from consul_backend.txn import Cas, CheckIndex, CheckSession, Delete, DeleteTree, Set
-from consul_backend.wal import Record, Write, record_key
+from consul_backend.wal import Record, Write, record_key, segment_prefix
 from tests.support.store import GENERATION, PARTITION, key, memory_cluster
 
 OPTIONS = StoreOptions(
@@ -411,6 +411,22 @@ async def test_an_older_checkpoint_put_back_is_seen(cluster):
     await damage(cluster, [Set(checkpoint_key(GENERATION), older)])
     with pytest.raises(Corrupt, match="generation g1"):
         await cluster.recover(OPTIONS)
+
+
+async def test_a_log_that_begins_just_where_recovery_begins_to_read_is_enough(cluster):
+    async with fill(cluster, 40) as store:
+        await store.flush()
+        for number in range(OPTIONS.segment_records):
+            if store._flusher.checkpoint.scan_from % OPTIONS.segment_records:
+                await store.commit([Write(key(f"n{number}"), b"1")])
+                await store.flush()
+        checkpoint = store._flusher.checkpoint
+        await store.commit([Write(key("late"), b"1")])
+    first, behind = divmod(checkpoint.scan_from, OPTIONS.segment_records)
+    assert (first > 1, behind) == (True, 0)
+    await damage(cluster, [DeleteTree(segment_prefix(GENERATION, segment)) for segment in range(first)])
+    again = await cluster.recover(OPTIONS)
+    await cluster.check(again, whole_log=False)
 
 
 async def test_a_log_cut_below_the_redo_point_is_refused(cluster):
