@@ -136,6 +136,9 @@ class Delivery:
         found = await self._find_own(sent)
         if found is not None:
             return found
+        if fence and CHAIN_OP in failed:
+            # The record before it is gone too: put back with the whole store, or collected. Ours may have stood there.
+            raise OutcomeUnknown(f"record {sent.record.index} may have been written: the one before it is gone since")
         if fence:
             raise FenceLost(_FENCED)
         raise StoreWentBack(

@@ -11,7 +11,8 @@ acknowledged                                index, cache and head advance, then 
 answer lost                                 the identical transaction again, for ``resolve_timeout_s``: chain and
                                             ``cas 0`` let at most one land; then the record is read, consistently
 refused by the fence                        NotApplied to its callers; :class:`FenceLost` from :meth:`GroupCommit.run`.
-                                            After that refusal no earlier attempt can land: a session serves one tenure
+                                            After that refusal no earlier attempt can land: a session serves one tenure.
+                                            Unknown where an answer was lost and by now the chain is refused as well
 refused by chain or record                  the record is read: byte for byte ours → it had landed; else StoreWentBack
 refused otherwise (rights, size)            each batch alone under the same index, so one bad batch fails alone; a size
                                             that the server refused is learnt first, and batches are packed anew

@@ -230,6 +230,28 @@ async def test_a_store_that_went_back_after_a_lost_answer_leaves_the_outcome_unk
     assert isinstance(outcomes[0], OutcomeUnknown)
 
 
+async def test_deposed_and_put_back_after_a_lost_answer_leaves_the_outcome_unknown(cluster):
+    """It was applied, and others may have heard of it, before an old snapshot took it and the session away."""
+    store = await cluster.recover(QUIET)
+    newest, own = (record_key(GENERATION, store.head.index + ahead, 8) for ahead in (0, 1))
+    restoring = []
+
+    async def restore():
+        await cluster.depose()
+        await cluster.inner.txn([Delete(own), Delete(newest)])
+
+    def fault(ops):
+        if not restoring and isinstance(ops[-1], Cas):
+            restoring.append(asyncio.get_running_loop().create_task(restore()))
+            return "lose-after"
+        return None
+
+    cluster.physical.fault = fault
+    outcomes, ended = await ending(store, [Write(key("a"), b"1")])
+    assert isinstance(ended, OutcomeUnknown)
+    assert isinstance(outcomes[0], OutcomeUnknown)
+
+
 async def test_a_foreign_record_at_our_index_stops_everything(cluster):
     store = await cluster.recover(QUIET)
     await cluster.inner.txn([Cas(record_key(GENERATION, store.head.index + 1, 8), b"foreign", 0)])
