@@ -152,7 +152,7 @@ class Port:
             response = await entry.purpose.handler(request)  # type: ignore[arg-type]  # the part of one that is read
             if isinstance(response, web.Response):
                 raw = response.body
-                await channel.send(("status", response.status, bytes(raw) if isinstance(raw, bytes) else b""))
+                await channel.send(("whole", response.status, bytes(raw) if isinstance(raw, bytes) else b""))
                 await channel.close("done")
         except (ChannelClosed, ConnectionError, BackendError):
             connection.abort(by=channel)  # as aiohttp does with a handler that failed, once it has begun to answer
@@ -171,6 +171,11 @@ async def accept_websocket(request: Request) -> Channel:
 
 
 # ---- the dialling side
+
+
+async def _whole(body: bytes) -> AsyncIterator[bytes]:
+    """The pieces of an answer that came at once."""
+    yield body
 
 
 def make_client(links: Links) -> type:
@@ -216,10 +221,11 @@ def make_client(links: Links) -> type:
                 try:
                     await channel.send(("POST", path, body))
                     async with asyncio.timeout(idle_timeout_s):
-                        _, status, _ = await channel.recv()
+                        kind, status, body = await channel.recv()
                 except (ChannelClosed, TimeoutError) as error:
                     raise PeerOutcomeUnknown(f"{self.address}: {error}") from None
-                yield PeerStream(status, self._pieces(channel, idle_timeout_s))
+                pieces = _whole(body) if kind == "whole" else self._pieces(channel, idle_timeout_s)
+                yield PeerStream(status, pieces)
             finally:
                 await channel.close("done")
 
