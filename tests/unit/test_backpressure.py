@@ -177,7 +177,7 @@ async def test_a_large_batch_is_voided_at_its_deadline_unless_its_commit_record_
         cluster.physical.fault = held
         batch = [Write(key(f"b{n}"), b"v" * 100) for n in range(3000)]
         with pytest.raises((DeadlinePassed, OutcomeUnknown)) as caught:
-            await in_time(0.3, store.commit(batch))
+            await in_time(2.0, store.commit(batch))  # all its parts are written in that time, on a busy machine too
         cluster.physical.fault = lambda ops: None
         cluster.physical.gate.set()
         await store.commit([Write(key("other"), b"1")])
