@@ -187,9 +187,10 @@ async def one_row(clients: list[Client], texts: Iterator[bytes], arguments: argp
     if arguments.profile:
         profile = cProfile.Profile()
         profile.enable()
-        await batch()
+        for _ in range(arguments.batches):
+            await batch()
         profile.disable()
-        show(profile, len(clients) * arguments.times)
+        show(profile, len(clients) * arguments.times * arguments.batches)
     took = []
     for _ in range(arguments.batches):
         before = time.process_time()

@@ -61,6 +61,9 @@ class FieldType(enum.Enum):
     MAP = "map"
     ANY = "any"
 
+    # As in Operation: there is one object of each, and every field of every request looks its type up.
+    __hash__ = object.__hash__
+
 
 _ZERO: Mapping[FieldType, Callable[[], Any]] = {
     FieldType.STRING: str,
@@ -224,7 +227,8 @@ def _fields(path: Path, data: Mapping[str, Any], captured: Mapping[str, str]) ->
     sent = {}
     for name, spec in specs.items():
         if name in captured:
-            sent[name] = converted(name, spec, captured[name])
+            text = captured[name]
+            sent[name] = text if spec.type is FieldType.STRING else converted(name, spec, text)
         elif name in data:
             sent[name] = converted(name, spec, data[name])
     return Fields(specs, sent)

@@ -28,6 +28,7 @@ from sidecar.api.client_address import HEADER, AddressRefused, ForwardedFor
 from sidecar.api.connection import SERVER_NAME, Connection, Server, Times
 from sidecar.api.listening import Listening, SocketAccess
 from sidecar.api.patience import patience
+from sidecar.api.plain_answer import PlainAnswer, is_plain
 from sidecar.api.proxy_protocol import ProxyRule
 from sidecar.api.response_headers import ResponseHeaders
 from sidecar.api.sockets import listening_sockets
@@ -165,6 +166,9 @@ class ApiServer:
                 answer = await self._handler(message)
             if answer.stream is not None:
                 return await self._streamed(request, answer, answer.stream)
+            if self._limits.response_headers is None and not answer.headers:
+                if is_plain(request, answer.status, answer.body):
+                    return PlainAnswer(answer.status, _plain_head(answer.status), answer.body)
             return self._to_web(answer)
         except paths.PathRefused as refused:
             return self._error(400, *refused.args)
@@ -345,6 +349,13 @@ def _own_headers(answer: HttpResponse) -> CIMultiDict[str]:
         headers.setdefault(name, value)
     headers["Server"] = SERVER_NAME
     return headers
+
+
+@functools.lru_cache(maxsize=64)
+def _plain_head(status: int) -> bytes:
+    """Status line and headers of an answer that has none of its own."""
+    lines = [f"HTTP/1.1 {status} {_reason(status)}", *(f"{name}: {value}" for name, value in _ALWAYS.items()), ""]
+    return "\r\n".join(lines).encode()
 
 
 @functools.cache

@@ -218,6 +218,8 @@ class EngineBackend:
         )
 
     def _allowed_headers(self, response: Response) -> dict[str, str]:
+        if not response.headers:
+            return {}
         allowed = {name.lower() for name in self.entry.config.allowed_response_headers}
         return {name: value for name, value in response.headers.items() if name.lower() in allowed}
 
@@ -233,8 +235,10 @@ def _token_type(of_mount: str, of_login: str) -> str:
 _NEVER_PASSED = ("authorization", "cookie", "proxy-authorization")
 
 
-def _passed_headers(wanted: Iterable[str], headers: Mapping[str, str]) -> dict[str, str]:
+def _passed_headers(wanted: Collection[str], headers: Mapping[str, str]) -> dict[str, str]:
     """The headers of a request that a mount may see. What proves who the caller is never reaches an engine."""
+    if not wanted:
+        return {}
     names = [name.lower() for name in wanted]
     passed = [name for name in names if name not in _NEVER_PASSED and not name.startswith("x-vault-")]
     return {name: headers[name] for name in passed if name in headers}

@@ -7,6 +7,7 @@ through to the caller together with the identity that the call carries by then.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -166,9 +167,14 @@ class Pipeline:
 
 
 async def _routed(call: Call, match: Match[Backend]) -> Answer | None:
-    """By the mount's name, which an operator chose: there are as many series as mounts."""
-    with METRICS.timer(f"route.{call.operation.value}.{match.mount.replace('/', '-')}"):
+    with METRICS.timer(_routed_as(call.operation, match.mount)):
         return await match.target.handle(call, match.rest)
+
+
+@functools.lru_cache(maxsize=4096)
+def _routed_as(operation: Operation, mount: str) -> str:
+    """By the mount's name, which an operator chose: there are as many series as mounts."""
+    return f"route.{operation.value}.{mount.replace('/', '-')}"
 
 
 def _help(match: Match[Backend]) -> Answer:
