@@ -28,7 +28,7 @@ from sidecar.api.client_address import HEADER, AddressRefused, ForwardedFor
 from sidecar.api.connection import SERVER_NAME, Connection, Server, Times
 from sidecar.api.listening import Listening, SocketAccess
 from sidecar.api.patience import patience
-from sidecar.api.plain_answer import PlainAnswer, is_plain
+from sidecar.api.plain_answer import plain_answer
 from sidecar.api.proxy_protocol import ProxyRule
 from sidecar.api.response_headers import ResponseHeaders
 from sidecar.api.sockets import listening_sockets
@@ -166,9 +166,8 @@ class ApiServer:
                 answer = await self._handler(message)
             if answer.stream is not None:
                 return await self._streamed(request, answer, answer.stream)
-            if self._limits.response_headers is None and not answer.headers:
-                if is_plain(request, answer.status, answer.body):
-                    return PlainAnswer(answer.status, _plain_head(answer.status), answer.body)
+            if self._limits.response_headers is None and (plain := plain_answer(request, answer, _plain_head)):
+                return plain
             return self._to_web(answer)
         except paths.PathRefused as refused:
             return self._error(400, *refused.args)
