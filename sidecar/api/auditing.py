@@ -7,10 +7,13 @@ are about to leave, so that what an entry says and what a client got cannot diff
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from plugin_api.formats import format_time
 from sidecar.api.decoding import client_token
@@ -42,6 +45,8 @@ NEVER = frozenset(
         "sys/unseal",
     }
 )
+# What both entries say of the mount.
+_ABOUT = ("mount_point", "mount_type", "mount_accessor", "mount_class")
 _NEVER_BELOW = "sys/rekey-recovery-key/"
 _THREAD_BYTES_MIN = 16 * 1024
 _OPERATIONS = {
@@ -85,8 +90,8 @@ class Auditor:
         if _is_exempt(call.path):
             return
         call.audited = False
-        fields = _of_call(call) | self._headers(call.headers)
-        await self._broker.write(self._record(fields, call, size_bytes=call.body_bytes))
+        call.record = self._record(_of_call(call) | self._headers(call.headers), call, size_bytes=call.body_bytes)
+        await self._broker.write(call.record)
         call.audited = True
 
     async def response(self, exchange: Exchange, response: HttpResponse) -> None:
@@ -98,15 +103,25 @@ class Auditor:
         if call is not None and call.audited is False:
             raise AuditFailed  # the answer is that very refusal; trying again would only take as long again
         shown, status, error = await _shown(response)
-        fields = _of_call(call) if call is not None else _of_request(exchange)
-        fields |= self._headers(exchange.request.headers)
         size_bytes = (call.body_bytes if call is not None else 0) + len(response.body)
-        record = self._record(fields, call, response=shown, status=status, error=error, size_bytes=size_bytes)
-        if call is None or call.audited is None:
-            await self._broker.write(
-                self._record(fields, call, status=status, error=error, size_bytes=size_bytes),
+        request = call.record if call is not None else None
+        if request is None:
+            fields = _of_call(call) if call is not None else _of_request(exchange)
+            fields |= self._headers(exchange.request.headers)
+            request = self._record(fields, call, status=status, error=error, size_bytes=size_bytes)
+            await self._broker.write(request)
+        about = {name: request.request[name] for name in _ABOUT if name in request.request}
+        shown = {**about, "mount_running_plugin_version": request.request["mount_running_version"], **shown}
+        await self._broker.write(
+            request.answered(
+                format_time(self._now()),
+                shown,
+                auth=shown.get("auth"),
+                status=status,
+                error=error,
+                size_bytes=size_bytes,
             )
-        await self._broker.write(record)
+        )
 
     def _headers(self, sent: Mapping[str, str]) -> dict[str, Any]:
         """Those of the request's headers that operators want in the log."""
@@ -115,14 +130,7 @@ class Auditor:
         return {"headers": found} if found else {}
 
     def _record(
-        self,
-        request: dict[str, Any],
-        call: Call | None,
-        *,
-        response: dict[str, Any] | None = None,
-        status: int = 200,
-        error: str = "",
-        size_bytes: int = 0,
+        self, request: dict[str, Any], call: Call | None, *, status: int = 200, error: str = "", size_bytes: int
     ) -> Record:
         auth = None
         if call is not None and call.identity is not None:
@@ -133,14 +141,10 @@ class Auditor:
         if entry is not None:
             kind = "auth" if entry.table == AUTH else "secret"
             about |= {"mount_type": entry.type, "mount_accessor": entry.accessor, "mount_class": kind}
-        if response is not None:
-            response = {**about, "mount_running_plugin_version": running, **response}
-            auth = auth or response.get("auth")
         return Record(
             time=format_time(self._now()),
             request={**request, **about, "mount_running_version": running},
             auth=auth,
-            response=response,
             status=status,
             error=error,
             clear_request=frozenset(entry.config.audit_non_hmac_request_keys) if entry else frozenset(),
@@ -199,9 +203,14 @@ def _auth(identity: Identity) -> dict[str, Any]:
             "remaining_uses": entry.num_uses,
             "token_type": entry.type,
             "token_ttl": entry.ttl_s,
-            "token_issue_time": format_time(entry.created_s),
+            "token_issue_time": _issued(entry.created_s),
         }
     return fields
+
+
+@functools.lru_cache(maxsize=1024)
+def _issued(created_s: int) -> str:
+    return format_time(created_s)
 
 
 def _policy_results(call: Call, identity: Identity) -> dict[str, Any]:
@@ -215,13 +224,21 @@ def _policy_results(call: Call, identity: Identity) -> dict[str, Any]:
     return {"policy_results": {"allowed": True, "granting_policies": named}}
 
 
+def _loaded(body: bytes) -> Any:
+    """Raises ValueError."""
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:  # there are numbers that only the slower decoder can read
+        return json.loads(body)
+
+
 async def _shown(response: HttpResponse) -> tuple[dict[str, Any], int, str]:
     """The members of a response entry, the status where it is an error's (else 200), and the error's text."""
     if not response.body.strip():
         return {}, 200 if response.status < 400 else response.status, ""
     large = len(response.body) >= _THREAD_BYTES_MIN
     try:
-        body = await asyncio.to_thread(json.loads, response.body) if large else json.loads(response.body)
+        body = await asyncio.to_thread(_loaded, response.body) if large else _loaded(response.body)
     except ValueError:
         body = None
     if not isinstance(body, dict):

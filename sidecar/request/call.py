@@ -10,6 +10,7 @@ import msgspec
 
 from plugin_api.description import PathDescription
 from plugin_api.request import Caller, Operation
+from sidecar.core.audit.entries import Record
 from sidecar.core.policies import ACL
 from sidecar.core.token_entry import TokenEntry
 from sidecar.core.wrapping import WrapInfo
@@ -46,6 +47,7 @@ class Call(msgspec.Struct):
     set once the token was checked, also when the request is refused later. ``headers`` are compared without case.
     ``wrap_ttl_s`` is what the client asked
     for, 0 for no wrapping. ``audited``: whether the request was entered in the audit log; None while nobody tried.
+    ``record`` is what was entered.
     ``stale``: replicated data here is older than what the session has seen, so only the primary may answer.
     ``allowed``: what the caller's policies say, None where they were not asked."""
 
@@ -63,6 +65,7 @@ class Call(msgspec.Struct):
     body_bytes: int = 0
     headers: Mapping[str, str] = msgspec.field(default_factory=dict)
     audited: bool | None = None
+    record: Record | None = None
     stale: bool = False
     allowed: bool | None = None
 

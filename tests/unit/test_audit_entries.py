@@ -116,6 +116,23 @@ def test_a_response_entry_hashes_data_login_and_wrapping() -> None:
     }
 
 
+def test_the_answers_entry_repeats_the_requests_on_each_device_in_its_own_form() -> None:
+    other = Formatting(Hasher(b"another salt" * 2), hmac_accessor=False)
+    request = RECORD
+    asked = [json.loads(format_line(request, how)) for how in (HOW, other)]
+    answer = request.answered("later", {"data": {"v": "x"}}, auth=None, status=200, error="", size_bytes=0)
+    answered = [json.loads(format_line(answer, how)) for how in (HOW, other)]
+    assert [one["request"] for one in answered] == [one["request"] for one in asked]
+    assert [one.get("auth") for one in answered] == [one.get("auth") for one in asked]
+    assert answered[0]["request"] != answered[1]["request"]
+    assert [one["time"] for one in answered] == ["later"] * 2
+    # The request of a login has no auth of its own: its answer has the new token's.
+    login = replace(RECORD, auth=None)
+    format_line(login, HOW)
+    new = login.answered("later", {}, auth={"client_token": "new"}, status=200, error="", size_bytes=0)
+    assert json.loads(format_line(new, HOW))["auth"]["client_token"] == HOW.hasher.text("new")
+
+
 def test_accessors_stay_clear_where_the_device_wants_it() -> None:
     how = Formatting(Hasher(SALT), hmac_accessor=False)
     got = entry(replace(RECORD, response={"data": {"accessor": "acc-2", "other": "acc-2"}}), how)

@@ -46,13 +46,13 @@ class Formatting:
     prefix: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """One event, in clear. The members of ``auth``, ``request`` and ``response`` are named as in the entry; those that
     must be hashed are known by name. ``response`` None makes a request entry. ``status`` 400 and above says that the
     request was refused, ``error`` with which text. ``clear_request`` and ``clear_response`` name the members of data
     that the mount leaves in clear, ``hashed_headers`` the request headers whose values are hashed. ``size_bytes``
-    tells how much work it is to format."""
+    tells how much work it is to format. ``asked`` is what was formatted of the request: see :meth:`answered`."""
 
     time: str
     request: Fields = field(repr=False)
@@ -64,19 +64,62 @@ class Record:
     clear_response: Set[str] = frozenset()
     hashed_headers: Set[str] = frozenset()
     size_bytes: int = 0
+    asked: list[Asked] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def answered(
+        self, time: str, response: Fields, *, auth: Fields | None, status: int, error: str, size_bytes: int
+    ) -> Record:
+        """The answer to this request. Its entry repeats the request's, which is hashed and encoded once for both."""
+        record = Record(
+            time,
+            self.request,
+            self.auth or auth,
+            response,
+            status,
+            error,
+            self.clear_request,
+            self.clear_response,
+            self.hashed_headers,
+            size_bytes,
+        )
+        record.asked = self.asked
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who asked, and for what, as the entries of one device have it: JSON texts."""
+
+    how: Formatting
+    auth: Fields | None = field(repr=False)
+    auth_text: str
+    request_text: str
 
 
 def format_line(record: Record, how: Formatting) -> bytes:
     """The line of ``record`` on one device, with its newline."""
-    entry: dict[str, Any] = {"time": record.time, "type": "request" if record.response is None else "response"}
-    entry["auth"] = _auth(record.auth, how)
-    entry["request"] = _request(record, how)
-    if record.response is not None:
-        entry["response"] = _response(record, record.response, how)
+    asked = _asked(record, how)
+    parts = [f'"time":{_text(record.time)},"type":"{"request" if record.response is None else "response"}"']
+    if asked.auth_text:
+        parts.append(f'"auth":{asked.auth_text}')
+    parts.append(f'"request":{asked.request_text}')
+    if record.response is not None and (response := _response(record, record.response, how)):
+        parts.append(f'"response":{_text(response)}')
     if record.status >= 400:
         # An error's text may repeat what the client sent: it is hashed as data of the response.
-        entry["error"] = record.error if how.raw and record.error else refusal_phrase(record.status)
-    return _line({name: value for name, value in entry.items() if name == "request" or value}, how.prefix)
+        parts.append(f'"error":{_text(record.error if how.raw and record.error else refusal_phrase(record.status))}')
+    return f"{how.prefix}{{{','.join(parts)}}}\n".encode()
+
+
+def _asked(record: Record, how: Formatting) -> Asked:
+    for made in record.asked:
+        if made.how is how and made.auth is record.auth:
+            return made
+    hashes: dict[str, str] = {}  # token and accessor stand in both
+    auth = _auth(record.auth, how, hashes)
+    made = Asked(how, record.auth, _text(auth) if auth else "", _text(_request(record, how, hashes)))
+    record.asked.append(made)
+    return made
 
 
 def refusal_phrase(status: int) -> str:
@@ -88,19 +131,20 @@ def refusal_phrase(status: int) -> str:
 def format_test(time: str, request_id: str, prefix: str) -> bytes:
     """The line that a new device must take before it is enabled."""
     request = {"id": request_id, "operation": "update", "namespace": _ROOT_NAMESPACE, "path": "sys/audit/test"}
-    return _line({"time": time, "type": "request", "auth": {"token_type": "default"}, "request": request}, prefix)
+    line = _text({"time": time, "type": "request", "auth": {"token_type": "default"}, "request": request})
+    return f"{prefix}{line}\n".encode()
 
 
-def _auth(auth: Fields | None, how: Formatting) -> dict[str, Any]:
+def _auth(auth: Fields | None, how: Formatting, hashes: dict[str, str]) -> dict[str, Any]:
     if auth is None:
         return {}
-    return _present({**auth, **_secrets(auth, how, ("client_token",), ("accessor",))})
+    return _present({**auth, **_secrets(auth, how, ("client_token",), ("accessor",), hashes)})
 
 
-def _request(record: Record, how: Formatting) -> dict[str, Any]:
+def _request(record: Record, how: Formatting, hashes: dict[str, str]) -> dict[str, Any]:
     request = dict(record.request)
     request["namespace"] = _ROOT_NAMESPACE
-    request |= _secrets(request, how, ("client_token",), ("client_token_accessor",))
+    request |= _secrets(request, how, ("client_token",), ("client_token_accessor",), hashes)
     token = record.request.get("client_token", "")
     if token and not how.raw and token in request["path"]:
         request["path"] = request["path"].replace(token, request["client_token"])
@@ -124,20 +168,28 @@ def _response(record: Record, response: Fields, how: Formatting) -> dict[str, An
     shown["data"] = _data(data, how, record.clear_response)
     if data and not how.hmac_accessor and isinstance(data.get("accessor"), str):
         shown["data"]["accessor"] = data["accessor"]
-    shown["auth"] = _auth(response.get("auth"), how)
+    shown["auth"] = _auth(response.get("auth"), how, {})
     wrapping = response.get("wrap_info")
     if wrapping:
-        hashed = _secrets(wrapping, how, ("token",), ("accessor", "wrapped_accessor"))
+        hashed = _secrets(wrapping, how, ("token",), ("accessor", "wrapped_accessor"), {})
         shown["wrap_info"] = _present({**wrapping, **hashed})
     return _present(shown)
 
 
-def _secrets(fields: Fields, how: Formatting, tokens: tuple[str, ...], accessors: tuple[str, ...]) -> dict[str, str]:
-    """Those of the named members that are there, hashed as the device wants it."""
+def _secrets(
+    fields: Fields, how: Formatting, tokens: tuple[str, ...], accessors: tuple[str, ...], hashes: dict[str, str]
+) -> dict[str, str]:
+    """Those of the named members that are there, hashed as the device wants it. ``hashes`` are those known already."""
     if how.raw:
         return {}
-    names = tokens + accessors if how.hmac_accessor else tokens
-    return {name: how.hasher.text(fields[name]) for name in names if fields.get(name)}
+    hashed = {}
+    for name in tokens + accessors if how.hmac_accessor else tokens:
+        text = fields.get(name)
+        if text:
+            if text not in hashes:
+                hashes[text] = how.hasher.text(text)
+            hashed[name] = hashes[text]
+    return hashed
 
 
 def _data(data: Fields | None, how: Formatting, clear: Set[str]) -> dict[str, Any]:
@@ -163,12 +215,16 @@ def _present(fields: Fields) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value or value is False}
 
 
-def _line(entry: Fields, prefix: str) -> bytes:
+def _text(value: Any) -> str:
+    """As inert JSON."""
     try:
-        text = _encode(entry).decode()
+        text = _encode(value).decode()
     except (OverflowError, UnicodeEncodeError):  # numbers and surrogates that only the slower encoder can write
         text = ""
     if not text or not text.isascii():
-        text = _ENCODER.encode(entry)
-    inert = _ACTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-    return f"{prefix}{inert}\n".encode()
+        text = _ENCODER.encode(value)
+    return _ACTIVE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
