@@ -56,13 +56,16 @@ class Connection(asyncio.Protocol):
         self._head_bytes = self._body_bytes = self._body_bytes_max = 0
         self._idle_since_s = 0.0
 
-    async def request(self, text: bytes, answer_bytes_max: int) -> tuple[int, bytes]:
-        """Status and body of the answer to ``text``. Raises NoAnswer, TooBig. Cancelled or failed, it is closed."""
+    async def request(self, text: bytes, answer_bytes_max: int, deadline_s: float) -> tuple[int, bytes]:
+        """Status and body of the answer to ``text``, which must come until ``deadline_s`` in the loop's time. Raises
+        NoAnswer, TooBig. Cancelled or failed, it is closed."""
         transport = self._transport
         if transport is None or transport.is_closing() or self._answer is not None:
             raise AssertionError("a request on a connection that is closed or in use")
         self._body_bytes_max = answer_bytes_max
-        self._answer = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._answer = loop.create_future()
+        late = loop.call_at(deadline_s, self._late)
         try:
             transport.write(text)
             return await self._answer
@@ -70,6 +73,7 @@ class Connection(asyncio.Protocol):
             transport.abort()
             raise
         finally:
+            late.cancel()
             self._answer = None
             self._idle_since_s = time.monotonic()
 
@@ -114,6 +118,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._fail(Closed("the connection was lost"), error)
+
+    def _late(self) -> None:
+        self._fail(NoAnswer("timed out"))
 
     def _fail(self, failure: Exception, cause: Exception | None = None) -> None:
         failure.__cause__ = cause
@@ -165,19 +172,19 @@ class Exchange:
 
         Raises NeverSent, NoAnswer (Closed), TooBig."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                await self._room.acquire()
-        except TimeoutError as error:
-            raise NeverSent from error
+        if self._room.locked():
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await self._room.acquire()
+            except TimeoutError as error:
+                raise NeverSent from error
+        else:
+            await self._room.acquire()  # at once
         try:
             connection = await self._alive(deadline_s)
             self._busy.add(connection)
             try:
-                async with asyncio.timeout_at(deadline_s):
-                    answer = await connection.request(text, answer_bytes_max)
-            except TimeoutError:
-                raise NoAnswer("timed out") from None
+                answer = await connection.request(text, answer_bytes_max, deadline_s)
             finally:
                 self._busy.discard(connection)
             if connection.usable and not self._closed:
