@@ -28,6 +28,12 @@ def parse_duration(value: object) -> float:
         return _checked(float(value))
     if not isinstance(value, str):
         raise ValueError("expected a duration")
+    return _parse_text(value)
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_text(value: str) -> float:
+    """Kept: the same few are sent again and again."""
     text = value.strip()
     if _NUMBER.fullmatch(text):
         return _checked(float(text))

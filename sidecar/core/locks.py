@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 
 
 class _Lock:
@@ -40,25 +40,63 @@ class KeyedLocks:
                 yield
 
     @asynccontextmanager
-    async def share(self, name: str) -> AsyncIterator[None]:
+    async def hold_all(self, names: Iterable[str]) -> AsyncIterator[None]:
+        """:meth:`hold` each of ``names``, taken in their order, so that two who want the same never wait for each
+        other."""
+        async with AsyncExitStack() as held:
+            for name in sorted(names):
+                await held.enter_async_context(self.hold(name))
+            yield
+
+    def share(self, name: str) -> AbstractAsyncContextManager[None]:
         """Nobody holds ``name`` during the block; others may share it."""
-        with self._used(name) as lock:
-            async with lock.gate:
-                lock.sharers += 1
-            try:
-                yield
-            finally:
-                lock.sharers -= 1
-                if not lock.sharers:
-                    lock.alone.set()
+        return _Shared(self, name)
 
     @contextmanager
     def _used(self, name: str) -> Iterator[_Lock]:
-        lock = self._locks.setdefault(name, _Lock())
-        lock.users += 1
+        lock = self.enter(name)
         try:
             yield lock
         finally:
-            lock.users -= 1
-            if not lock.users:
-                del self._locks[name]
+            self.leave(name, lock)
+
+    def enter(self, name: str) -> _Lock:
+        """The lock of ``name``, which stays until as many have left as entered."""
+        lock = self._locks.get(name)
+        if lock is None:
+            lock = self._locks[name] = _Lock()
+        lock.users += 1
+        return lock
+
+    def leave(self, name: str, lock: _Lock) -> None:
+        """One user less."""
+        lock.users -= 1
+        if not lock.users:
+            del self._locks[name]
+
+
+class _Shared:
+    """One block of :meth:`KeyedLocks.share`. A class: every new token has one, and three generators cost more than what
+    they guard."""
+
+    __slots__ = ("_lock", "_locks", "_name")
+
+    def __init__(self, locks: KeyedLocks, name: str) -> None:
+        self._locks = locks
+        self._name = name
+
+    async def __aenter__(self) -> None:
+        self._lock = lock = self._locks.enter(self._name)
+        try:
+            async with lock.gate:
+                lock.sharers += 1
+        except BaseException:
+            self._locks.leave(self._name, lock)
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        lock = self._lock
+        lock.sharers -= 1
+        if not lock.sharers:
+            lock.alone.set()
+        self._locks.leave(self._name, lock)

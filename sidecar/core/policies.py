@@ -62,6 +62,7 @@ path "sys/wrapping/unwrap" { capabilities = ["update"] }
 """.lstrip()
 
 _WRITES = frozenset({Operation.CREATE, Operation.UPDATE, Operation.PATCH})
+_CAPABILITY = {operation: operation.value for operation in Operation}  # an enum works its value out each time
 _HIDDEN = frozenset({RESPONSE_WRAPPING, CONTROL_GROUP})
 _CACHED_ACLS_MAX = 4096
 # Above these, parsing and arranging rules goes to a thread: a policy may hold thousands of them.
@@ -121,7 +122,7 @@ class ACL:
             return Decision(allowed=False, reason=f"denied by {rule.path}")
         sudo = "sudo" in rule.capabilities
         reason = ""
-        if operation.value not in rule.capabilities:
+        if _CAPABILITY[operation] not in rule.capabilities:
             reason = f"{rule.path} does not grant {operation.value}"
         elif not _wrapping_fits(rule, wrap_ttl_s):
             reason = f"{rule.path} bounds the wrapping TTL"

@@ -10,7 +10,7 @@ from typing import Protocol
 import plugin_api.storage
 from consul_backend.wal import Write
 from plugin_api.errors import InvalidRequest, ReadOnlyStorage
-from sidecar.core.barrier import Barrier
+from sidecar.core.barrier import THREAD_BYTES_MIN, Barrier
 from sidecar.core.keys import RAW_KEYS
 from sidecar.core.metrics import METRICS
 
@@ -86,6 +86,8 @@ class SealedStore:
             blob = await self._store.get(key)
             if blob is None or key in RAW_KEYS:
                 return blob
+            if len(blob) < THREAD_BYTES_MIN:
+                return self.barrier.open(key, blob)
             return await self.barrier.open_value(key, blob)
 
     async def get_raw(self, key: str) -> bytes | None:
@@ -113,7 +115,8 @@ class SealedStore:
         with METRICS.timer("barrier.delete" if deletes else "barrier.put"):
             encoded: list[Write] = []
             for number, write in enumerate(writes, 1):
-                encoded.append(await self._encode_value(write))
+                small = write.value is None or len(write.value) < THREAD_BYTES_MIN
+                encoded.append(self.encode(write) if small else await self._encode_value(write))
                 if number % _SEALED_BETWEEN_TURNS == 0:
                     await asyncio.sleep(0)
             with METRICS.timer("wal.persistWALs"):

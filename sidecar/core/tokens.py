@@ -12,7 +12,8 @@ import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 
@@ -158,17 +159,12 @@ class TokenStore:
             self.adopt(issued.entry)
         return issued
 
-    @contextlib.asynccontextmanager
-    async def _guarded(self, entry: TokenEntry, *, custom_id: bool) -> AsyncIterator[None]:
+    def _guarded(self, entry: TokenEntry, *, custom_id: bool) -> AbstractAsyncContextManager[None]:
         """Of two with one chosen id only the first is made; and a revocation of the parent either sees this child, or
         is seen here. Siblings do not wait for each other."""
-        async with contextlib.AsyncExitStack() as locks:
-            if custom_id:
-                for name in sorted({entry.id_hash, entry.parent} - {""}):
-                    await locks.enter_async_context(self._locks.hold(name))
-            elif entry.parent:
-                await locks.enter_async_context(self._locks.share(entry.parent))
-            yield
+        if custom_id:
+            return self._locks.hold_all({entry.id_hash, entry.parent} - {""})
+        return self._locks.share(entry.parent) if entry.parent else contextlib.nullcontext()
 
     def prepare(self, spec: CreateToken) -> IssuedToken:
         """A service token that does not exist yet: :meth:`creation` has its writes, :meth:`adopt` follows their
