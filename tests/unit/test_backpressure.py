@@ -259,6 +259,39 @@ async def test_what_outlives_its_deadline_is_cancelled_after_a_grace(monkeypatch
     assert asyncio.get_running_loop().time() - began_s >= 0.06
 
 
+async def test_a_cancellation_from_elsewhere_passes_a_time_limit() -> None:
+    begun = asyncio.Event()
+
+    async def limited() -> None:
+        async with time_limit(60.0):
+            begun.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(limited())
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+
+
+async def test_a_time_limit_that_ended_the_block_leaves_the_task_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consul_backend.deadline.GRACE_S", 0.0)
+    with pytest.raises(TimeoutError):
+        async with time_limit(0.01):
+            await asyncio.Event().wait()
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    with pytest.raises(ValueError, match="own"):
+        async with time_limit(0.01):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise ValueError("own") from None
+    assert task.cancelling() == 0
+
+
 async def test_an_ended_tenure_says_not_applied_whatever_the_deadline() -> None:
     async with memory_cluster() as cluster:
         store = await cluster.recover(QUIET)
