@@ -225,12 +225,13 @@ def _fields(path: Path, data: Mapping[str, Any], captured: Mapping[str, str]) ->
     if any(name not in specs for name in captured):
         specs = {**dict.fromkeys(captured, _CAPTURED), **specs}
     sent = {}
-    for name, spec in specs.items():
-        if name in captured:
-            text = captured[name]
-            sent[name] = text if spec.type is FieldType.STRING else converted(name, spec, text)
-        elif name in data:
-            sent[name] = converted(name, spec, data[name])
+    for name, text in captured.items():
+        spec = specs[name]
+        sent[name] = text if spec.type is FieldType.STRING else converted(name, spec, text)
+    # Most requests send few of many fields, and a free-form one may send many that are none.
+    for name in data if len(data) < len(specs) else specs:
+        if name in data and name in specs and name not in captured:
+            sent[name] = converted(name, specs[name], data[name])
     return Fields(specs, sent)
 
 

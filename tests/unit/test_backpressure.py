@@ -283,12 +283,16 @@ async def test_a_time_limit_that_ended_the_block_leaves_the_task_as_it_was(monke
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
-    with pytest.raises(ValueError, match="own"):
+
+    async def of_its_own() -> None:
         async with time_limit(0.01):
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
                 raise ValueError("own") from None
+
+    with pytest.raises(ValueError, match="own"):
+        await of_its_own()
     assert task.cancelling() == 0
 
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from plugin_api.errors import InvalidRequest
 from sidecar.engines.transit.key_types import RSA
-from sidecar.engines.transit.material import Material, derive
+from sidecar.engines.transit.material import Material, aead, derive
 
 NONCE_BYTES = 12
 TAG_BYTES = 16
@@ -65,8 +65,7 @@ def decrypt(material: Material, data: bytes, *, context: bytes | None, associate
 
 
 def _cipher(material: Material, context: bytes | None) -> AESGCM | ChaCha20Poly1305:
-    secret = material.record.secret if context is None else material.derived(context)
-    return ChaCha20Poly1305(secret) if material.kind.name == "chacha20-poly1305" else AESGCM(secret)
+    return material.cipher if context is None else aead(material.kind, material.derived(context))
 
 
 def _convergent_nonce(material: Material, context: bytes, associated: bytes, plaintext: bytes) -> bytes:

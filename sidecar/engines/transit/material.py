@@ -15,6 +15,7 @@ import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from plugin_api.errors import InvalidRequest, PluginError
@@ -66,6 +67,11 @@ class VersionRecord:
     chain: list[bytes] = field(default_factory=list)
 
 
+def aead(kind: KeyType, secret: bytes) -> AESGCM | ChaCha20Poly1305:
+    """The authenticated cipher of a symmetric key type."""
+    return ChaCha20Poly1305(secret) if kind.name == "chacha20-poly1305" else AESGCM(secret)
+
+
 class Material:
     """A version in use."""
 
@@ -99,6 +105,11 @@ class Material:
         if isinstance(key, PublicKey):
             return key
         raise PluginError("a stored key version cannot be read")
+
+    @cached_property
+    def cipher(self) -> AESGCM | ChaCha20Poly1305:
+        """The cipher of a symmetric version that is used as it is: to make one takes as long as to use it."""
+        return aead(self.kind, self.record.secret)
 
     def check(self) -> bytes:
         """Whether it is a key of its type, for one that comes from outside; returns its public half in DER. Raises
