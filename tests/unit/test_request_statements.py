@@ -533,9 +533,7 @@ async def test_56_every_line_is_one_object_of_plain_text(node: Harness, tmp_path
 async def test_56_control_an_encoder_that_keeps_text_would_break_lines(
     node: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        audit_entries, "_line", lambda entry, prefix: (json.dumps(entry, ensure_ascii=False) + "\n").encode()
-    )
+    monkeypatch.setattr(audit_entries, "_text", lambda value: json.dumps(value, ensure_ascii=False))
     await written_by_evil(node, tmp_path / "log")
     assert not all(line.isprintable() for line in lines_of(tmp_path / "log"))
 
