@@ -31,6 +31,11 @@ class ResponseHeaders:
         self._sections = sections
         self._of = functools.lru_cache(maxsize=128)(self._merged)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether any answer has more headers than the server's own."""
+        return bool(self._sections)
+
     def added(self, status: int, own: CIMultiDict[str]) -> CIMultiDict[str]:
         """``own``, the server's headers of an answer, with those that are configured for its status."""
         if self._sections:

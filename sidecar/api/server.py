@@ -166,8 +166,9 @@ class ApiServer:
                 answer = await self._handler(message)
             if answer.stream is not None:
                 return await self._streamed(request, answer, answer.stream)
-            plain = None if self._limits.response_headers else plain_answer(request, answer, _plain_head)
-            return plain or self._to_web(answer)
+            if not self._limits.response_headers.in_use and (plain := plain_answer(request, answer, _plain_head)):
+                return plain
+            return self._to_web(answer)
         except paths.PathRefused as refused:
             return self._error(400, *refused.args)
         except _Refused as refused:

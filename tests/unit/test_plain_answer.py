@@ -11,7 +11,8 @@ from aiohttp.http import HttpVersion11
 
 from sidecar.api import server
 from sidecar.api.plain_answer import PlainAnswer, plain_answer
-from sidecar.api.server import ApiServer
+from sidecar.api.response_headers import ResponseHeaders
+from sidecar.api.server import ApiServer, ServerLimits
 from sidecar.request.types import HttpRequest, HttpResponse
 
 ANSWERS = {
@@ -93,6 +94,26 @@ async def test_which_are_plain(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(server, "plain_answer", noted)
     await exchange(name)
     assert made[0] == (name in PLAIN)
+
+
+async def test_a_listeners_own_headers_are_on_every_answer_from_when_they_are_set() -> None:
+    async def handle(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(200, body=b"{}\n")
+
+    custom = ResponseHeaders({})
+    serving = ApiServer(handle, limits=ServerLimits(response_headers=custom))
+    host, port = await serving.listen("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        for sections, shown in (({}, False), ({"default": {"X-Of-Listener": "1"}}, True), ({}, False)):
+            custom.replace(sections)
+            writer.write(b"GET /v1/a HTTP/1.1\r\nHost: h\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(3)
+            assert (b"X-Of-Listener: 1\r\n" in head) == shown
+    finally:
+        writer.close()
+        await serving.close()
 
 
 def test_a_line_break_in_a_header_is_left_to_aiohttp_which_refuses_it() -> None:
