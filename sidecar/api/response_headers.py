@@ -22,10 +22,6 @@ class ResponseHeaders:
     def __init__(self, sections: Sections) -> None:
         self.replace(sections)
 
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self._sections)
-
     def replace(self, sections: Sections) -> None:
         """Others from now on."""
         self._sections = sections
