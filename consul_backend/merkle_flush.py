@@ -36,6 +36,8 @@ log = logging.getLogger("core.flush")
 
 FLUSH_BODY_BYTES = 160 * 1024
 """One flush's share of a request body: small enough that a commit queued behind it in Consul does not wait long."""
+_BYTES_PER_DIRTY_LEAF = 1024
+"""Of a request body, for each dirty leaf that a checkpoint lists: those take a tenth of a small one at most."""
 
 FLUSH_EXTENTS = 16
 
@@ -216,7 +218,7 @@ class Flusher:
             positions=dict(view.positions),
             dirty=tuple(
                 CheckpointLeaf(leaf.cls, leaf.partition, leaf.depth, leaf.start, leaf.first)
-                for leaf in self._table.oldest(DIRTY_MAX)
+                for leaf in self._table.oldest(min(DIRTY_MAX, limits.body_bytes_max // _BYTES_PER_DIRTY_LEAF))
             ),
             extents=count,
             extents_sum=total,

@@ -23,6 +23,11 @@ from consul_backend.wire import encode_txn
 PROBED_OPS_MAX = 128
 """Consul 1.14 and newer take this many operations, older ones 64."""
 
+START_BYTES_MIN = 64 * 1024
+"""Less at the start is a mistake of the server's configuration: the largest flush of the index would not fit, an extent
+with its partition's heads and the checkpoint, and the log would grow for ever. (A limit that is lowered under a running
+node is lived with.)"""
+
 _PROBES_OF_DOUBT = 2
 
 Ask = Callable[[bytes], Awaitable[object]]
@@ -59,8 +64,11 @@ class LimitsProbe:
                 size //= 2
             else:
                 return size
-            if size < BODY_BYTES_MIN:
-                raise Unavailable(f"this Consul takes no transaction of {BODY_BYTES_MIN} bytes: raise txn_max_req_len")
+            if size < START_BYTES_MIN:
+                raise Unavailable(
+                    f"this Consul takes no transaction of {START_BYTES_MIN} bytes: raise limits.txn_max_req_len and"
+                    " limits.kv_max_value_size in its configuration"
+                )
 
     def refused(self, ops_count: int, size_bytes: int, text: str) -> None:
         """The server refused a transaction for its size: another one than was asked, or a setting that changed."""

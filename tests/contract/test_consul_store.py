@@ -203,6 +203,17 @@ async def test_a_server_with_a_smaller_body_limit(limit: int, consul_path: str) 
         await store.close()
 
 
+async def test_a_server_whose_limit_the_index_would_not_fit_is_refused_with_the_setting_to_raise(
+    consul_path: str,
+) -> None:
+    limits = {"limits": {"txn_max_req_len": 60_000, "kv_max_value_size": 60_000}}
+    with ConsulServer(settings=limits) as server:
+        store = ConsulStore(ConsulConfig(address=server.address, token=server.token, path=consul_path))
+        with pytest.raises(Unavailable, match=r"65536 bytes: raise limits\.txn_max_req_len"):
+            await store.open()
+        await store.close()
+
+
 # -- the catalog
 
 
