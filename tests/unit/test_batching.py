@@ -126,6 +126,18 @@ def test_everything_is_packed_whole_in_order_and_fits(lists, positions):
     assert current == newest, "each mode's newest position goes along"
 
 
+def test_a_record_is_no_larger_than_a_value_may_be():
+    small = Limits(ops_max=30, body_bytes_max=60_000, value_bytes_max=2_000, prefix_bytes=9)
+    made = [batch([Write(f"r/core/{number}", b"v" * 500)], small) for number in range(9)]
+    packing = take(deque(made), budget(small), {})
+    assert 1 < len(packing.batches) < 4
+    assert packing.record_bytes <= 2_000
+    with pytest.raises(TooLarge, match="a record of about"):
+        require_fits_alone(
+            batch([Write("r/core/a", b"v" * 1_000), Write("r/core/b", b"v" * 1_000)], small), budget(small), {}
+        )
+
+
 @given(batches)
 def test_a_packing_stops_only_for_a_reason(lists):
     """The dumb oracle: adding the next batch too would break a limit, allowing for the record's frame bytes."""

@@ -163,9 +163,9 @@ async def test_segments_go_one_by_one_told_before_and_none_is_forgotten() -> Non
 async def test_trouble_that_passes_is_told_once_each_time_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
     store, done = Deletions(), asyncio.Event()
     first, second = plain(head=140, redo_from=141), plain(oldest=41, head=180, redo_from=181)
-    # Twice: three tries without a store, of segments that count as gone since the first, then one with it.
-    script = [(True, first), *[(True, replace(first, oldest=41))] * 2, (False, replace(first, oldest=41))]
-    script += [(True, second), *[(True, replace(second, oldest=81))] * 2, (False, replace(second, oldest=81))]
+    # Twice: tries without a store, of segments that count as gone since the first, then one with it.
+    script = [(True, first), (True, replace(first, oldest=41)), (False, replace(first, oldest=41))]
+    script += [(True, second), (False, replace(second, oldest=81))]
 
     def facts() -> RetentionFacts:
         if not script:
@@ -182,5 +182,5 @@ async def test_trouble_that_passes_is_told_once_each_time_and_ends_nothing(caplo
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
-    assert collector.statistics() == {"wal_segments_collected": 8, "collect_failures": 6}
+    assert collector.statistics() == {"wal_segments_collected": 8, "collect_failures": 3}
     assert caplog.text.count("could not be collected") == 2
