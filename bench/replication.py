@@ -100,13 +100,13 @@ class World:
 
     async def forgotten(self, index: int) -> None:
         """Wait until the log no longer reaches back to a record."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(IN_STEP_S):
             while self.store.oldest_index <= index + 1:  # noqa: ASYNC110 - the log's collector has no event for it
                 await asyncio.sleep(0.1)
 
     async def caught_up(self, thin: Child) -> None:
         """Wait until all of them have everything."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(IN_STEP_S):
             while min((await thin.do("state"))["indexes"]) < self.store.head.index:  # noqa: ASYNC110 - the other process answers, it does not call
                 await asyncio.sleep(0.05)
 

@@ -195,6 +195,7 @@ def check(module: str, arguments: argparse.Namespace, explained: str) -> tuple[i
     every = list(mutants(source))
     if len(every) > arguments.limit:
         every = sorted(random.Random(1).sample(every, arguments.limit), key=lambda mutant: mutant[0])
+    every = [mutant for mutant in every if mutant[0] >= arguments.from_line]
     survived = new = 0
     for line, change, tree in every:
         if survives(module, compile(tree, path, "exec"), tests, limit_s):
@@ -215,6 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--module", action="append", choices=sorted(TESTS), help="default: all")
     parser.add_argument("--limit", type=int, default=100_000, help="this many mutants of each module, drawn at random")
+    parser.add_argument("--from-line", type=int, default=1, help="those of this line and of later ones: to go on")
     parser.add_argument("--seconds", type=float, default=180.0, help="time limit of one run of a module's tests")
     arguments = parser.parse_args()
     os.chdir(ROOT)

@@ -45,6 +45,7 @@ class Operator:
         self._members: dict[str, list[str]] = {}
         self._numbers = 0
         self._waits_since: dict[tuple[str, str], float] = {}
+        self._patience_s: dict[tuple[str, str], float] = {}
         self._ids: dict[tuple[str, str], str] = {}
 
     def members(self, mode: Mode) -> list[str]:
@@ -352,8 +353,12 @@ class Operator:
             return
         node = cluster.active()
         service = node.mode(mode.name).secondary if node is not None else None
-        since_s = self._waits_since.setdefault((cluster.name, mode.name), world.loop.time())
+        key = (cluster.name, mode.name)
+        since_s = self._waits_since.setdefault(key, world.loop.time())
+        patience_s = self._patience_s.get(key, STUCK_S)
         resting = service is not None and service.machine.phase is Phase.IDLE
-        if resting or world.loop.time() - since_s > STUCK_S:
-            self._waits_since.pop((cluster.name, mode.name), None)
+        if resting or world.loop.time() - since_s > patience_s:
+            # Longer the next time: each token begins the sync anew, and what is lost is written down before it.
+            self._patience_s[key] = 2 * patience_s
+            self._waits_since.pop(key, None)
             await self._point(cluster, mode)
