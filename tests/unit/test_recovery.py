@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from consul_backend import recovery
 from consul_backend.checkpoint import checkpoint_key, decode_checkpoint
 from consul_backend.errors import Corrupt, FenceLost, OutcomeUnknown, StoreWentBack, TooLarge, Unavailable
 from consul_backend.failpoint import ELECTION_POINTS, LARGE_POINTS, POINTS, REINDEX_POINTS, FailpointHit, arm, disarm
@@ -425,6 +426,22 @@ async def test_a_log_that_begins_just_where_recovery_begins_to_read_is_enough(cl
     first, behind = divmod(checkpoint.scan_from, OPTIONS.segment_records)
     assert (first > 1, behind) == (True, 0)
     await damage(cluster, [DeleteTree(segment_prefix(GENERATION, segment)) for segment in range(first)])
+    again = await cluster.recover(OPTIONS)
+    await cluster.check(again, whole_log=False)
+
+
+async def test_a_segment_collected_between_two_readings_of_the_log_is_no_damage(cluster, monkeypatch):
+    async with fill(cluster, 40) as store:
+        await store.flush()
+        await store.collect()
+    listed = recovery.list_segments
+
+    async def as_before(physical, generation):
+        segments = await listed(physical, generation)
+        assert segments[0] > 0, "something was collected"
+        return [segments[0] - 1, *segments]
+
+    monkeypatch.setattr(recovery, "list_segments", as_before)
     again = await cluster.recover(OPTIONS)
     await cluster.check(again, whole_log=False)
 
