@@ -144,3 +144,37 @@ def test_ranges_smaller_than_a_page_and_as_large(count: int) -> None:
         machine._change(dice.random() < 0.5, f"r/p/k{n}", dice.choice([None, dice.randbytes(20)]))
         machine._change(dice.random() < 0.5, f"r/p/new{n}", dice.randbytes(20))
     machine.sync(10**6, 10**6)
+
+
+def differences(ours: Forest, theirs: Forest, fingerprints: int) -> diffing.Differences:
+    request = next(item for item in diff_request(Shipped(theirs, DR.classes), bytes(16)) if item is not None)
+    found = diffing.Differences(fingerprints_left=fingerprints)
+    for _ in compare(Shipped(ours, DR.classes), request, found):
+        pass
+    return found
+
+
+def test_the_fingerprints_of_all_partitions_come_out_of_one_budget() -> None:
+    ours, theirs = Forest(), Forest()
+    for forest, value in ((ours, b"new"), (theirs, b"old")):
+        for partition in "pq":
+            for n in range(600):
+                forest.change("r", partition, f"k{n}", entry_digest(f"r/{partition}/k{n}", value))
+    whole = differences(ours, theirs, 10**6)
+    sent = {name: len(cells.fingerprints) // wire.FINGERPRINT_BYTES for name, cells in whole.cells.items()}
+    assert min(sent["r/p"], sent["r/q"]) > 0
+    assert whole.fingerprints_left == 10**6 - sum(sent.values())
+    exact = differences(ours, theirs, sum(sent.values()))
+    assert (exact.cells, exact.fingerprints_left) == (whole.cells, 0)
+    short = differences(ours, theirs, sum(sent.values()) - 1)
+    assert short.cells["r/p"] == whole.cells["r/p"]
+    assert short.cells["r/q"].fingerprints == b"", "one too few: its groups are asked for as they are"
+
+
+@pytest.mark.parametrize("named", [{"gone": ["c/core"]}, {"whole": ["c/core"]}])
+def test_a_plan_refuses_partitions_that_do_not_travel(named: dict[str, list[str]]) -> None:
+    """A deletion could follow from it."""
+    lists = {"whole": [], "gone": []} | named
+    reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, lists["whole"], lists["gone"], {}, {})
+    with pytest.raises(wire.ProtocolViolation):
+        SyncPlan.of(wire.DiffRequest(bytes(16), bytes(20), {}), reply, Shipped(Forest(), DR.classes))
