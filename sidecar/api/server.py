@@ -34,6 +34,7 @@ from sidecar.api.response_headers import ResponseHeaders
 from sidecar.api.sockets import listening_sockets
 from sidecar.api.statuses import RETRY_AFTER_S
 from sidecar.core.metrics import METRICS
+from sidecar.core.unicode_text import is_encodable
 from sidecar.request.types import USUAL_DISCLOSURE, Disclosure, HttpRequest, HttpResponse
 
 log = logging.getLogger("http")
@@ -314,19 +315,11 @@ def _readable(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     """A copy in which every value is text. Bytes that are not UTF-8 come from aiohttp as lone surrogates, which cannot
     be sent to another node. RFC 9110 (5.5) calls them obsolete text, once ISO 8859-1, and they are read as that."""
     copied = headers.copy()
-    for name in {name for name, value in copied.items() if not (value.isascii() or _encodable(value))}:
+    for name in {name for name, value in copied.items() if not (value.isascii() or is_encodable(value))}:
         values = [value.encode("utf-8", "surrogateescape").decode("latin-1") for value in copied.popall(name)]
         for value in values:
             copied.add(name, value)
     return copied
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 async def _continue(request: web.BaseRequest) -> None:

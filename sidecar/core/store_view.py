@@ -13,6 +13,7 @@ from plugin_api.errors import InvalidRequest, ReadOnlyStorage
 from sidecar.core.barrier import THREAD_BYTES_MIN, Barrier
 from sidecar.core.keys import RAW_KEYS
 from sidecar.core.metrics import METRICS
+from sidecar.core.unicode_text import is_encodable
 
 _READS_AT_ONCE = 64
 _SEALED_BETWEEN_TURNS = 500
@@ -220,14 +221,6 @@ class View:
             raise InvalidRequest("a storage path must not be empty or begin or end with '/'")
         if "." in path and any(segment in (".", "..") for segment in path.split("/")):
             raise InvalidRequest("a storage path must not contain '.' or '..' segments")
-        if not path.isascii() and not _encodable(path):
+        if not path.isascii() and not is_encodable(path):
             raise InvalidRequest("a storage path must be Unicode text")
         return self._root + path
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

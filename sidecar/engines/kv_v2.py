@@ -67,7 +67,6 @@ class KVv2(PathEngine):
         self._locks = KeyedLock()
 
     def paths(self) -> Sequence[Path]:
-        versions = {"path": _PATH, "versions": _VERSIONS}
         return [
             Path(
                 "config",
@@ -107,27 +106,7 @@ class KVv2(PathEngine):
                 help="Settings and versions of a secret; DELETE removes it with all versions.",
                 primary_only=True,
             ),
-            Path(
-                "delete/(?P<path>.*)",
-                versions,
-                writes(self._delete_versions),
-                help="Deletes versions of a secret; undelete brings them back.",
-                primary_only=True,
-            ),
-            Path(
-                "undelete/(?P<path>.*)",
-                versions,
-                writes(self._undelete_versions),
-                help="Brings deleted versions of a secret back.",
-                primary_only=True,
-            ),
-            Path(
-                "destroy/(?P<path>.*)",
-                versions,
-                writes(self._destroy_versions),
-                help="Removes the data of versions of a secret for good.",
-                primary_only=True,
-            ),
+            *self._paths_of_versions(),
             Path(
                 "subkeys/(?P<path>.*)",
                 {
@@ -139,6 +118,18 @@ class KVv2(PathEngine):
                 help="The keys of a secret with null for every value.",
             ),
             Path(".*", {}, dict.fromkeys(Operation, self._wrong_path), free_form=True),
+        ]
+
+    def _paths_of_versions(self) -> list[Path]:
+        fields = {"path": _PATH, "versions": _VERSIONS}
+        rows = (
+            ("delete", self._delete_versions, "Deletes versions of a secret; undelete brings them back."),
+            ("undelete", self._undelete_versions, "Brings deleted versions of a secret back."),
+            ("destroy", self._destroy_versions, "Removes the data of versions of a secret for good."),
+        )
+        return [
+            Path(f"{verb}/(?P<path>.*)", fields, writes(handler), help=text, primary_only=True)
+            for verb, handler, text in rows
         ]
 
     async def _wrong_path(self, request: Request, fields: Fields) -> Response:

@@ -114,8 +114,8 @@ async def quarantined(cluster):
     return await stored(cluster, quarantine_prefix(GENERATION))
 
 
-@pytest.mark.parametrize("kind", [Kind.FOREIGN, Kind.LOST])
-async def test_beyond_the_log_only_force_gives_up(cluster, kind):
+async def forgotten(cluster):
+    """Entries whose records the log no longer has."""
     async with cluster.running(FORGET) as store:
         data = await entries(store, 50)
     async with cluster.running(FORGET) as store:
@@ -124,6 +124,12 @@ async def test_beyond_the_log_only_force_gives_up(cluster, kind):
     store = await cluster.recover(FORGET)
     await store.flush()
     assert await store.collect()
+    return data
+
+
+@pytest.mark.parametrize("kind", [Kind.FOREIGN, Kind.LOST])
+async def test_beyond_the_log_only_force_gives_up(cluster, kind):
+    data = await forgotten(cluster)
     victim = sorted(data)[5]
     await cluster.inner.txn([Delete(where(victim)) if kind is Kind.LOST else Set(where(victim), b"foreign")])
     async with cluster.running(FORGET) as store:
@@ -175,14 +181,7 @@ async def test_a_foreign_value_that_is_read_is_named_in_the_log_and_not_every_ti
 
 
 async def test_what_the_log_cannot_heal_is_named_and_left(cluster, caplog):
-    async with cluster.running(FORGET) as store:
-        data = await entries(store, 50)
-    async with cluster.running(FORGET) as store:
-        for number in range(40):
-            await store.commit([Write(key("busy"), b"%d" % number)])
-    store = await cluster.recover(FORGET)
-    await store.flush()
-    assert await store.collect()
+    data = await forgotten(cluster)
     victim = sorted(data)[5]
     await cluster.inner.txn([Delete(where(victim))])
     async with cluster.running(FORGET) as store:

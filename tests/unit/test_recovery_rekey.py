@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -13,10 +13,10 @@ from pysequoia import Tsk, decrypt
 from consul_backend import errors as backend
 from sidecar.core.init import build_genesis
 from sidecar.core.keys import RECOVERY_KEYS_BACKUP, SEAL, SEAL_SHARES
-from sidecar.core.seal import combine
-from sidecar.core.seal_record import SealRecord, WrongKey, open_root_key, root_fingerprint
+from sidecar.core.seal_record import SealRecord, root_fingerprint
 from sidecar.core.seals import prepare, unseal_root_key
 from sidecar.core.seals.static import StaticKey, StaticSeal
+from tests.support.seal import opens
 from tests.support.service_node import Harness, Reply, running
 
 AUTO = StaticSeal(StaticKey("k1", os.urandom(32)), None)
@@ -57,15 +57,6 @@ async def issued(node: Harness, nonce: str) -> dict[str, Any]:
     assert reply is not None
     body: dict[str, Any] = reply.body
     return body
-
-
-def opens(node: Harness, shares: Sequence[bytes]) -> bool:
-    """Whether the stored seal record gives the root key to ``shares``."""
-    record = SealRecord.decode(node.store.entries[SEAL])
-    try:
-        return root_fingerprint(open_root_key(record, combine(shares))) == node.node.genesis.root_fingerprint
-    except WrongKey:
-        return False
 
 
 async def opens_itself(node: Harness) -> bool:

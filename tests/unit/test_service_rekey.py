@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import hvac
@@ -10,8 +10,8 @@ import pytest
 
 from consul_backend import errors as backend
 from sidecar.core.keys import SEAL
-from sidecar.core.seal import combine
-from sidecar.core.seal_record import SealRecord, WrongKey, open_root_key, root_fingerprint
+from sidecar.core.seal_record import SealRecord
+from tests.support.seal import opens
 from tests.support.service_node import Harness, Reply, primary_and_secondary, running
 
 
@@ -38,15 +38,6 @@ async def finish(node: Harness, nonce: str) -> dict[str, Any]:
     assert reply.status == 200, reply.errors
     body: dict[str, Any] = reply.body
     return body
-
-
-def opens(node: Harness, shares: Sequence[bytes]) -> bool:
-    """Whether the stored seal record opens this cluster's root key with ``shares``."""
-    record = SealRecord.decode(node.store.entries[SEAL])
-    try:
-        return root_fingerprint(open_root_key(record, combine(shares))) == node.node.genesis.root_fingerprint
-    except WrongKey:
-        return False
 
 
 async def test_new_shares_replace_the_old_ones(node: Harness) -> None:
