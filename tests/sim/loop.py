@@ -106,8 +106,8 @@ class SimHandle(asyncio.Handle):
         self._callback = self._args = None
 
 
-class SimTimer(asyncio.TimerHandle):
-    """A callback for later; as :class:`SimHandle`."""
+class SimTimer(SimHandle, asyncio.TimerHandle):
+    """A callback for later."""
 
     __slots__ = ()
 
@@ -119,19 +119,9 @@ class SimTimer(asyncio.TimerHandle):
         loop: asyncio.AbstractEventLoop,
         context: contextvars.Context | None,
     ) -> None:
-        self._callback: Any = callback
-        self._args: Any = args
-        self._loop = loop
-        self._context = context if context is not None else contextvars.copy_context()
-        self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
+        super().__init__(callback, args, loop, context)
         self._when = when
         self._scheduled = True
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        self._callback = self._args = None
 
 
 class SimLoop(asyncio.BaseEventLoop):

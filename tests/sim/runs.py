@@ -17,18 +17,16 @@ from tests.sim.clusters.focus import focused as focused_set
 from tests.sim.clusters.plan import EVENTS as SET_EVENTS
 from tests.sim.clusters.plan import TAMPERING
 from tests.sim.clusters.plan import make_plan as make_set_plan
-from tests.sim.clusters.world import SetOutcome, simulate_set
+from tests.sim.clusters.world import simulate_set
 from tests.sim.focus import focused
 from tests.sim.loop import PROCESS
 from tests.sim.plan import EVENTS, make_plan
-from tests.sim.world import Outcome, simulate
+from tests.sim.trial import Outcome
+from tests.sim.world import simulate
 
 LOGGERS = ("core", "replication", "sidecar.replication")
 COLLECT_EVERY = 10
 """Seeds between two collections of garbage."""
-
-
-AnyOutcome = Outcome | SetOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Kind:
 
     flag: str
     make_plan: Callable[[int], Any]
-    simulate: Callable[..., AnyOutcome]
+    simulate: Callable[..., Outcome]
     bugs: Mapping[str, Any]
     focused: Callable[[int, Any], Any]
     faults: tuple[str, ...]
@@ -75,7 +73,7 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
-def run_seeds(seeds: Iterable[int], kind: Kind = SINGLE) -> Iterator[AnyOutcome]:
+def run_seeds(seeds: Iterable[int], kind: Kind = SINGLE) -> Iterator[Outcome]:
     """One outcome per seed, silently."""
     with quiet():
         for count, seed in enumerate(seeds, 1):
@@ -84,12 +82,12 @@ def run_seeds(seeds: Iterable[int], kind: Kind = SINGLE) -> Iterator[AnyOutcome]
                 gc.collect()
 
 
-def run_seed(seed: int, kind: Kind = SINGLE) -> AnyOutcome:
+def run_seed(seed: int, kind: Kind = SINGLE) -> Outcome:
     """One seed, silently."""
     return next(iter(list(run_seeds([seed], kind))))
 
 
-def catch(name: str, seeds_max: int, kind: Kind = SINGLE, *, muted: str = "") -> AnyOutcome | None:
+def catch(name: str, seeds_max: int, kind: Kind = SINGLE, *, muted: str = "") -> Outcome | None:
     """The first run that fails with this bug planted, or None: the simulation is blind to it. ``muted``: without what
     that checker says."""
     with kind.planted(name), quiet():
@@ -100,7 +98,7 @@ def catch(name: str, seeds_max: int, kind: Kind = SINGLE, *, muted: str = "") ->
     return None
 
 
-def failure_text(outcome: AnyOutcome, kind: Kind = SINGLE) -> str:
+def failure_text(outcome: Outcome, kind: Kind = SINGLE) -> str:
     """What to print for a failing seed."""
     violations = "\n".join(f"  {violation}" for violation in outcome.violations[:5])
     return f"seed {outcome.seed} fails; replay it with: python -m tests.sim {kind.flag}{outcome.seed}\n{violations}"
@@ -119,7 +117,7 @@ class Totals:
     steps: int = 0
     happened: Counter[str] = field(default_factory=Counter)
 
-    def add(self, outcome: AnyOutcome) -> None:
+    def add(self, outcome: Outcome) -> None:
         """One more."""
         self.seeds += 1
         self.simulated_s += outcome.simulated_s
@@ -158,7 +156,7 @@ class Totals:
         )
 
 
-def replay(plan: Any, kind: Kind = SINGLE) -> AnyOutcome:
+def replay(plan: Any, kind: Kind = SINGLE) -> Outcome:
     """One plan with a log of everything, the lines of production code included."""
     worlds: list[Any] = []
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import hashlib
 import random
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 from consul_backend import lazy_index
@@ -35,11 +32,12 @@ from tests.sim.checkers import (
 )
 from tests.sim.client import Client
 from tests.sim.history import History
-from tests.sim.loop import Deadlock, Livelock, NodeClock, Process, SimLoop
+from tests.sim.loop import NodeClock, Process, SimLoop
 from tests.sim.nemesis import Nemesis
 from tests.sim.network import SwarmNetwork
 from tests.sim.node import Node, Reply
 from tests.sim.plan import CALM_S, Plan
+from tests.sim.trial import Outcome, Trial, simulated_loop
 from tests.sim.witness import GENESIS_NODE, Violation, Witness
 
 GENERATION = "g1"
@@ -47,24 +45,6 @@ HEAL_S = 60.0
 CALM_WRITES_MIN = 1
 DETECTION_S = 5.0
 """How long a node may take to notice that the store went back, besides two looks at the newest record."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """A finished run. ``trace`` is equal for equal runs; ``happened`` counts acts of the nemesis, faults of calls, and
-    what the store was seen to do, by kind."""
-
-    seed: int
-    violations: list[Violation]
-    trace: str
-    simulated_s: float
-    steps: int
-    acknowledged: int
-    reads: int
-    tenures: int
-    healed_after_s: float
-    happened: dict[str, int] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)
 
 
 class AfterRestore:
@@ -95,22 +75,15 @@ class AfterRestore:
                 self._world.report(Violation("F46", what))
 
 
-class World:
-    """One seed's. ``verbose`` keeps a log of what happened."""
+class World(Trial):
+    """One seed's."""
 
     def __init__(self, plan: Plan, loop: SimLoop, *, verbose: bool = False) -> None:
+        super().__init__(plan.seed, loop, muted=plan.muted, verbose=verbose)
         self.plan = plan
-        self.loop = loop
         self.history = History()
-        self.violations: list[Violation] = []
-        self.healed_s: float | None = None
         self.nodes: list[Node] = []
-        self.lines: list[str] = []
-        self.happened: dict[str, int] = {}
         self.tenures = 0
-        self._verbose = verbose
-        self._over = asyncio.Event()
-        self._trace = hashlib.blake2b(digest_size=8)
         self._restarts = 0
         self._graveyard: list[tuple[Node, asyncio.Task[None]]] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -118,7 +91,6 @@ class World:
         self.exempt: list[Exemption] = []
         self._after_restore: AfterRestore | None = None
         self._recoveries = 0
-        self._outside: set[asyncio.Task[Any]] = set()
         self.network = SwarmNetwork(
             plan.seed,
             usual_s=plan.usual_s,
@@ -154,14 +126,6 @@ class World:
 
     # -- what the others tell
 
-    def report(self, violation: Violation) -> None:
-        """Something does not hold; the run ends."""
-        if violation.checker in self.plan.muted:
-            return
-        self.violations.append(violation)
-        self.log(f"VIOLATION {violation}")
-        self._over.set()
-
     def halted(self, node: Node, error: BaseException) -> None:
         """A node refuses to go on with the store as it is."""
         self.count("halt")
@@ -169,16 +133,6 @@ class World:
         if self._after_restore is None or not self._after_restore.halted(error):
             what = f"{node.process.name} halted: {type(error).__name__}: {error}"
             self.report(Violation("halt", what))
-
-    def log(self, text: str) -> None:
-        """For whoever replays the seed; part of the trace."""
-        self.note(text)
-        if self._verbose:
-            self.lines.append(f"{self.loop.time():9.4f} {text}")
-
-    def note(self, text: str) -> None:
-        """Part of the trace only."""
-        self._trace.update(f"{self.loop.time():.9f} {text}\n".encode())
 
     def recovered(self, node: Node, store: ReplicatedStore) -> None:
         """A node has recovered and serves from here on: its index must be exact (P8)."""
@@ -193,10 +147,6 @@ class World:
         roots = self._recoveries % 8 == 1
         for violation in index_is_exact(self.witness, store.forest, store.head.index, roots=roots):
             self.report(Violation(violation.checker, f"{node.process.name} after recovery: {violation.text}"))
-
-    def count(self, what: str) -> None:
-        """Something of this kind happened."""
-        self.happened[what] = self.happened.get(what, 0) + 1
 
     def foreign(self, node: Node, key: str, error: ForeignWrite) -> None:
         """A read was refused because what is stored is nobody's."""
@@ -301,20 +251,14 @@ class World:
             Client(self, f"c{number}", random.Random(f"client {self.plan.seed} {number}"))
             for number in range(self.plan.clients)
         ]
-        tasks = [self._spawn(client.run()) for client in clients]
-        tasks.append(self._spawn(self._trouble(clients)))
+        tasks = [self.spawn(client.run()) for client in clients]
+        tasks.append(self.spawn(self._trouble(clients)))
         await self._over.wait()
         for task in tasks:
             task.cancel()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(result, Exception):
                 self.report(Violation("simulation", repr(result)))
-
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = self.loop.create_task(work)
-        self._outside.add(task)
-        task.add_done_callback(self._outside.discard)
-        return task
 
     async def _trouble(self, clients: list[Client]) -> None:
         await asyncio.sleep(CALM_S)
@@ -371,7 +315,7 @@ class World:
     # -- the verdict
 
     async def judge(self) -> None:
-        """After the run: stop everything, recover once more, and let the checkers judge."""
+        """Stop everything, recover once more, and let the checkers judge."""
         self._judge_hung()
         if self._after_restore is None:
             self._judge_indexes()
@@ -430,19 +374,11 @@ class World:
 
     def outcome(self) -> Outcome:
         """The run in figures."""
-        healed_s = self.healed_s if self.healed_s is not None else self.loop.time()
-        return Outcome(
-            seed=self.plan.seed,
-            violations=self.violations,
-            trace=self._trace.hexdigest(),
-            simulated_s=self.loop.time(),
-            steps=self.loop.steps,
+        return self._figures(
             acknowledged=self.history.acknowledged(),
             reads=len(self.history.reads) + len(self.history.listings),
             tenures=self.tenures,
-            healed_after_s=self.loop.time() - healed_s,
             happened={**self.happened, **self.network.counts, **self.witness.counts},
-            log=self.lines,
         )
 
     async def bury(self) -> None:
@@ -452,34 +388,14 @@ class World:
             node.physical.crash()
             self.loop.bury(node.process)
             task.cancel()
-        for task in asyncio.all_tasks(self.loop) - {asyncio.current_task()}:
-            task.cancel()
-        for _ in range(200):
-            if len(asyncio.all_tasks(self.loop)) == 1:
-                return
-            for task in asyncio.all_tasks(self.loop) - {asyncio.current_task()}:
-                task.cancel()
-            await asyncio.sleep(0.01)
+        await self._unwind()
 
 
 def simulate(plan: Plan, *, verbose: bool = False, watch: Callable[[World], None] = lambda world: None) -> Outcome:
     """Run one plan to its verdict. ``watch`` is given the world before it begins."""
-    loop = SimLoop(plan.seed, shuffle=plan.shuffle)
-    asyncio.set_event_loop(loop)
-    virtual = patch.object(lazy_index, "time", SimpleNamespace(monotonic=loop.time))  # it paces itself by the time
-    try:
-        virtual.start()
-        world = World(plan, loop, verbose=verbose)
-        watch(world)
-        try:
-            loop.run_until_complete(world.run())
-            loop.run_until_complete(world.judge())
-        except (Deadlock, Livelock) as error:
-            world.report(Violation("P14", repr(error)))
-        outcome = world.outcome()
-        loop.run_until_complete(world.bury())
-        return outcome
-    finally:
-        virtual.stop()
-        asyncio.set_event_loop(None)
-        loop.close()
+    with simulated_loop(plan.seed, shuffle=plan.shuffle) as loop:
+        virtual = SimpleNamespace(monotonic=loop.time)
+        with patch.object(lazy_index, "time", virtual):  # it paces itself by the time
+            world = World(plan, loop, verbose=verbose)
+            watch(world)
+            return world.to_the_end()

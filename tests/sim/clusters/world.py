@@ -8,10 +8,8 @@ and within :data:`HEAL_S` of healing everybody must stand where its primary stan
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from consul_backend.replicated import ReplicatedStore
@@ -30,7 +28,8 @@ from tests.sim.clusters.sessions import start_sessions
 from tests.sim.clusters.stream import StreamWatch
 from tests.sim.clusters.trouble import Trouble
 from tests.sim.history import Write
-from tests.sim.loop import Deadlock, Livelock, SimLoop
+from tests.sim.loop import SimLoop
+from tests.sim.trial import Outcome, Trial, simulated_loop
 from tests.sim.witness import Violation
 
 HEAL_S = 90.0
@@ -38,38 +37,17 @@ BEGIN_S = 30.0
 SETTLE_S = 30.0
 
 
-@dataclass(slots=True)
-class SetOutcome:
-    """A finished run, as of the single simulation."""
-
-    seed: int
-    violations: list[Violation]
-    trace: str
-    simulated_s: float
-    steps: int
-    acknowledged: int
-    reads: int
-    tenures: int
-    healed_after_s: float
-    happened: dict[str, int] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)
-
-
-class SetWorld:
-    """One seed's. ``verbose`` keeps a log."""
+class SetWorld(Trial):
+    """One seed's."""
 
     def __init__(self, plan: SetPlan, loop: SimLoop, *, verbose: bool = False) -> None:
+        super().__init__(plan.seed, loop, muted=plan.muted, verbose=verbose)
         self.plan = plan
-        self.loop = loop
         self.writes: list[Write] = []
         self.begun: dict[int, str] = {}
         self.told_failed: set[int] = set()
         self.acknowledged = 0
         self.quiet = False
-        self.violations: list[Violation] = []
-        self.lines: list[str] = []
-        self.happened: dict[str, int] = {}
-        self.healed_s: float | None = None
         self.tokens = Tokens()
         self.lineage = Lineage(self)
         self.streams = StreamWatch(self)
@@ -79,38 +57,12 @@ class SetWorld:
         self.clusters = {name: Cluster(self, name, plan, loop, self.links) for name in plan.names}
         self.operator = Operator(self)
         self._by_generation = {cluster.generation: cluster for cluster in self.clusters.values()}
-        self._verbose = verbose
-        self._over = asyncio.Event()
-        self._trace = hashlib.blake2b(digest_size=8)
-        self._outside: set[asyncio.Task[Any]] = set()
 
     def by_generation(self, generation: str) -> Cluster | None:
         """The cluster whose store that is."""
         return self._by_generation.get(generation)
 
     # -- what the others tell
-
-    def report(self, violation: Violation) -> None:
-        """Something does not hold; the run ends."""
-        if violation.checker in self.plan.muted:
-            return
-        self.violations.append(violation)
-        self.log(f"VIOLATION {violation}")
-        self._over.set()
-
-    def log(self, text: str) -> None:
-        """For whoever replays the seed; part of the trace."""
-        self.note(text)
-        if self._verbose:
-            self.lines.append(f"{self.loop.time():9.4f} {text}")
-
-    def note(self, text: str) -> None:
-        """Part of the trace only."""
-        self._trace.update(f"{self.loop.time():.9f} {text}\n".encode())
-
-    def count(self, what: str) -> None:
-        """Something of this kind happened."""
-        self.happened[what] = self.happened.get(what, 0) + 1
 
     def judge_index(self, cluster: Cluster, store: ReplicatedStore, when: str) -> None:
         """P8: a serving store's index is the one of its log."""
@@ -133,13 +85,6 @@ class SetWorld:
                 self.report(Violation("simulation", repr(result)))
         if begun.done() and not begun.cancelled() and (error := begun.exception()) is not None:
             self.report(Violation("simulation", repr(error)))
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Outside every process."""
-        task = self.loop.create_task(work)
-        self._outside.add(task)
-        task.add_done_callback(self._outside.discard)
-        return task
 
     async def _live(self) -> None:
         await self._begin()
@@ -259,9 +204,8 @@ class SetWorld:
         for violation in found:
             self.report(violation)
 
-    def outcome(self) -> SetOutcome:
+    def outcome(self) -> Outcome:
         """The run in figures."""
-        healed_s = self.healed_s if self.healed_s is not None else self.loop.time()
         counts: dict[str, int] = {}
         some: list[dict[str, int]] = [self.happened, self.links.counts, self.lineage.counts]
         for cluster in self.clusters.values():
@@ -269,52 +213,27 @@ class SetWorld:
         for one in some:
             for what, number in one.items():
                 counts[what] = counts.get(what, 0) + number
-        return SetOutcome(
-            seed=self.plan.seed,
-            violations=self.violations,
-            trace=self._trace.hexdigest(),
-            simulated_s=self.loop.time(),
-            steps=self.loop.steps,
+        return self._figures(
             acknowledged=self.acknowledged,
             reads=self.happened.get("read", 0),
             tenures=sum(cluster.tenures for cluster in self.clusters.values()),
-            healed_after_s=self.loop.time() - healed_s,
             happened=counts,
-            log=self.lines,
         )
 
     async def bury(self) -> None:
         """Leave nothing behind in this interpreter."""
         for cluster in self.clusters.values():
             await cluster.bury()
-        for _ in range(200):
-            left = asyncio.all_tasks(self.loop) - {asyncio.current_task()}
-            if not left:
-                return
-            for task in left:
-                task.cancel()
-            await asyncio.sleep(0.01)
+        await self._unwind()
 
 
 def simulate_set(
     plan: SetPlan, *, verbose: bool = False, watch: Callable[[SetWorld], None] = lambda world: None
-) -> SetOutcome:
+) -> Outcome:
     """Run one plan to its verdict."""
-    loop = SimLoop(plan.seed, shuffle=plan.shuffle)
-    asyncio.set_event_loop(loop)
-    try:
+    with simulated_loop(plan.seed, shuffle=plan.shuffle) as loop:
         world = SetWorld(plan, loop, verbose=verbose)
         watch(world)
         start_sessions(world)
         with simulated(loop, world.links, world.tokens, plan.seed):
-            try:
-                loop.run_until_complete(world.run())
-                loop.run_until_complete(world.judge())
-            except (Deadlock, Livelock) as error:
-                world.report(Violation("P14", repr(error)))
-            outcome = world.outcome()
-            loop.run_until_complete(world.bury())
-        return outcome
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
+            return world.to_the_end()
