@@ -72,13 +72,6 @@ def split_key(key: str) -> tuple[str, str, str]:
     return cls, partition, path
 
 
-def join_key(cls: str, partition: str, path: str) -> str:
-    """The logical key of its three parts. Raises ValueError when they make none."""
-    if cls not in CLASSES or not partition or "/" in partition or not path:
-        raise ValueError(f"not a logical key: {cls!r}, {partition!r}, {path!r}")
-    return f"{cls}/{partition}/{path}"
-
-
 @lru_cache(maxsize=4096)
 def encode_partition(cls: str, partition: str) -> str:
     """``<class>/<encoded partition>``: the part of a physical key that thousands of keys share."""

@@ -20,7 +20,7 @@ the last entry of the part before. That is the log's own framing; above it entri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -226,13 +226,6 @@ class Replay:
         """The first part of every batch that is open or not rolled to its end."""
         found = [assembly.parts[0].index for assembly in self.open.values()]
         return found + ([self.unrolled.first] if self.unrolled is not None else [])
-
-
-def committed_writes(records: Iterable[Record]) -> Iterator[tuple[Record, list[Write]]]:
-    """Each record with the entries that it made true."""
-    replay = Replay()
-    for record in records:
-        yield record, replay.feed(record)
 
 
 def crossing(spans: Iterable[tuple[int, int]], segment_records: int) -> dict[int, int]:

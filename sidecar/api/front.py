@@ -35,7 +35,6 @@ FEATURES = ("Performance Replication", "DR Replication")
 """What ``sys/license/features`` lists; the web UI shows its replication pages by it."""
 LOCAL_ONLY = frozenset({"sys/host-info", "sys/metrics", "sys/monitor"})
 PPROF = "sys/pprof"
-_WRITE_METHODS = frozenset({"PUT", "POST"})
 
 RawHandler = Callable[[HttpRequest], Awaitable[HttpResponse]]
 

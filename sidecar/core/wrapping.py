@@ -150,14 +150,6 @@ class Wrapping:
         wrapped_accessor = str((info.jwt_claims or {}).get("accessor", ""))
         return await self._info(issued.token, issued.entry, info, wrapped_accessor)
 
-    async def is_wrapping_token(self, token: str) -> bool:
-        """Whether the token can be redeemed here and now."""
-        try:
-            await self._entry(await self._resolve(token))
-        except InvalidRequest:
-            return False
-        return True
-
     async def _info(self, token: str, entry: TokenEntry, info: _Info, wrapped_accessor: str) -> WrapInfo:
         if info.jwt_claims is not None:
             token = await self._sign(token, info)

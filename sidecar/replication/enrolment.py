@@ -27,8 +27,6 @@ from sidecar.transport.listener import ClusterListener
 
 logger = logging.getLogger(__name__)
 
-OVERLAP_S = 7 * 24 * 60 * 60.0
-
 
 async def make_authority(mode: Mode, set_id: str) -> certificates.Credentials:
     """A certificate authority for a set."""

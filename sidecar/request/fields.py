@@ -18,16 +18,14 @@ GO_BOOLEANS = {
 
 
 class Fields:
-    """Reads typed parameters of one request and remembers which names it knows, for :meth:`unrecognized`. Wrong types
-    raise InvalidRequest, which names the field and never repeats the value."""
+    """Reads typed parameters of one request. Wrong types raise InvalidRequest, which names the field and never repeats
+    the value."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self._data = data
-        self._known: set[str] = set()
 
     def given(self, name: str) -> bool:
         """Whether the client sent the parameter (null counts as not sent)."""
-        self._known.add(name)
         return self._data.get(name) is not None
 
     def string(self, name: str, default: str = "") -> str:
@@ -61,17 +59,7 @@ class Fields:
         """An object whose values are texts (numbers and booleans become text)."""
         return self._read(name, _string_mapping, {})
 
-    def known(self, *names: str) -> None:
-        """Accept ``names`` without looking at them."""
-        self._known.update(names)
-
-    def unrecognized(self) -> list[str]:
-        """The warning about parameters nothing read, or none."""
-        names = sorted(set(self._data) - self._known)
-        return [f"Endpoint ignored these unrecognized parameters: [{' '.join(names)}]"] if names else []
-
     def _read(self, name: str, convert: Callable[[Any], T], default: T) -> T:
-        self._known.add(name)
         value = self._data.get(name)
         if value is None:
             return default

@@ -6,7 +6,7 @@ Plain values: msgspec encodes :class:`ForwardedAuth` as it stands. Nothing here 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from multidict import CIMultiDict
@@ -63,10 +63,6 @@ class HttpRequest:
     trail: tuple[Hop, ...] = ()
     forwarded_auth: ForwardedAuth | None = None
     disclosure: Disclosure = USUAL_DISCLOSURE
-
-    def with_headers(self, headers: CIMultiDict[str]) -> HttpRequest:
-        """The same request with other headers."""
-        return replace(self, headers=headers)
 
 
 class AnswerLike(Protocol):

@@ -21,7 +21,6 @@ from consul_backend.chunks import read_value
 from consul_backend.embedded import EmbeddedStore
 from consul_backend.failpoint import ENVIRONMENT
 from consul_backend.keys import decode_path
-from consul_backend.large_batch import committed_writes
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.physical import PhysicalStore
 from consul_backend.recovery import recover
@@ -32,6 +31,7 @@ from consul_backend.wal_reader import list_segment, list_segments, scan_records
 from sidecar.generation import read_generation
 from tests.support.cluster import ClusterError, Node
 from tests.support.load_threads import LoadThreads
+from tests.support.store import committed_writes
 
 MOUNT = "load"
 ROUNDS = "OUTRIDER_FAULT_ROUNDS"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 from consul_backend.chunks import read_value
@@ -13,7 +13,7 @@ from consul_backend.clock import SystemClock
 from consul_backend.embedded import EmbeddedStore
 from consul_backend.errors import Conflict, OutcomeUnknown
 from consul_backend.keys import decode_path
-from consul_backend.large_batch import committed_writes
+from consul_backend.large_batch import Replay
 from consul_backend.limits import Limits
 from consul_backend.merkle import Forest, entry_digest
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY, Item, PhysicalStore, TxnResult
@@ -27,6 +27,13 @@ from consul_backend.wal_reader import list_segment, list_segments, scan_records
 GENERATION = "g1"
 PARTITION = "0b8f2c1e"
 OPTIONS = StoreOptions(segment_records=8, resolve_timeout_s=0.4, flush_interval_s=0.01, collect_interval_s=0.01)
+
+
+def committed_writes(records: Iterable[Record]) -> Iterator[tuple[Record, list[Write]]]:
+    """Each record with the entries that it made true."""
+    replay = Replay()
+    for record in records:
+        yield record, replay.feed(record)
 
 
 def key(path: str, cls: str = "r") -> str:

@@ -15,7 +15,6 @@ from consul_backend.large_batch import (
     Assembly,
     BatchBounds,
     Replay,
-    committed_writes,
     crossing,
     in_order,
     next_part,
@@ -24,6 +23,7 @@ from consul_backend.large_batch import (
 from consul_backend.limits import Limits
 from consul_backend.listing import corrected
 from consul_backend.wal import GENESIS_PREV, CorruptRecord, Large, Record, Write
+from tests.support.store import committed_writes
 
 ID = b"i" * 16
 

@@ -55,11 +55,11 @@ async def test_wrap_and_unwrap(it: Setup):
         "creation_time": "2023-11-14T22:13:20Z",
         "creation_path": "kv/data/x",
     }
-    assert await it.wrapping.is_wrapping_token(info.token)
     assert await it.wrapping.unwrap(info.token) == PAYLOAD
     assert len(it.store.commits) == commits + 2
     assert it.left() == []
-    assert not await it.wrapping.is_wrapping_token(info.token)
+    with pytest.raises(InvalidRequest, match=INVALID):
+        await it.wrapping.lookup(info.token)
 
 
 async def test_a_hundred_unwraps_at_once(it: Setup):
@@ -242,10 +242,9 @@ async def test_forged_jwts(it: Setup):
         "changed body": f"{header}.{part({**claims, 'addr': 'https://evil'})}.{signature}",
         "no signature": f"{header}.{body}.",
     }
-    for name, token in forged.items():
+    for token in forged.values():
         for method in (it.wrapping.lookup, it.wrapping.unwrap, it.wrapping.rewrap):
             with pytest.raises(InvalidRequest, match=INVALID):
                 await method(token)
-        assert not await it.wrapping.is_wrapping_token(token), name
     within = pyjwt.encode({**claims, "exp": int(it.now()) - 59}, key, "ES512")
     assert await it.wrapping.unwrap(within) == PAYLOAD

@@ -10,7 +10,6 @@ from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 
 from plugin_api.errors import InvalidRequest
 
-WRAPPING_KEY_BITS = 4096
 EPHEMERAL_BYTES = 32
 
 _HASHES: dict[str, hashes.HashAlgorithm] = {
