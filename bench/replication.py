@@ -29,7 +29,7 @@ from bench.replication_site import PARTITION, BenchStore, Child, bench_store, op
 from bench.report import percentile, result, table
 from consul_backend.replicated import StoreOptions
 from consul_backend.wal import Write
-from sidecar.replication.activation import activate
+from sidecar.replication.activation import ActivationRequest, activate
 from sidecar.replication.modes import PERFORMANCE
 from sidecar.replication.roles import encode_role
 from tests.support.consul_server import ConsulServer
@@ -77,10 +77,7 @@ class World:
             name = f"thin-{self._made}"
             made = await activate(
                 PERFORMANCE,
-                await self.pair.token(name),
-                primary_api_addr="",
-                ca_file="",
-                ca_path="",
+                ActivationRequest(await self.pair.token(name)),
                 store_id=f"store-{name}",
                 now_s=time.time(),
             )

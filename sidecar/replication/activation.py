@@ -62,6 +62,17 @@ BOOTSTRAP_BYTES_MAX = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
+class ActivationRequest:
+    """What a cluster that is to follow another one is given. Empty texts mean the token's own address and the system's
+    authorities."""
+
+    token: str = field(repr=False)
+    primary_api_addr: str = ""
+    ca_file: str = ""
+    ca_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ActivationToken:
     """What the JWT says. ``wrapping_token`` is the real secret."""
 
@@ -209,11 +220,8 @@ def parse_bundle(data: Any, ca_sha256: str) -> Bundle:
 
 async def activate(
     mode: Mode,
-    token: str,
+    asked: ActivationRequest,
     *,
-    primary_api_addr: str,
-    ca_file: str,
-    ca_path: str,
     store_id: str,
     now_s: float,
     timeout_s: float = 30.0,
@@ -222,21 +230,20 @@ async def activate(
 ) -> ActivationResult:
     """From token to everything a new store generation needs.
 
-    ``primary_api_addr``, ``ca_file`` and ``ca_path`` are the request's; empty means the token's address and the
-    system's authorities. With ``set_id`` only a primary of that set will do. ``key`` is this cluster's own, for a token
-    that was encrypted to it: no call goes to the primary's API, and the store is the one the key was made for. Raises
-    InvalidRequest (nothing consumed, or the bundle is bad) and Unavailable (the bundle is consumed and the primary's
-    cluster port could not be used: a new token is needed).
+    With ``set_id`` only a primary of that set will do. ``key`` is this cluster's own, for a token that was encrypted to
+    it: no call goes to the primary's API, and the store is the one the key was made for. Raises InvalidRequest (nothing
+    consumed, or the bundle is bad) and Unavailable (the bundle is consumed and the primary's cluster port could not be
+    used: a new token is needed).
     """
-    if is_sealed(token):
-        opened = open_bundle(mode, token, key, now_ms=int(now_s * 1000), leeway_ms=LEEWAY_S * 1000)
+    if is_sealed(asked.token):
+        opened = open_bundle(mode, asked.token, key, now_ms=int(now_s * 1000), leeway_ms=LEEWAY_S * 1000)
         bundle = await asyncio.to_thread(parse_bundle, opened.payload, opened.ca_sha256)
         if set_id and bundle.set_id != set_id:
             raise InvalidRequest(OTHER_SET)
         return await bootstrap(mode, bundle, store_id=key.store_id if key else store_id, timeout_s=timeout_s)
-    parsed = parse_token(token, now_s=now_s)
-    address = api_address(primary_api_addr or parsed.api_addr)
-    trust = await asyncio.to_thread(api_trust, address, ca_file, ca_path)
+    parsed = parse_token(asked.token, now_s=now_s)
+    address = api_address(asked.primary_api_addr or parsed.api_addr)
+    trust = await asyncio.to_thread(api_trust, address, asked.ca_file, asked.ca_path)
     data = await unwrap(mode, address, parsed.wrapping_token, trust, timeout_s)
     bundle = await asyncio.to_thread(parse_bundle, data, parsed.ca_sha256)
     if set_id and bundle.set_id != set_id:

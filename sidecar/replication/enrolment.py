@@ -13,11 +13,11 @@ from consul_backend.failpoint import failpoint
 from plugin_api.errors import InvalidRequest
 from plugin_api.request import Response
 from sidecar.replication import authorities, roles, sealed_token
-from sidecar.replication.activation import ActivationResult, activate, build_bundle
+from sidecar.replication.activation import ActivationRequest, ActivationResult, activate, build_bundle
 from sidecar.replication.allow_list import add_secondary, check_new, revoke
 from sidecar.replication.mode_manager import ModeManager
 from sidecar.replication.modes import Mode
-from sidecar.replication.preflight import Asked, Here, Result, preflight
+from sidecar.replication.preflight import Here, Result, preflight
 from sidecar.replication.roles import PrimaryRole, Role
 from sidecar.replication.sealed_token import ActivationKey
 from sidecar.replication.texts import AUTHORITY_ENDED, OTHER_ROOT_KEY, ROTATING_AUTHORITY
@@ -144,22 +144,12 @@ async def key_of(manager: ModeManager, sealed: SealedEntries) -> ActivationKey |
 
 
 async def activated(
-    manager: ModeManager,
-    sealed: SealedEntries,
-    token: str,
-    *,
-    primary_api_addr: str,
-    ca_file: str,
-    ca_path: str,
-    set_id: str = "",
+    manager: ModeManager, sealed: SealedEntries, asked: ActivationRequest, *, set_id: str = ""
 ) -> ActivationResult:
-    """What the issuer of ``token`` gives a new secondary; see :func:`activate`. Raises InvalidRequest, Unavailable."""
+    """What the token's issuer gives a new secondary; see :func:`activate`. Raises InvalidRequest, Unavailable."""
     return await activate(
         manager.mode,
-        token,
-        primary_api_addr=primary_api_addr,
-        ca_file=ca_file,
-        ca_path=ca_path,
+        asked,
         store_id=str(uuid.uuid4()),
         now_s=manager.clock.time_ms() / 1000,
         timeout_s=manager.options.activation_timeout_s,
@@ -168,7 +158,7 @@ async def activated(
     )
 
 
-async def checked(manager: ModeManager, sealed: SealedEntries, asked: Asked, refusal: str) -> Response:
+async def checked(manager: ModeManager, sealed: SealedEntries, asked: ActivationRequest, refusal: str) -> Response:
     """What a preflight saw; ``refusal``: why this cluster may not become a secondary as it is, or empty."""
     here = Here(refusal, manager.options.limits, manager.clock, await key_of(manager, sealed))
     checks = await preflight(manager.mode, asked, here)

@@ -23,6 +23,7 @@ from plugin_api.errors import InvalidRequest, Unavailable
 from plugin_api.request import Response
 from sidecar.replication import enrolment, roles
 from sidecar.replication import status as statuses
+from sidecar.replication.activation import ActivationRequest
 from sidecar.replication.denials import Denials
 from sidecar.replication.filters import Filters
 from sidecar.replication.forecast import forecast, objections, require_safe
@@ -32,7 +33,6 @@ from sidecar.replication.lost_writes import page_number, shown_entries, summary
 from sidecar.replication.mode_manager import ModeManager
 from sidecar.replication.mode_status import gauges_of, status_of
 from sidecar.replication.modes import DR, PERFORMANCE, Mode, mode_named
-from sidecar.replication.preflight import Asked
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
 from sidecar.replication.sessions import Sessions
 from sidecar.replication.texts import (
@@ -306,7 +306,8 @@ class Replication:
             refusal = ""
         except (InvalidRequest, Unavailable) as error:
             refusal = str(error)
-        return await enrolment.checked(manager, self._sealed, Asked(token, primary_api_addr, ca_file, ca_path), refusal)
+        asked = ActivationRequest(token, primary_api_addr, ca_file, ca_path)
+        return await enrolment.checked(manager, self._sealed, asked, refusal)
 
     def _enabled_by(self, manager: ModeManager) -> None:
         """Raises InvalidRequest unless this cluster may become a secondary in that mode."""
@@ -328,14 +329,13 @@ class Replication:
         manager = self._steady(mode)
         if not token:
             raise InvalidRequest('missing "token"')
+        asked = ActivationRequest(token, primary_api_addr, ca_file, ca_path)
         async with self._activating:
             self._enabled_by(manager)
             self._bootstrapping = manager.mode
             flipped = False
             try:
-                result = await enrolment.activated(
-                    manager, self._sealed, token, primary_api_addr=primary_api_addr, ca_file=ca_file, ca_path=ca_path
-                )
+                result = await enrolment.activated(manager, self._sealed, asked)
                 failpoint("activation:after-bootstrap")
                 await self._callbacks.flip(result)
                 flipped = True  # until the end of the tenure this cluster is between its two stores
@@ -426,16 +426,9 @@ class Replication:
             await manager.change(lambda newest: roles.forget_primary(manager.mode, newest))
             await manager.turn()
             return Response(warnings=[FORGETTING])
+        asked = ActivationRequest(token, primary_api_addr, ca_file, ca_path)
         async with self._activating:
-            result = await enrolment.activated(
-                manager,
-                self._sealed,
-                token,
-                primary_api_addr=primary_api_addr,
-                ca_file=ca_file,
-                ca_path=ca_path,
-                set_id=role.set_id,
-            )
+            result = await enrolment.activated(manager, self._sealed, asked, set_id=role.set_id)
             await enrolment.point_at(manager, self._sealed, self._callbacks, token, result)
             await manager.turn()
         return Response(warnings=[UPDATING_PRIMARY] if result.protected else [UPDATING_PRIMARY, PLAIN_HTTP])

@@ -23,6 +23,7 @@ from consul_backend.clock import Clock
 from consul_backend.limits import Limits
 from plugin_api.errors import InvalidRequest, PluginError
 from sidecar.replication import activation, sealed_token
+from sidecar.replication.activation import ActivationRequest
 from sidecar.replication.modes import Mode
 from sidecar.replication.path_probe import Fault, probe
 from sidecar.replication.protocol import PROTOCOL_VERSIONS
@@ -59,16 +60,6 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The fields of the request."""
-
-    token: str = field(repr=False)
-    primary_api_addr: str = ""
-    ca_file: str = ""
-    ca_path: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Here:
     """This cluster: why its role forbids it (empty: it does not), its store's limits, its activation key."""
 
@@ -91,7 +82,7 @@ class _Primary:
     skew_s: float | None = None
 
 
-async def preflight(mode: Mode, asked: Asked, here: Here) -> list[Check]:
+async def preflight(mode: Mode, asked: ActivationRequest, here: Here) -> list[Check]:
     """All checks, in the order in which an activation would meet them. Raises nothing but what cancels it."""
     primary = _Primary()
     checks = [_role(here)]
@@ -143,7 +134,7 @@ def _sealed(mode: Mode, token: str, here: Here, primary: _Primary) -> Check:
 
 
 async def _api(
-    mode: Mode, asked: Asked, here: Here, token: activation.ActivationToken | None, primary: _Primary
+    mode: Mode, asked: ActivationRequest, here: Here, token: activation.ActivationToken | None, primary: _Primary
 ) -> list[Check]:
     name, lookup = "primary-api", "token-on-primary"
     blind = Check(lookup, Result.UNKNOWN, "the primary's API could not be asked")

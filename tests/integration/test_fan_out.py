@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from sidecar.replication.activation import activate
+from sidecar.replication.activation import ActivationRequest, activate
 from sidecar.replication.modes import PERFORMANCE
 from tests.support.replication_cluster import Pair, in_step, primary_in
 from tests.support.thin_secondary import ThinSecondary, following
@@ -33,10 +33,7 @@ async def thin(pair: Pair, name: str, *, pause_s: float = 0.0, stuck: bool = Fal
     token = await pair.token(name)
     made = await activate(
         PERFORMANCE,
-        token,
-        primary_api_addr="",
-        ca_file="",
-        ca_path="",
+        ActivationRequest(token),
         store_id=f"store-of-{name}",
         now_s=time.time(),
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from consul_backend.errors import BackendError
 from consul_backend.position import Position
 from plugin_api.errors import PluginError
+from sidecar.replication.activation import ActivationRequest
 from sidecar.replication.modes import MODES, PERFORMANCE, Mode
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
 from sidecar.replication.states import Phase
@@ -71,7 +72,8 @@ class Operator:
             token = await self._token(source, mode, follow.who)
             setup = Process(f"{follow.who}.setup")
             world.links.place(setup, follow.who)
-            result = await setup.spawn(world.tokens.activate(mode, token, store_id=f"store-{follow.who}"))
+            asked = ActivationRequest(token)
+            result = await setup.spawn(world.tokens.activate(mode, asked, store_id=f"store-{follow.who}"))
         except REFUSALS as error:
             world.log(f"operator: {follow.who} is not activated yet: {error!r}")
             return False

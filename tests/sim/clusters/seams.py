@@ -30,7 +30,7 @@ from sidecar.replication import (
     secondary,
     upstream,
 )
-from sidecar.replication.activation import ActivationResult, Bundle, bootstrap
+from sidecar.replication.activation import ActivationRequest, ActivationResult, Bundle, bootstrap
 from sidecar.replication.modes import Mode
 from sidecar.transport import certificates
 from tests.sim.clusters import papers
@@ -56,10 +56,17 @@ class Tokens:
         return f"token-{self._number}"
 
     async def activate(
-        self, mode: Mode, token: str, *, store_id: str, timeout_s: float = 30.0, set_id: str = "", **_: Any
+        self,
+        mode: Mode,
+        asked: ActivationRequest,
+        *,
+        store_id: str,
+        timeout_s: float = 30.0,
+        set_id: str = "",
+        **_: Any,
     ) -> ActivationResult:
         """``activation.activate`` from the unwrapped bundle on."""
-        payload = self._waiting.pop(token, None)
+        payload = self._waiting.pop(asked.token, None)
         if payload is None:
             raise InvalidRequest("the token is used up")
         bundle = Bundle(
