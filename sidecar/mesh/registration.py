@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 from consul_backend.catalog import Registration
 from consul_backend.config import ConsulConfig
@@ -29,21 +29,23 @@ LEAVING = "Outrider Stepping Down"
 _MODE_TAGS = {"primary": "perf-primary", "secondary": "perf-secondary"}
 
 
+class Changed(TypedDict, total=False):
+    """What of :class:`NodeState` is another than before."""
+
+    sealed: bool
+    active: bool
+    initialized: bool
+    performance_mode: str
+    dr_mode: str
+
+
 class Registrar(Protocol):
     """What the roles tell the catalog. Nothing here raises or waits long."""
 
     async def run(self) -> None:
         """Keep the entry true until cancelled."""
 
-    async def update(
-        self,
-        *,
-        sealed: bool | None = None,
-        active: bool | None = None,
-        initialized: bool | None = None,
-        performance_mode: str | None = None,
-        dr_mode: str | None = None,
-    ) -> None:
+    async def update(self, **changed: Unpack[Changed]) -> None:
         """Note what changed; the catalog follows in the background."""
 
     async def leaving(self) -> None:
@@ -59,15 +61,7 @@ class NoRegistration:
     async def run(self) -> None:
         return
 
-    async def update(
-        self,
-        *,
-        sealed: bool | None = None,
-        active: bool | None = None,
-        initialized: bool | None = None,
-        performance_mode: str | None = None,
-        dr_mode: str | None = None,
-    ) -> None:
+    async def update(self, **changed: Unpack[Changed]) -> None:
         return
 
     async def leaving(self) -> None:
@@ -194,25 +188,11 @@ class ServiceRegistration:
                 async with asyncio.timeout(wait_s):
                     await self._changed.wait()
 
-    async def update(
-        self,
-        *,
-        sealed: bool | None = None,
-        active: bool | None = None,
-        initialized: bool | None = None,
-        performance_mode: str | None = None,
-        dr_mode: str | None = None,
-    ) -> None:
+    async def update(self, **changed: Unpack[Changed]) -> None:
         """See :meth:`Registrar.update`. An unsealed node is initialised; any update ends :meth:`leaving`."""
-        old = self._state
-        new = NodeState(
-            sealed=old.sealed if sealed is None else sealed,
-            active=old.active if active is None else active,
-            initialized=sealed is False or (old.initialized if initialized is None else initialized),
-            leaving=False,
-            performance_mode=old.performance_mode if performance_mode is None else performance_mode,
-            dr_mode=old.dr_mode if dr_mode is None else dr_mode,
-        )
+        new = replace(self._state, **changed, leaving=False)
+        if changed.get("sealed") is False:
+            new = replace(new, initialized=True)
         self._set(new)
 
     async def leaving(self) -> None:
