@@ -58,6 +58,7 @@ from sidecar.dev import DevServer, print_dev_banner
 from sidecar.failpoints import POINTS
 from sidecar.hardening import protect_process
 from sidecar.leading import ScopeParts
+from sidecar.log_file import LogFile, LogFileHandler
 from sidecar.loop_lag import watch_loop_lag
 from sidecar.measured_store import MeasuredStore
 from sidecar.mesh.registration import NoRegistration, Registrar, ServiceRegistration
@@ -83,7 +84,9 @@ def run_server(
 ) -> int:
     """Run until SIGINT or SIGTERM; returns the exit code. ``config_paths`` are read again on SIGHUP. ``sockets`` are
     those of the API listeners, in their order."""
-    configure_logging(config.log_level, config.log_format)
+    log_handler = LogFileHandler(LogFile(config.log_file)) if config.log_file.path else None
+    configure_logging(config.log_level, config.log_format, log_handler)
+    reopen_log = (log_handler.reopen,) if log_handler is not None else ()
     for warning in protect_process(lock_memory=config.lock_memory):
         log.warning("%s", warning)
     declare(POINTS)
@@ -94,7 +97,7 @@ def run_server(
     METRICS.configure(named.prefix, named.filters, shown_otherwise=named.filter_default)
     try:
         with pid_file(config.pid_file):
-            asyncio.run(_serve(config, dev, config_paths, sockets))
+            asyncio.run(_serve(config, dev, config_paths, sockets, reopen_log))
     except BackendError as error:
         print(f"Error initializing storage: {error}", file=sys.stderr)
         return 1
@@ -109,7 +112,11 @@ def run_server(
 
 
 async def _serve(
-    config: ServerConfig, dev: DevOptions | None, config_paths: tuple[str, ...], sockets: OpenSockets
+    config: ServerConfig,
+    dev: DevOptions | None,
+    config_paths: tuple[str, ...],
+    sockets: OpenSockets,
+    reopen_log: Sequence[Callable[[], None]],
 ) -> None:
     clock = SystemClock()
     stopping = asyncio.Event()
@@ -150,7 +157,8 @@ async def _serve(
         stack.push_async_callback(registration.close)
         served = await open_listeners(config, sockets, front, stack)
         print_banner(config, physical.kind)
-        loop.add_signal_handler(signal.SIGHUP, reload_settings, config_paths, served, node.reopen_audit)
+        reopen = (*reopen_log, node.reopen_audit)
+        loop.add_signal_handler(signal.SIGHUP, reload_settings, config_paths, served, reopen)
         roles = Roles(
             node,
             physical,
@@ -171,7 +179,7 @@ async def _serve(
             if seal is not None:
                 running.append(tasks.create_task(keep_unsealed(sealing, seal), name="auto-unseal"))
             if dev is not None:
-                print_dev_banner(config, await DevServer(node, front).prepare(dev))
+                print_dev_banner(config, await DevServer(node, front).prepare(dev), dev.tls_ca_file)
             await stopping.wait()
             print(f"==> {product()} shutdown triggered", flush=True)
             log.info("shutdown triggered")
@@ -403,12 +411,16 @@ def _load_pair(context: ssl.SSLContext, listener: Listener) -> None:
 def reload_settings(
     config_paths: tuple[str, ...],
     served: Sequence[Served],
-    reopen_audit: Callable[[], None],
+    reopen: Sequence[Callable[[], None]],
 ) -> None:
-    """SIGHUP: the audit files, the log level, and of each API listener its response headers, and its certificates for
-    new connections."""
+    """SIGHUP: the log file and the audit files, the log level, and of each API listener its response headers, and its
+    certificates for new connections."""
     print(f"==> {product()} reload triggered", flush=True)
-    reopen_audit()
+    for reopen_one in reopen:
+        try:
+            reopen_one()
+        except OSError as error:
+            log.error("the log file cannot be opened again, it is written to as before: %s", error)
     try:
         if config_paths:
             config = load(config_paths)

@@ -58,8 +58,9 @@ class DevServer:
             raise InvalidRequest(f"preparing the dev server failed: {path} answered {answer.status}: {answer.body!r}")
 
 
-def print_dev_banner(config: ServerConfig, secrets: DevSecrets) -> None:
-    """The warning and the credentials, on standard output."""
+def print_dev_banner(config: ServerConfig, secrets: DevSecrets, ca_file: str = "") -> None:
+    """The warning and the credentials, on standard output; ``ca_file`` is what a client must trust, if there is TLS."""
+    trust = f"    $ export VAULT_CACERT='{ca_file}'\n" if ca_file else ""
     print(
         f"""WARNING! dev mode is enabled! In this mode, {product()} runs entirely in-memory
 and starts unsealed with a single unseal key. The root token is not stored
@@ -68,7 +69,7 @@ in a file: export it, or log in with it.
 You may need to set the following environment variables:
 
     $ export VAULT_ADDR='{config.api_addr}'
-    $ export VAULT_TOKEN='{secrets.root_token}'
+{trust}    $ export VAULT_TOKEN='{secrets.root_token}'
 
 The unseal key and root token are displayed below in case you want to
 seal/unseal the server or re-authenticate.

@@ -50,10 +50,11 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(entry)
 
 
-def configure_logging(level: str, log_format: str) -> None:
-    """Send everything at ``level`` (trace, debug, info, warn, error) and above to standard error."""
+def configure_logging(level: str, log_format: str, handler: logging.Handler | None = None) -> None:
+    """Send everything at ``level`` (trace, debug, info, warn, error) and above to ``handler``, else to standard
+    error."""
     logging.addLevelName(TRACE, "TRACE")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = handler or logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -17,7 +17,7 @@ from sidecar import hcl
 from sidecar.config import stanzas
 from sidecar.config.listeners import advertised, read_listeners
 from sidecar.config.lockout import read_user_lockout
-from sidecar.config.reader import ConfigError, Reader, parse_boolean
+from sidecar.config.reader import ConfigError, Reader, parse_boolean, parse_duration_s
 from sidecar.config.seals import read_seals
 from sidecar.config.stanzas import log_level
 from sidecar.config.telemetry import read_telemetry
@@ -32,6 +32,7 @@ from sidecar.config.values import (
     InmemStorage,
     Listener,
     LockoutStanza,
+    LogFileSettings,
     ProxyProtocolSettings,
     ReplicationSettings,
     RequestRules,
@@ -59,6 +60,7 @@ __all__ = [
     "InmemStorage",
     "Listener",
     "LockoutStanza",
+    "LogFileSettings",
     "ProxyProtocolSettings",
     "ReplicationSettings",
     "RequestRules",
@@ -75,6 +77,7 @@ __all__ = [
     "load_dev",
     "load_text",
     "log_level",
+    "parse_duration_s",
     "split_address",
 ]
 
@@ -85,7 +88,8 @@ def load(paths: Sequence[str], environ: Mapping[str, str] = os.environ) -> Serve
 
 
 def load_dev(options: DevOptions, paths: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> ServerConfig:
-    """The configuration of ``-dev``: in memory, one listener without TLS; files may add to it. Raises ConfigError."""
+    """The configuration of ``-dev``: in memory, one listener, with TLS where that was asked for; files may add to it.
+    Raises ConfigError."""
     return _read(_bodies(paths), environ, options)
 
 
@@ -135,7 +139,7 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
     level = log_level(top.text("log_level", "info", stanzas.LOG_LEVEL_WORDS))
     log_format = top.text("log_format", "standard", stanzas.LOG_FORMATS)
     cluster_name = top.text("cluster_name")
-    log_file, pid_file = top.text("log_file"), top.text("pid_file")
+    log_file, pid_file = stanzas.read_log_file(top), top.text("pid_file")
     show_hostname = top.boolean("enable_response_header_hostname")
     telemetry = read_telemetry(top)
     user_lockout = read_user_lockout(top)

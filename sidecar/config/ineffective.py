@@ -7,7 +7,6 @@ from collections.abc import Mapping
 _ENTERPRISE = "a feature of the enterprise server that there is not here"
 _PUSHED = "nothing is pushed; have sys/metrics scraped"
 _PLUGINS = "no plugin is a program of its own"
-_LOG_ROTATION = "the log file is not rotated by the server; logrotate does it with copytruncate"
 _LIMITS_OF_JSON = "the bounds of a request's JSON are fixed: 300 levels, 100,000 values, and max_request_size"
 
 AT_TOP: Mapping[str, str] = {
@@ -37,9 +36,6 @@ AT_TOP: Mapping[str, str] = {
     "kms_library": _ENTERPRISE,
     "license_path": "there is no licence",
     "log_requests_level": "an audit device logs requests",
-    "log_rotate_bytes": _LOG_ROTATION,
-    "log_rotate_duration": _LOG_ROTATION,
-    "log_rotate_max_files": _LOG_ROTATION,
     "oidc_provider": "there is no identity engine yet",
     "plugin_directory": _PLUGINS,
     "plugin_file_permissions": _PLUGINS,

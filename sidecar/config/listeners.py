@@ -42,7 +42,12 @@ def read_listeners(top: Reader, dev: DevOptions | None) -> tuple[tuple[Listener,
         host, port = address
         listeners.append(
             Listener(
-                join_address(host, port), _next_port(host, port), tls_disable=True, max_request_duration_s=duration_s
+                join_address(host, port),
+                _next_port(host, port),
+                tls_disable=not dev.tls_cert_file,
+                tls_cert_file=dev.tls_cert_file,
+                tls_key_file=dev.tls_key_file,
+                max_request_duration_s=duration_s,
             )
         )
     for stanza in top.blocks("listener"):

@@ -14,6 +14,7 @@ from sidecar.config.values import (
     ElectionSettings,
     EmbeddedStorage,
     InmemStorage,
+    LogFileSettings,
     ReplicationSettings,
     ServiceRegistrationSettings,
     StoreSettings,
@@ -30,6 +31,18 @@ _Storage = ConsulStorage | EmbeddedStorage | InmemStorage
 def log_level(word: str) -> str:
     """The level's one name; Vault accepts several for some."""
     return {"warning": "warn", "err": "error", "notice": "info"}.get(word, word)
+
+
+def read_log_file(top: Reader) -> LogFileSettings:
+    """``log_file`` and ``log_rotate_*``, with Vault's defaults."""
+    usual = LogFileSettings()
+    return LogFileSettings(
+        path=top.text("log_file"),
+        # 0 is Vault's word for the default.
+        rotate_duration_s=top.duration_s("log_rotate_duration", usual.rotate_duration_s) or usual.rotate_duration_s,
+        rotate_bytes=top.size_bytes("log_rotate_bytes", usual.rotate_bytes, minimum=-1),
+        rotate_max_files=top.integer("log_rotate_max_files", usual.rotate_max_files, minimum=-1),
+    )
 
 
 def read_lease_ttls(top: Reader) -> tuple[int, int]:

@@ -275,6 +275,17 @@ class TelemetrySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LogFileSettings:
+    """``log_file`` and ``log_rotate_*``. No ``path``: the log goes to standard error. ``rotate_bytes`` 0 or less is no
+    limit; ``rotate_max_files`` is how many older files are kept, 0 for all and -1 for none."""
+
+    path: str = ""
+    rotate_duration_s: float = 86400.0
+    rotate_bytes: int = 0
+    rotate_max_files: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Everything ``outrider server`` needs to know. ``warnings`` are shown by the command before it starts the
     server."""
@@ -298,7 +309,7 @@ class ServerConfig:
     unix_listeners: tuple[UnixListener, ...] = ()
     seal: SealSettings = field(default_factory=SealSettings)
     lock_memory: bool = True
-    log_file: str = ""
+    log_file: LogFileSettings = field(default_factory=LogFileSettings)
     pid_file: str = ""
     show_hostname: bool = False
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
@@ -308,11 +319,14 @@ class ServerConfig:
 @dataclass(frozen=True, slots=True)
 class DevOptions:
     """What ``-dev`` was told. ``root_token_id`` None lets the server choose one; ``kv_version`` is mounted at
-    ``secret/``, empty for none."""
+    ``secret/``, empty for none. ``tls_*_file``: what ``-dev-tls`` made; all empty without it."""
 
     root_token_id: str | None = field(default=None, repr=False)
     listen_address: str = "127.0.0.1:8200"
     kv_version: str = "2"
+    tls_ca_file: str = ""
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
 
 
 def join_address(host: str, port: int) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import hvac
 import pytest
+from cryptography import x509
 
 from tests.support.cluster import ROOT, free_port
 from tests.support.http_certificates import write_certificate
@@ -200,3 +202,43 @@ def test_the_dev_servers_other_flags(environment: dict[str, str], tmp_path: Path
         assert any("active operation" in line["@message"] for line in lines)
         assert stat.S_IMODE(log.stat().st_mode) == 0o600
         assert b"active operation" not in complaints
+
+
+def test_the_dev_server_over_tls(environment: dict[str, str], tmp_path: Path) -> None:
+    """A client that trusts what VAULT_CACERT names gets in, by a further name too; the files go with the server. The
+    log file, moved away, is begun anew on SIGHUP."""
+    log, port = tmp_path / "server.log", two_free_ports()
+    command = ["vault", "server", "-dev-tls", "-dev-root-token-id=root", f"-dev-listen-address=127.0.0.1:{port}"]
+    command += ["-dev-tls-san=10.1.2.3", "-dev-tls-san=dev.test", f"-log-file={log}"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        printed = ""
+        while "Development mode" not in printed:
+            printed += process.stdout.readline()
+            assert process.poll() is None, log.read_text()
+        exports = dict(re.findall(r"^    \$ export (\w+)='(.*)'$", printed, re.MULTILINE))
+        assert exports["VAULT_ADDR"] == f"https://127.0.0.1:{port}"
+        ca = Path(exports["VAULT_CACERT"])
+        assert sorted(path.name for path in ca.parent.iterdir()) == ["vault-ca.pem", "vault-cert.pem", "vault-key.pem"]
+        assert stat.S_IMODE((ca.parent / "vault-key.pem").stat().st_mode) == 0o600
+        assert hvac.Client(exports["VAULT_ADDR"], token="root", verify=str(ca)).is_authenticated()
+        status = subprocess.run(["vault", "status"], env=environment | exports, capture_output=True, timeout=60)
+        assert status.returncode == 0, status.stderr
+        for name in ("dev.test", "localhost"):
+            context = ssl.create_default_context(cafile=str(ca))
+            with socket.create_connection(("127.0.0.1", port)) as plain:
+                context.wrap_socket(plain, server_hostname=name).close()
+        names = x509.load_pem_x509_certificate((ca.parent / "vault-cert.pem").read_bytes()).extensions
+        addresses = names.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.IPAddress)
+        assert {str(address) for address in addresses} == {"127.0.0.1", "::1", "10.1.2.3"}
+        log.rename(tmp_path / "server.log.1")
+        process.send_signal(signal.SIGHUP)
+        while "reload triggered" not in process.stdout.readline():
+            assert process.poll() is None
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert "shutdown triggered" in log.read_text()
+    assert "shutdown triggered" not in (tmp_path / "server.log.1").read_text()
+    assert not ca.parent.exists()

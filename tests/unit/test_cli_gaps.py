@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from sidecar import hcl
+from sidecar import config, hcl
 from sidecar.cli import elsewhere, registry
 from sidecar.cli import server as server_command
 from sidecar.cli.policy_text import SUDO_PATHS, SUDO_TO_LIST, needs_sudo, policy_for
@@ -154,22 +155,53 @@ def test_the_log_file_of_the_configuration_and_that_of_the_command_line(run, mon
     monkeypatch.setitem(sys.modules, "sidecar.app", application)
     monkeypatch.setattr(server_command, "_log_to", written.append)
     (tmp_path / "a.hcl").write_text(
-        f'log_file = "{tmp_path}/a.log"\nstorage "inmem" {{}}\n'
+        f'log_file = "{tmp_path}/a.log"\nlog_rotate_max_files = 3\nstorage "inmem" {{}}\n'
         'listener "tcp" { address = "127.0.0.1:0"\n tls_disable = true }'
     )
     assert run("server", f"-config={tmp_path}/a.hcl")[0] == 0
     assert run("server", f"-config={tmp_path}/a.hcl", "-log-file=/b.log")[0] == 0
-    assert written == [f"{tmp_path}/a.log", "/b.log"]
+    rotated = ("-log-rotate-duration=90m", "-log-rotate-bytes", "4096", "-log-rotate-max-files=-1")
+    assert run("server", f"-config={tmp_path}/a.hcl", *rotated)[0] == 0
+    assert written == [
+        config.LogFileSettings(f"{tmp_path}/a.log", rotate_max_files=3),
+        config.LogFileSettings("/b.log", rotate_max_files=3),
+        config.LogFileSettings(f"{tmp_path}/a.log", rotate_duration_s=5400.0, rotate_bytes=4096, rotate_max_files=-1),
+    ]
+    assert run("server", f"-config={tmp_path}/a.hcl", "-log-rotate-duration=soon")[0] == 1
 
 
-def test_a_folder_as_log_file_holds_one(tmp_path):
-    code = "import sys; from sidecar.cli.server import _log_to; _log_to(sys.argv[1]); print('x', file=sys.stderr)"
-    for name in ("there", "there/"):
-        (tmp_path / "there").mkdir(exist_ok=True)
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, timeout=60)
-    made = tmp_path / "there" / "outrider.log"
-    assert made.read_text() == "x\nx\n"
-    assert made.stat().st_mode & 0o777 == 0o600
+def test_dev_flags_turn_dev_on_and_its_certificates_go_with_the_server(run, monkeypatch, tmp_path):
+    seen = []
+    application = type(sys)("sidecar.app")
+
+    def run_server(settings, dev, _paths, opened):
+        for one in itertools.chain(*opened):
+            one.close()
+        made = [dev.tls_ca_file, dev.tls_cert_file, dev.tls_key_file]
+        seen.append((settings.api_addr, settings.listeners[0].tls_disable, [Path(name).exists() for name in made], dev))
+        return 0
+
+    application.run_server = run_server
+    monkeypatch.setitem(sys.modules, "sidecar.app", application)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    anywhere = "-dev-listen-address=127.0.0.1:0"
+    folder = tmp_path / "certificates"
+    assert run("server", "-dev-tls", anywhere, f"-dev-tls-cert-dir={folder}")[0] == 1, "it must be there"
+    folder.mkdir()
+    assert run("server", "-dev-tls", anywhere, f"-dev-tls-cert-dir={folder}", "-dev-tls-san=a.test,b.test")[0] == 0
+    assert run("server", "-dev", "-dev-tls", anywhere)[0] == 0
+    for address, without_tls, there, dev in seen:
+        assert (address, without_tls, there) == ("https://127.0.0.1:0", False, [True, True, True])
+        assert Path(dev.tls_ca_file).name == "vault-ca.pem"
+        assert not Path(dev.tls_ca_file).exists()
+    assert [entry.name for entry in folder.iterdir()] == [], "a directory that was given stays"
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert run("server", "-dev-kv-v1", anywhere)[0] == 0
+    assert (seen[-1][1], seen[-1][3].kv_version) == (True, "1")
+    code, _, err = run("server", "-dev-tls", anywhere, "-dev-tls-san=b\u00fccher")
+    assert code == 1
+    assert "-dev-tls-san: " in err
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------

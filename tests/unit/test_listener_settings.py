@@ -193,10 +193,10 @@ async def test_a_sighup_reads_the_headers_of_a_running_listener_again(
 
         assert await headers() == ("1", None)
         write('custom_response_headers { "2xx" = { "X-B" = ["2"] } }')
-        app.reload_settings((str(path),), served, lambda: None)
+        app.reload_settings((str(path),), served, ())
         assert await headers() == (None, "2")
         write("nonsense = 1")
-        app.reload_settings((str(path),), served, lambda: None)
+        app.reload_settings((str(path),), served, ())
         assert await headers() == (None, "2"), "what was loaded before stays"
 
 
