@@ -53,7 +53,7 @@ from sidecar.config import (
 from sidecar.core.metrics import METRICS
 from sidecar.core.seals import AutoSeal
 from sidecar.core.seals.static import BadStaticKey, StaticSeal, load_static_key
-from sidecar.core.seals.transit import TransitSeal, TransitSettings
+from sidecar.core.seals.transit import TransitSeal
 from sidecar.dev import DevServer, print_dev_banner
 from sidecar.failpoints import POINTS
 from sidecar.hardening import protect_process
@@ -201,22 +201,7 @@ def make_seal(settings: SealSettings) -> AutoSeal | None:
     if seal is None:
         return None
     if isinstance(seal, TransitSealSettings):
-        return TransitSeal(
-            TransitSettings(
-                address=seal.address,
-                token=seal.token,
-                key_name=seal.key_name,
-                mount_path=seal.mount_path,
-                namespace=seal.namespace,
-                key_id_prefix=seal.key_id_prefix,
-                renew=not seal.disable_renewal,
-                ca_file=seal.tls_ca_cert,
-                client_cert_file=seal.tls_client_cert,
-                client_key_file=seal.tls_client_key,
-                server_name=seal.tls_server_name,
-                skip_verify=seal.tls_skip_verify,
-            )
-        )
+        return TransitSeal(seal)
     warnings: list[str] = []
     current = load_static_key("current_key", seal.current_key_id, seal.current_key, os.environ, warnings)
     previous = None

@@ -159,7 +159,8 @@ class StaticSealSettings:
 
 @dataclass(frozen=True, slots=True)
 class TransitSealSettings:
-    """``seal "transit"``, its environment variables included. ``address`` and ``mount_path`` end in no slash."""
+    """``seal "transit"``, its environment variables included; empty texts are not used. ``address`` and
+    ``mount_path`` end in no slash."""
 
     address: str
     token: str = field(repr=False)

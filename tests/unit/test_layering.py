@@ -29,6 +29,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sidecar.transport": ("consul_backend", "sidecar.transport"),
     "sidecar.mesh": ("consul_backend", "sidecar.mesh"),
     "sidecar.core": ("plugin_api", "consul_backend", "sidecar.core", "sidecar.hcl"),
+    # What an auto seal is told is its stanza as it was read.
+    "sidecar.core.seals": ("plugin_api", "consul_backend", "sidecar.core", "sidecar.config"),
     "sidecar.replication": ("plugin_api", "consul_backend", "sidecar.transport", "sidecar.replication"),
     "sidecar.request": ("plugin_api", "consul_backend", "sidecar.core", "sidecar.request", "sidecar.version"),
     "sidecar.api": (

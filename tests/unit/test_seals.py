@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from plugin_api.errors import Unavailable
+from sidecar.config import TransitSealSettings
 from sidecar.core.keys import SEAL
 from sidecar.core.seal import SealConfig
 from sidecar.core.seal_record import (
@@ -27,7 +28,7 @@ from sidecar.core.seal_record import (
 from sidecar.core.seal_rewrap import is_newer, rewrap
 from sidecar.core.seals import AutoSeal, Need, SealUnavailable, Wrapped, needed, prepare, unseal_root_key
 from sidecar.core.seals.static import BadStaticKey, StaticKey, StaticSeal, load_static_key
-from sidecar.core.seals.transit import TransitSeal, TransitSettings
+from sidecar.core.seals.transit import TransitSeal
 from tests.support.logical_store import make_sealed
 from tests.support.service_node import running
 
@@ -90,7 +91,7 @@ def test_records_of_versions_that_do_not_fit_are_refused() -> None:
 async def test_what_a_record_needs() -> None:
     shamir = shares_only(KEY, KEY)
     auto = await sealed_record(static("k1"), KEY)
-    transit = TransitSeal(TransitSettings("http://h", "t", "k", "transit"))
+    transit = TransitSeal(TransitSealSettings("http://h", "t", "k", "transit"))
     assert needed(shamir, None, ()) is Need.SHARES
     assert needed(shamir, static(), ()) is Need.MIGRATION
     assert needed(auto, None, ()) is Need.MIGRATION
@@ -243,7 +244,7 @@ async def seal_of() -> AsyncIterator[SealFactory]:
 
     async def make(server: TransitServer, **more: Any) -> TransitSeal:
         settings = {"token": "hvs.seal", "key_name": "k", "mount_path": "transit", **more}
-        made.append(TransitSeal(TransitSettings(server.address, **settings)))
+        made.append(TransitSeal(TransitSealSettings(server.address, **settings)))
         return made[-1]
 
     yield make
@@ -296,7 +297,7 @@ async def test_transit_renews_its_token_until_it_is_told_not_to(
     running.cancel()
     asked = [what for what, _ in server.seen]
     assert asked == ["GET /v1/auth/token/lookup-self", "POST /v1/auth/token/renew-self"]
-    await (await seal_of(server, renew=False)).run()
+    await (await seal_of(server, disable_renewal=True)).run()
     assert len(server.seen) == 2
 
     server.renewable = False

@@ -13,12 +13,12 @@ import json
 import logging
 import random
 import ssl
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 import aiohttp
 
+from sidecar.config import TransitSealSettings
 from sidecar.core.seal import KEY_BYTES
 from sidecar.core.seals import SealUnavailable, Wrapped
 
@@ -31,24 +31,6 @@ _RENEW_AT = 2 / 3  # of the token's remaining time
 _RENEW_RETRY_S = (1.0, 60.0)
 _LOOK_AGAIN_S = 3600.0  # at a token that never expires by itself: it may have been replaced by another rule
 _ERROR_TEXT_MAX = 200
-
-
-@dataclass(frozen=True, slots=True)
-class TransitSettings:
-    """``mount_path`` and ``address`` without a trailing slash; empty texts are not used."""
-
-    address: str
-    token: str = field(repr=False)
-    key_name: str
-    mount_path: str
-    namespace: str = ""
-    key_id_prefix: str = ""
-    renew: bool = True
-    ca_file: str = ""
-    client_cert_file: str = ""
-    client_key_file: str = ""
-    server_name: str = ""
-    skip_verify: bool = False
 
 
 class _Refused(Exception):
@@ -64,7 +46,7 @@ class TransitSeal:
 
     kind = KIND
 
-    def __init__(self, settings: TransitSettings) -> None:
+    def __init__(self, settings: TransitSealSettings) -> None:
         self._settings = settings
         self._session: aiohttp.ClientSession | None = None
 
@@ -111,7 +93,7 @@ class TransitSeal:
     async def run(self) -> None:
         """Renew the token before it expires. Without that the seal works until the token's end, so failures are
         logged and tried again."""
-        if not self._settings.renew:
+        if self._settings.disable_renewal:
             return
         failures = 0
         while True:
@@ -166,7 +148,7 @@ class TransitSeal:
         headers = {"X-Vault-Token": settings.token, "X-Vault-Request": "true"}
         if settings.namespace:
             headers["X-Vault-Namespace"] = settings.namespace
-        name = settings.server_name or None
+        name = settings.tls_server_name or None
         async with self._session.request(
             method, url, json=body, headers=headers, allow_redirects=False, server_hostname=name
         ) as response:
@@ -189,12 +171,12 @@ class TransitSeal:
         if urlsplit(settings.address).scheme != "https":
             return None
         try:
-            context = ssl.create_default_context(cafile=settings.ca_file or None)
-            if settings.client_cert_file:
-                context.load_cert_chain(settings.client_cert_file, settings.client_key_file or None)
+            context = ssl.create_default_context(cafile=settings.tls_ca_cert or None)
+            if settings.tls_client_cert:
+                context.load_cert_chain(settings.tls_client_cert, settings.tls_client_key or None)
         except (OSError, ssl.SSLError) as error:
             raise SealUnavailable(f"the transit seal's TLS files cannot be used: {error}") from None
-        if settings.skip_verify:
+        if settings.tls_skip_verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         return context
