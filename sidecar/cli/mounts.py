@@ -16,20 +16,29 @@ LISTS = (
 )
 PATH_FLAG = Flag("path", "Where to mount it.", default="the type's name")
 DETAILED_FLAG = Flag("detailed", "Show their settings too.", "bool")
-COMMON_FLAGS = (
-    PATH_FLAG,
+SETTINGS_FLAGS = (
     Flag("description", "A line for people."),
-    Flag("local", "Do not replicate its data to performance secondaries.", "bool"),
     Flag("default-lease-ttl", "Default TTL of its leases, as 1h."),
     Flag("max-lease-ttl", "Longest TTL of its leases, as 24h."),
     Flag("listing-visibility", "unauth: shown before login; hidden."),
     Flag("options", "key=value option of the mount; may be repeated.", "texts"),
+    Flag("audit-non-hmac-request-keys", "Request field that the audit shows in clear; may be repeated.", "texts"),
+    Flag("audit-non-hmac-response-keys", "Response field that the audit shows in clear; may be repeated.", "texts"),
+    Flag("passthrough-request-headers", "Request header passed to the plugin; may be repeated.", "texts"),
+    Flag("allowed-response-headers", "Header the plugin may set; may be repeated.", "texts"),
     Flag("plugin-version", "The version of its plugin: only the server's own."),
+)
+"""What both enable and tune set."""
+VERSION_FLAG = Flag("version", "Version of the engine.", "int")
+TOKEN_TYPE_FLAG = Flag("token-type", "default-service, default-batch, service or batch.")
+_ENABLE_FLAGS = (
+    PATH_FLAG,
+    *SETTINGS_FLAGS,
+    Flag("local", "Do not replicate its data to performance secondaries.", "bool"),
     Flag("force-no-cache", "Accepted; nothing of a mount is cached that could be stale.", "bool"),
     Flag("seal-wrap", "Kept and shown; everything is encrypted by the barrier alike.", "bool"),
     Flag("external-entropy-access", "Kept and shown; it changes nothing.", "bool"),
     Flag("plugin-name", "Name of the plugin, in the place of TYPE."),
-    *(Flag(name, "Header or field, as tune takes it; may be repeated.", "texts") for name in LISTS),
 )
 
 
@@ -145,7 +154,7 @@ SECRETS_ENABLE = Command(
     "secrets enable [flags] TYPE",
     "Mount a secrets engine. kv-v2 is kv with -version=2.",
     lambda call: _enable(call, "sys/mounts", "secrets engine"),
-    (*COMMON_FLAGS, Flag("version", "Version of the engine.", "int")),
+    (*_ENABLE_FLAGS, VERSION_FLAG),
     formats=False,
 )
 SECRETS_DISABLE = Command(
@@ -164,7 +173,7 @@ AUTH_ENABLE = Command(
     "auth enable [flags] TYPE",
     "Mount an auth method.",
     lambda call: _enable(call, "sys/auth", "auth method"),
-    (*COMMON_FLAGS, Flag("token-type", "default-service, default-batch, service or batch.")),
+    (*_ENABLE_FLAGS, TOKEN_TYPE_FLAG),
     formats=False,
 )
 AUTH_DISABLE = Command(

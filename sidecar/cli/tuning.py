@@ -7,7 +7,7 @@ from typing import Any
 
 from sidecar.cli.command import EXIT_OK, EXIT_SERVER, Call, Command, Failed, doing
 from sidecar.cli.flags import Flag
-from sidecar.cli.mounts import LISTS, option_pairs
+from sidecar.cli.mounts import LISTS, SETTINGS_FLAGS, TOKEN_TYPE_FLAG, VERSION_FLAG, option_pairs
 
 _TEXTS = {
     "default-lease-ttl": "default_lease_ttl",
@@ -68,18 +68,6 @@ def _move(call: Call, prefix: str, what: str) -> int:
     return EXIT_OK
 
 
-_TUNE_FLAGS = (
-    Flag("default-lease-ttl", "Default TTL of its leases, as 1h."),
-    Flag("max-lease-ttl", "Longest TTL of its leases, as 24h."),
-    Flag("description", "A line for people."),
-    Flag("listing-visibility", "unauth: shown before login; hidden."),
-    Flag("options", "key=value option of the mount; may be repeated.", "texts"),
-    Flag("audit-non-hmac-request-keys", "Request field that the audit shows in clear; may be repeated.", "texts"),
-    Flag("audit-non-hmac-response-keys", "Response field that the audit shows in clear; may be repeated.", "texts"),
-    Flag("passthrough-request-headers", "Request header passed to the plugin; may be repeated.", "texts"),
-    Flag("allowed-response-headers", "Header the plugin may set; may be repeated.", "texts"),
-    Flag("plugin-version", "The version of its plugin: only the server's own."),
-)
 _LOCKOUT_FLAGS = (
     Flag("user-lockout-threshold", "Failed logins after which a user is locked out."),
     Flag("user-lockout-duration", "For how long, as 15m."),
@@ -90,14 +78,14 @@ SECRETS_TUNE = Command(
     "secrets tune [flags] PATH",
     "Change settings of a mounted secrets engine; -version=2 upgrades kv.",
     lambda call: _tune(call, "sys/mounts", "secrets engine"),
-    (*_TUNE_FLAGS, Flag("version", "Version of the engine.", "int")),
+    (*SETTINGS_FLAGS, VERSION_FLAG),
     formats=False,
 )
 AUTH_TUNE = Command(
     "auth tune [flags] PATH",
     "Change settings of a mounted auth method.",
     lambda call: _tune(call, "sys/auth", "auth method"),
-    (*_TUNE_FLAGS, *_LOCKOUT_FLAGS, Flag("token-type", "default-service, default-batch, service or batch.")),
+    (*SETTINGS_FLAGS, *_LOCKOUT_FLAGS, TOKEN_TYPE_FLAG),
     formats=False,
 )
 SECRETS_MOVE = Command(
