@@ -167,6 +167,11 @@ class _Found:
     heads_match: bool = field(init=False)
     lazy: bool = field(init=False)
 
+    @property
+    def redo_from(self) -> int:
+        """The first record that the stored index may lack."""
+        return self.checkpoint.redo_from if self.checkpoint is not None else GENESIS_INDEX
+
 
 RECENT_RECORDS = 256
 EAGER_KEYS = 10_000
@@ -348,8 +353,7 @@ async def _redo(
     case: Case,
 ) -> Recovered:
     checkpoint = found.checkpoint
-    redo_from = checkpoint.redo_from if checkpoint is not None else GENESIS_INDEX
-    start = checkpoint.scan_from if checkpoint is not None else GENESIS_INDEX
+    redo_from = found.redo_from
     forest = Forest()
     await _load(forest, found.extents)
     if not found.lazy:
@@ -362,13 +366,50 @@ async def _redo(
     proof = partial(require_tenure, physical, tenure)
     cold = found.heads if found.lazy else {}
     lazy = LazyIndex(physical, generation, forest, table, cold, redo_from, prove_tenure=proof)
-    sizes: dict[int, int] = {}
+    repeated = await _repeat(physical, generation, segment_records, found, lazy)
+    if repeated.tip is None:
+        raise AssertionError("the newest record is always read")
+    if not found.lazy:
+        await compute_digests(forest)
+    return Recovered(
+        forest=forest,
+        table=table,
+        tip=repeated.tip,
+        checkpoint=checkpoint,
+        checkpoint_index=found.checkpoint_index,
+        oldest_index=found.oldest,
+        segment_bytes=repeated.segment_bytes,
+        case=case.label,
+        lazy=lazy,
+        heads=heads,
+        replay=repeated.replay,
+        crossings=dict(checkpoint.crossings) if checkpoint is not None else {},
+        redone=found.newest - redo_from + 1,
+        recent=repeated.recent,
+    )
+
+
+@dataclass(slots=True)
+class _Repeated:
+    """What the log held; see :class:`Recovered`."""
+
+    segment_bytes: dict[int, int]
+    replay: Replay = field(default_factory=Replay)
+    recent: list[Record] = field(default_factory=list)
+    tip: Tip | None = None
+
+
+async def _repeat(
+    physical: PhysicalStore, generation: str, segment_records: int, found: _Found, lazy: LazyIndex
+) -> _Repeated:
+    """Every record that the checkpoint does not cover, in order, into the index. Raises CorruptRecord."""
+    checkpoint = found.checkpoint
+    repeated = _Repeated({})
+    sizes = repeated.segment_bytes
     if checkpoint is not None:
         kept = found.oldest // segment_records
-        sizes = {segment: size for segment, size in checkpoint.segment_bytes.items() if segment >= kept}
-    recent: list[Record] = []
-    replay = Replay()
-    tip: Tip | None = None
+        sizes |= {segment: size for segment, size in checkpoint.segment_bytes.items() if segment >= kept}
+    start = checkpoint.scan_from if checkpoint is not None else GENESIS_INDEX
     async for piece in scan_records(physical, generation, start, found.newest, segment_records):
         for record, item in piece:
             if record.index == GENESIS_INDEX and record.header.prev_hash != GENESIS_PREV:
@@ -379,33 +420,14 @@ async def _redo(
             elif checkpoint is None or record.index > checkpoint.head_index:
                 segment = record.index // segment_records
                 sizes[segment] = sizes.get(segment, 0) + len(item.value)
-            true = replay.feed(record)
-            if record.index >= redo_from:
+            true = repeated.replay.feed(record)
+            if record.index >= found.redo_from:
                 await _redo_record(record, lazy.redo, true)
-            recent.append(record)
-            tip = Tip(record, item.key, item.modify_index)
-        del recent[:-RECENT_RECORDS]
+            repeated.recent.append(record)
+            repeated.tip = Tip(record, item.key, item.modify_index)
+        del repeated.recent[:-RECENT_RECORDS]
         await asyncio.sleep(0)
-    if tip is None:
-        raise AssertionError("the newest record is always read")
-    if not found.lazy:
-        await compute_digests(forest)
-    return Recovered(
-        forest=forest,
-        table=table,
-        tip=tip,
-        checkpoint=checkpoint,
-        checkpoint_index=found.checkpoint_index,
-        oldest_index=found.oldest,
-        segment_bytes=sizes,
-        case=case.label,
-        lazy=lazy,
-        heads=heads,
-        replay=replay,
-        crossings=dict(checkpoint.crossings) if checkpoint is not None else {},
-        redone=found.newest - redo_from + 1,
-        recent=recent,
-    )
+    return repeated
 
 
 Redo = Callable[[str, str, str, bytes | None, int], None]

@@ -23,7 +23,7 @@ from consul_backend.fenced import require_tenure
 from consul_backend.foreign import ForeignWrites
 from consul_backend.generation import drop_generation, physical_key, read_entry
 from consul_backend.genesis import genesis
-from consul_backend.group_commit import CommitOptions, Committed, GroupCommit
+from consul_backend.group_commit import Committed, GroupCommit
 from consul_backend.index_check import Inspected
 from consul_backend.keys import decode_name, encode_partition, encode_path, split_prefix
 from consul_backend.large_batch import BatchBounds, crossing
@@ -98,15 +98,12 @@ class ReplicatedStore:
         self._holds: dict[str, int] = {}
         self._advanced = asyncio.Event()
         self._foreign = ForeignWrites()
-        commit_options = CommitOptions(
-            options.queue_batches_max, options.queue_bytes_max, options.resolve_timeout_s, options.segment_records
-        )
         self._group_commit = GroupCommit(
             physical,
             generation,
             tenure,
             recovered.tip,
-            commit_options,
+            options.commit(),
             clock=clock,
             lease=lease,
             random_bytes=random_bytes,

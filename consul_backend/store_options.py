@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from consul_backend.commits import CommitOptions
 from consul_backend.recovery import EAGER_KEYS
 from consul_backend.wal import SEGMENT_RECORDS
 
@@ -43,3 +44,7 @@ class StoreOptions:
             raise ValueError("a segment of the log has at least two records")
         if not 0 < self.index_warm_share <= 1:
             raise ValueError("index_warm_share is a share of the time, above 0 and up to 1")
+
+    def commit(self) -> CommitOptions:
+        """Those of group commit."""
+        return CommitOptions(self.queue_batches_max, self.queue_bytes_max, self.resolve_timeout_s, self.segment_records)

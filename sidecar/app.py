@@ -141,12 +141,7 @@ async def _serve(
         )
         ha_enabled = isinstance(config.storage, ConsulStorage)
         node = Node(identity, sealing, storage_type=physical.kind, ha_enabled=ha_enabled)
-        front = Front(
-            node,
-            prometheus=config.telemetry.prometheus_retention_s > 0,
-            header_forwarding=config.replication.allow_forwarding_via_header,
-            in_flight=InFlight() if shows_in_flight(config) else None,
-        )
+        front = make_front(config, node)
         stack.enter_context(METRICS.source(node.gauges, node.totals))
         stack.enter_context(METRICS.source(runtime_gauges, runtime_totals))
         stack.enter_context(measured_collections())
@@ -210,6 +205,16 @@ def make_seal(settings: SealSettings) -> AutoSeal | None:
     for warning in warnings:
         log.warning("seal: %s", warning)
     return StaticSeal(current, previous)
+
+
+def make_front(config: ServerConfig, node: Node) -> Front:
+    """What answers the API of this node, whatever its role."""
+    return Front(
+        node,
+        prometheus=config.telemetry.prometheus_retention_s > 0,
+        header_forwarding=config.replication.allow_forwarding_via_header,
+        in_flight=InFlight() if shows_in_flight(config) else None,
+    )
 
 
 def make_registration(config: ServerConfig, identity: NodeIdentity) -> Registrar:
