@@ -25,6 +25,7 @@ from sidecar.core.audit.sink import DiscardSink, Sink, SinkError
 from sidecar.core.audit.socket_sink import SocketSink
 from sidecar.core.audit.syslog_sink import SyslogSink
 from sidecar.core.audit.table import AuditEntry
+from sidecar.core.metrics import Metrics
 
 HOW = Formatting(Hasher(b"salt"))
 LINES = [b'{"n":1}\n', b'{"n":2}\n']
@@ -453,6 +454,45 @@ async def test_the_last_device_holds_a_request_up_no_longer_than_the_bound() -> 
         async with asyncio.timeout(2):
             await made.write(record(2))
         assert not made.blocked
+
+
+async def test_entries_are_measured_of_all_devices_and_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    monkeypatch.setattr("sidecar.core.audit.broker.METRICS", metrics)
+
+    def counted() -> dict[str, int]:
+        lines = [line.split() for line in metrics.as_prometheus().splitlines() if line.startswith("vault_audit_")]
+        return {
+            name.removeprefix("vault_audit_"): int(value) for name, value in lines if name.endswith(("_count", "e"))
+        }
+
+    answered = record(1).answered("t", {}, auth=None, status=200, error="", size_bytes=0)
+    none = {"log_request_failure": 0, "log_response_failure": 0}
+    one = ListSink()
+    async with broker(one) as made:
+        assert counted() == none, "there before the first failure"
+        await made.write(record(1))
+        await made.write(answered)
+        assert counted() == none | dict.fromkeys(
+            ("log_request_count", "log_response_count", "0_log_request_count", "0_log_response_count"), 1
+        )
+        one.wrong = "disk on fire"
+        with pytest.raises(AuditFailed):
+            await made.write(answered)
+        assert {name: counted()[name] for name in none} == {"log_request_failure": 0, "log_response_failure": 1}
+        assert counted()["0_log_response_count"] == 2, "a refusal takes its time too"
+    hung, good = HungSink(), ListSink()
+    made = AuditBroker(LocalRules(timeout_s=0.1))
+    for name, sink in (("hung/", hung), ("good/", good)):
+        made.employ(entry(name.rstrip("/")), Device(name, HOW, sink))
+    await made.write(record(2))
+    assert "hung__log_request_count" not in counted(), "not written yet"
+    hung.free.set()
+    async with asyncio.timeout(10):
+        while counted().get("hung__log_request_count") != 1:
+            await made.write(answered)
+    assert counted()["good__log_request_count"] == 1
+    await made.close()
 
 
 async def test_nothing_is_written_after_the_end() -> None:
