@@ -60,12 +60,13 @@ class Engine(ABC):
     """One mounted engine.
 
     ``unauthenticated`` and ``sudo`` list paths relative to the mount that need no token, or the sudo capability;
-    a trailing ``*`` matches any rest.
+    a trailing ``*`` matches any rest. ``has_login_roles``: logins are to a role, which :meth:`login_role` tells.
     """
 
     type_name: ClassVar[str]
     unauthenticated: ClassVar[tuple[str, ...]] = ()
     sudo: ClassVar[tuple[str, ...]] = ()
+    has_login_roles: ClassVar[bool] = False
 
     def __init__(self, context: EngineContext) -> None:
         self.context = context
@@ -110,6 +111,11 @@ class Engine(ABC):
     async def login_identity(self, request: Request) -> str:
         """Whom a login claims to be, in one spelling for every way to write it; empty where it says nothing. Must not
         depend on whether there is such an identity. Failed logins are counted by it."""
+        return ""
+
+    async def login_role(self, request: Request) -> str:
+        """The name of the role that a login is to; empty for what is no login, or to no role that there is. Nothing is
+        proven yet, and nothing may change: rate limits of a role are decided by it, before the login is looked at."""
         return ""
 
     async def invalidate(self, path: str) -> None:

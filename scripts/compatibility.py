@@ -40,7 +40,6 @@ PARTLY: dict[tuple[str, str, str], str] = {
     ("sys", "GET", "internal/counters/activity"): "always 204: clients are not recorded",
     ("sys", "GET", "internal/counters/config"): "always off",
     ("sys", "GET", "internal/counters/entities"): "always 0: there is no identity engine",
-    ("sys", "POST", "quotas/rate-limit/{name}"): "no `role`: a quota is decided before the body is read",
     ("sys", "GET", "monitor"): "shows what the server logs itself; raise `sys/loggers` to see more",
     ("sys", "GET", "pprof/profile"): "folded stacks, not Go's format; likewise all of `pprof`",
     ("sys", "GET", "pprof/heap"): "only while Python traces memory",

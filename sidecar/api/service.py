@@ -346,17 +346,32 @@ class Service:
         return response
 
     async def _counted(self, request: HttpRequest) -> HttpResponse:
-        limited = request.forwarded_auth is None
-        if limited and (exceeded := self._quotas.check(request.path, request.remote_address)):
-            return await self._over_quota(request, exceeded)
-        response = await self._run(request)
-        if limited and self._quotas.config.show_headers:
-            response.headers.update(self._quotas.headers(request.path, request.remote_address))
+        if request.forwarded_auth is not None:
+            return await self._run(request)
+        role = await self._login_role(request) if self._quotas.by_role(request.path) else ""
+        exceeded = self._quotas.check(request.path, request.remote_address, role)
+        if exceeded is None:
+            response = await self._run(request)
+        else:
+            response = await self._over_quota(request, exceeded)
+        if self._quotas.config.show_headers:
+            response.headers.update(self._quotas.headers(request.path, request.remote_address, role))
         return response
+
+    async def _login_role(self, request: HttpRequest) -> str:
+        """The role that a request logs in to. What stands in the way is met again by the request itself, and told
+        there."""
+        if self._gate() is not None:
+            return ""
+        try:
+            return await self._mounts.login_role(await decode(request, ""))
+        except Exception as error:  # the edge: a quota decides about requests of any kind
+            if not refusal(error).expected:
+                log.exception("the role of a login to %s cannot be told", request.path)
+            return ""
 
     async def _over_quota(self, request: HttpRequest, exceeded: Exceeded) -> HttpResponse:
         response = _over_quota(request, exceeded)
-        response.headers.update(self._quotas.headers(request.path, request.remote_address))
         if self._quotas.config.audit_refused and self._auditor.enabled:
             return await self._audited(Exchange(request, new_request_id()), response)
         return response
@@ -443,7 +458,7 @@ class Service:
 
 
 def _over_quota(request: HttpRequest, exceeded: Exceeded) -> HttpResponse:
-    """Decided by path and address alone: nothing of the request was decoded."""
+    """Decided by path and address, and the role of a login: nothing of the request was carried out."""
     METRICS.increment("quota.rate_limit.violation", name=exceeded.quota)
     text = f'request path "{request.path}": rate limit quota exceeded'
     response = _json(429, envelopes.errors((text,)))

@@ -22,6 +22,7 @@ from sidecar.api.mount_config import (
 )
 from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.core.mounts import AUTH, SECRETS, MountConfig, MountEntry, check_config
+from sidecar.core.quotas import Quotas
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
 from sidecar.request.mount_view import BUILT_IN
@@ -33,8 +34,9 @@ _KV_ALIASES = {"kv-v1": "1", "kv-v2": "2", "generic": "1"}
 class SysMounts:
     """Handlers of one tenure."""
 
-    def __init__(self, core: SysCore) -> None:
+    def __init__(self, core: SysCore, quotas: Quotas) -> None:
         self._core = core
+        self._quotas = quotas
         self._mounts = core.mounts
 
     def routes(self) -> list[Route]:
@@ -106,6 +108,7 @@ class SysMounts:
         async with emptied(self._core, entry, force=Fields(call.data).boolean("force")):
             await self._mounts.table.unmount(table, path)
             self._mounts.refresh()
+        await self._quotas.mount_gone(entry.full_path)
         self._core.mounts_changed()
         if self._core.replication is not None and not entry.local:
             await self._core.replication.filters.mount_removed(entry.full_path)

@@ -93,7 +93,7 @@ class SysQuotas:
                 "path": quota.path,
                 # As Go writes it: a whole number without its point.
                 "rate": int(quota.rate) if quota.rate.is_integer() else quota.rate,
-                "role": "",
+                "role": quota.role,
                 "type": "rate-limit",
             }
         )
@@ -102,8 +102,6 @@ class SysQuotas:
         name, fields = params["name"], Fields(call.data)
         if not _NAME.fullmatch(name):
             raise InvalidRequest("invalid quota name: letters, digits, '.', '-' and '_' are allowed")
-        if fields.string("role"):
-            raise InvalidRequest("'role' is not available: a quota is decided before the request's body is read")
         if fields.string("type", "rate-limit") != "rate-limit":
             raise InvalidRequest("'type' must be rate-limit")
         old = self._quotas.get(name)
@@ -118,9 +116,25 @@ class SysQuotas:
         for parameter, attribute in (("interval", "interval_s"), ("block_interval", "block_interval_s")):
             if fields.given(parameter):
                 changes[attribute] = fields.duration_s(parameter)
-        if fields.given("inheritable"):
-            changes["inheritable"] = fields.boolean("inheritable")
-        await self._quotas.put(msgspec.structs.replace(quota, **changes))
+        if fields.given("role"):
+            changes["role"] = fields.string("role")
+        quota = msgspec.structs.replace(quota, **changes)
+        if quota.role:
+            self._check_role(quota)
+        if fields.given("inheritable") and fields.boolean("inheritable") != (quota.path == ""):
+            raise InvalidRequest(
+                "'inheritable' is of quotas of a namespace, which are those without a path, and always"
+            )
+        await self._quotas.put(msgspec.structs.replace(quota, inheritable=quota.path == ""))
+
+    def _check_role(self, quota: RateLimitQuota) -> None:
+        mounts = self._core.mounts
+        if mounts.router.get(quota.path) is None:
+            raise InvalidRequest("with a 'role', 'path' must be that of an auth method, with nothing behind it")
+        if not mounts.has_login_roles(quota.path):
+            raise InvalidRequest(
+                f"logins at {quota.path} are to no role: a quota with a 'role' would never count there"
+            )
 
     def _path(self, text: str) -> str:
         """A mount gets its slash; what is below no mount could never be asked for."""

@@ -11,6 +11,7 @@ from plugin_api.request import Operation
 from sidecar.api.sys_core import Params, Route, SysCore
 from sidecar.api.sys_mounts import emptied
 from sidecar.core.mounts import AUTH
+from sidecar.core.quotas import Quotas
 from sidecar.request.call import Answer, Call
 from sidecar.request.fields import Fields
 from sidecar.request.route_table import STRING, takes
@@ -22,8 +23,9 @@ MIGRATIONS_MAX = 256
 class SysRemount:
     """Handlers of one tenure."""
 
-    def __init__(self, core: SysCore) -> None:
+    def __init__(self, core: SysCore, quotas: Quotas) -> None:
         self._core = core
+        self._quotas = quotas
         self._migrations: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def routes(self) -> list[Route]:
@@ -63,6 +65,7 @@ class SysRemount:
     async def _move(self, source: str, target: str) -> None:
         core = self._core
         entry, new_path = core.mounts.table.check_remount(source, target)
+        new_full_path = f"auth/{new_path}" if entry.table == AUTH else new_path
 
         async def move() -> None:
             await core.mounts.table.remount(source, target)
@@ -72,9 +75,9 @@ class SysRemount:
         async with emptied(core, entry):
             if core.replication is None or entry.local:
                 await move()
-                return
-            new_full_path = f"auth/{new_path}" if entry.table == AUTH else new_path
-            await core.replication.filters.mount_moved(entry.full_path, new_full_path, move)
+            else:
+                await core.replication.filters.mount_moved(entry.full_path, new_full_path, move)
+        await self._quotas.mount_gone(entry.full_path, new_full_path)
 
     async def _status(self, call: Call, params: Params) -> Answer:
         info = self._migrations.get(params["id"])

@@ -35,8 +35,8 @@ def sys_backend(core: SysCore, quotas: Quotas, settings: NodeSettings, passwords
     parts = (
         SysReplication(core, OperationTokens(core.sealed, core.policies, core.now, core.random_bytes)),
         SysAudit(core),
-        SysMounts(core),
-        SysRemount(core),
+        SysMounts(core, quotas),
+        SysRemount(core, quotas),
         SysPlugins(core),
         SysConfig(core, settings),
         SysDebug(core),

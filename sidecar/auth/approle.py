@@ -78,6 +78,7 @@ class AppRole(PathEngine):
 
     type_name: ClassVar[str] = "approle"
     unauthenticated: ClassVar[tuple[str, ...]] = ("login",)
+    has_login_roles: ClassVar[bool] = True
 
     def __init__(self, context: EngineContext) -> None:
         self._roles = RoleStore(context)
@@ -235,6 +236,11 @@ class AppRole(PathEngine):
             return parse_string(request.data.get("role_id", "")) if request.path == "login" else ""
         except ValueError:
             return ""
+
+    async def login_role(self, request: Request) -> str:
+        role_id = await self.login_identity(request)
+        role = await self._roles.by_role_id(role_id) if role_id else None
+        return role.name if role is not None else ""
 
     async def _login(self, request: Request, fields: Fields) -> Response:
         if not fields["role_id"]:

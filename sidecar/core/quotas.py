@@ -1,5 +1,5 @@
-"""Rate-limit quotas: how many requests one client address may make to a path. Configuration is replicated; counting is
-each cluster's own, in memory, on its active node."""
+"""Rate-limit quotas: how many requests one client address may make to a path, or logins to a role. Configuration is
+replicated; counting is each cluster's own, in memory, on its active node."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from plugin_api.errors import InvalidRequest
+from plugin_api.storage import Write
 from sidecar.core.keys import QUOTA_CONFIG, QUOTAS
 from sidecar.core.store_view import SealedStore, View, read_many
 
@@ -20,8 +21,9 @@ CLIENTS_MAX = 65_536
 
 class RateLimitQuota(msgspec.Struct, frozen=True):
     """One quota as stored: ``rate`` requests an ``interval_s``. ``path``: empty for everything, a mount or folder with
-    a slash at its end, a prefix with ``*``, or one exact path. A client over the limit is refused for
-    ``block_interval_s``, or with 0 until the rate allows the next request."""
+    a slash at its end, a prefix with ``*``, or one exact path. ``role``: only logins to that role of the auth method at
+    ``path`` count. A client over the limit is refused for ``block_interval_s``, or with 0 until the rate allows the
+    next request. ``inheritable`` is for namespaces: true of what has no path, and else false."""
 
     name: str
     rate: float
@@ -29,6 +31,7 @@ class RateLimitQuota(msgspec.Struct, frozen=True):
     interval_s: int = 1
     block_interval_s: int = 0
     inheritable: bool = False
+    role: str = ""
 
     def check(self) -> None:
         """Raises InvalidRequest."""
@@ -37,8 +40,12 @@ class RateLimitQuota(msgspec.Struct, frozen=True):
         if self.interval_s < 1:
             raise InvalidRequest("interval must be at least one second")
 
-    def matches(self, path: str) -> bool:
-        """Whether a request to ``path`` counts here."""
+    def matches(self, path: str, role: str = "") -> bool:
+        """Whether a request to ``path`` counts here, which logs in to ``role`` if that is not empty."""
+        return self.role in ("", role) and self.covers(path)
+
+    def covers(self, path: str) -> bool:
+        """Whether ``path`` is within this quota's."""
         if self.path.endswith("*"):
             return path.startswith(self.path[:-1])
         if not self.path or self.path.endswith("/"):
@@ -46,10 +53,10 @@ class RateLimitQuota(msgspec.Struct, frozen=True):
         return path.rstrip("/") == self.path
 
     @property
-    def specificity(self) -> tuple[int, int]:
+    def specificity(self) -> tuple[int, int, int]:
         """Of all quotas that match, the one with the greatest counts."""
         exact = bool(self.path) and not self.path.endswith(("*", "/"))
-        return int(exact), len(self.path.rstrip("*"))
+        return int(bool(self.role)), int(exact), len(self.path.rstrip("*"))
 
 
 @dataclass(slots=True)
@@ -128,6 +135,7 @@ class Quotas:
     def __init__(self, sealed: SealedStore, writable: Callable[[], bool], now: Callable[[], float]) -> None:
         self._sealed = sealed
         self._now = now
+        self._writable = writable
         _, partition, prefix = QUOTAS.split("/", 2)
         self._view = View(sealed, "r", partition, prefix, writable)
         self._limiters: dict[str, Limiter] = {}
@@ -152,23 +160,27 @@ class Quotas:
         if any(key.startswith(QUOTAS) or key == QUOTA_CONFIG for key in keys):
             await self.load()
 
-    def check(self, path: str, address: str) -> Exceeded | None:
+    def by_role(self, path: str) -> bool:
+        """Whether it makes a difference which role a request to ``path`` logs in to."""
+        return any(limiter.quota.role and limiter.quota.covers(path) for limiter in self._limiters.values())
+
+    def check(self, path: str, address: str, role: str = "") -> Exceeded | None:
         """Count a request; what it exceeds, or None if it may pass."""
-        limiter = self._counting(path) if self._limiters else None
+        limiter = self._counting(path, role) if self._limiters else None
         if limiter is None:
             return None
         wait_s = limiter.take(address, self._now())
         return Exceeded(limiter.quota.name, max(math.ceil(wait_s), 1)) if wait_s else None
 
-    def _counting(self, path: str) -> Limiter | None:
-        matching = [limiter for limiter in self._limiters.values() if limiter.quota.matches(path)]
+    def _counting(self, path: str, role: str) -> Limiter | None:
+        matching = [limiter for limiter in self._limiters.values() if limiter.quota.matches(path, role)]
         if not matching or self.config.exempts(path):
             return None
         return max(matching, key=lambda one: one.quota.specificity)
 
-    def headers(self, path: str, address: str) -> dict[str, str]:
+    def headers(self, path: str, address: str, role: str = "") -> dict[str, str]:
         """What an answer tells its client of the limit and of what is left; nothing unless that is switched on."""
-        limiter = self._counting(path) if self.config.show_headers else None
+        limiter = self._counting(path, role) if self.config.show_headers else None
         if limiter is None:
             return {}
         left, reset_s = limiter.left(address)
@@ -194,10 +206,26 @@ class Quotas:
         secondary."""
         quota.check()
         for other in self._limiters.values():
-            if other.quota.path == quota.path and other.quota.name != quota.name:
-                raise InvalidRequest(f'the quota "{other.quota.name}" has the same path')
+            if (other.quota.path, other.quota.role) == (quota.path, quota.role) and other.quota.name != quota.name:
+                same = "path and role" if quota.role else "path"
+                raise InvalidRequest(f'the quota "{other.quota.name}" has the same {same}')
         await self._view.put(quota.name, msgspec.msgpack.encode(quota))
         self._limiters[quota.name] = self._limiter(quota)
+
+    async def mount_gone(self, mount: str, target: str = "") -> None:
+        """Quotas of a mount move to ``target`` with it, or end with it where there is none. Both paths end in a slash.
+        Where this cluster may not write they stay: they are the primary's, whose mounts are other ones."""
+        there = [one.quota for one in self._limiters.values() if one.quota.path.startswith(mount)]
+        if not there or not self._writable():
+            return
+        moved = {quota.name: msgspec.structs.replace(quota, path=target + quota.path[len(mount) :]) for quota in there}
+        await self._view.commit(
+            [Write(name, msgspec.msgpack.encode(quota) if target else None) for name, quota in moved.items()]
+        )
+        for name, quota in moved.items():
+            self._limiters.pop(name, None)
+            if target:
+                self._limiters[name] = self._limiter(quota)
 
     async def delete(self, name: str) -> None:
         """Nothing counts there any more. Raises ReadOnlyStorage on a performance secondary."""

@@ -145,6 +145,12 @@ class EngineBackend:
             self._running -= 1
             self._drained.set()
 
+    async def login_role(self, call: Call, rest: str) -> str:
+        """The role that a login is to; empty while the mount is closed, and for what is no login."""
+        if self._closed or self.entry.table != AUTH or not self.is_open(rest, call.operation):
+            return ""
+        return await self.engine.login_role(self._request(call, rest))
+
     async def _handle(self, call: Call, request: Request) -> Answer | None:
         if call.identity is not None or self.entry.table != AUTH:
             return await self._finished(call, await self.engine.handle(request))
@@ -397,6 +403,19 @@ class MountView:
     def engines(self) -> list[Engine]:
         """Those that are loaded now."""
         return [backend.engine for backend in self._mounted.values() if isinstance(backend, EngineBackend)]
+
+    def has_login_roles(self, mount: str) -> bool:
+        """Whether the mount at exactly ``mount`` is an auth method whose logins are to roles."""
+        backend = self._router.get(mount)
+        return isinstance(backend, EngineBackend) and backend.entry.table == AUTH and backend.engine.has_login_roles
+
+    async def login_role(self, call: Call) -> str:
+        """The role that ``call`` logs in to; empty where there is none. Raises what the engine and its storage
+        raise."""
+        match = self._router.match(call.path)
+        if match is None or not isinstance(match.target, EngineBackend):
+            return ""
+        return await match.target.login_role(call, match.rest)
 
     def engine(self, mount_uuid: str) -> Engine | None:
         """The engine of a mount, None where none is mounted or it could not be loaded."""

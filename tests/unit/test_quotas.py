@@ -130,6 +130,9 @@ async def test_quotas_are_written_read_listed_and_refused() -> None:
         assert (changed["rate"], changed["interval"]) == (500, 2), "the rest stays"
         await quota(node, "box", rate=1000, path="cubbyhole/a*")
         assert (await node.call("LIST", "sys/quotas/rate-limit")).data == {"keys": ["all", "box"]}
+        useless = "a quota with a 'role' would never count there"
+        bare = "with a 'role', 'path' must be that of an auth method, with nothing behind it"
+        inherited = "'inheritable' is of quotas of a namespace, which are those without a path, and always"
         for fields, text in (
             ({}, "rate must be a positive number"),
             ({"rate": 0}, "rate must be a positive number"),
@@ -139,11 +142,16 @@ async def test_quotas_are_written_read_listed_and_refused() -> None:
             ({"rate": 1, "path": "nosuch/x"}, 'invalid path "nosuch/x": no mount serves it'),
             ({"rate": 1, "path": "sys/*/x"}, "a path may have '*' at its end only"),
             ({"rate": 1, "path": "/"}, 'the quota "all" has the same path'),
-            ({"rate": 1, "role": "x"}, "'role' is not available: a quota is decided before the request's body is read"),
+            ({"rate": 1, "path": "sys/", "role": "x"}, "logins at sys/ are to no role: " + useless),
+            ({"rate": 1, "path": "auth/token", "role": "x"}, "logins at auth/token/ are to no role: " + useless),
+            ({"rate": 1, "path": "auth/token/create", "role": "x"}, bare),
+            ({"rate": 1, "role": "x"}, bare),
+            ({"rate": 1, "path": "sys/", "inheritable": True}, inherited),
+            ({"rate": 1, "path": "", "inheritable": False}, inherited),
             ({"rate": 1, "type": "lease-count"}, "'type' must be rate-limit"),
         ):
             reply = await node.call("POST", "sys/quotas/rate-limit/new", fields)
-            assert (reply.status, reply.errors) == (400, [text])
+            assert (reply.status, reply.errors) == (400, [text]), fields
         assert (await node.call("GET", "sys/quotas/rate-limit/new")).status == 404
         assert (await node.call("POST", "sys/quotas/rate-limit/-x", {"rate": 1})).status == 400
 
@@ -162,6 +170,98 @@ async def test_quotas_survive_a_new_tenure_and_count_on_every_cluster() -> None:
             assert (await primary.service.handle(forwarded)).status == 404, "counted where it came in"
         async with running(store=primary.store, genesis=primary.node.genesis) as again:
             assert [reply.status for reply in await spend(again, "secret/data/a", 2)] == [404, 429]
+
+
+async def with_roles(node: Harness, *names: str) -> dict[str, dict[str, str]]:
+    """An AppRole mount; returns what each role logs in with."""
+    await node.call("POST", "sys/auth/approle", {"type": "approle"})
+    logins = {}
+    for name in names:
+        await node.call("POST", f"auth/approle/role/{name}", {"token_policies": "p"})
+        role_id = (await node.call("GET", f"auth/approle/role/{name}/role-id")).data["role_id"]
+        secret_id = (await node.call("POST", f"auth/approle/role/{name}/secret-id")).data["secret_id"]
+        logins[name] = {"role_id": role_id, "secret_id": secret_id}
+    return logins
+
+
+async def test_a_quota_of_a_role_counts_its_logins_alone() -> None:
+    async with running() as node:
+        logins = await with_roles(node, "slow", "fast")
+        await quota(node, "role", path="auth/approle", role="slow", rate=1, interval="1m")
+        assert (await node.call("GET", "sys/quotas/rate-limit/role")).data == {
+            "block_interval": 0,
+            "inheritable": False,
+            "interval": 60,
+            "name": "role",
+            "path": "auth/approle/",
+            "rate": 1,
+            "role": "slow",
+            "type": "rate-limit",
+        }
+
+        async def log_in(body: Any, **changes: Any) -> int:
+            return (await node.call("POST", "auth/approle/login", {**body, **changes}, token=None)).status
+
+        assert [await log_in(logins["slow"]) for _ in range(3)] == [200, 429, 429]
+        assert [await log_in(logins["fast"]) for _ in range(3)] == [200, 200, 200], "of another role"
+        assert await log_in(logins["slow"], secret_id="wrong") == 429, "also what would not have succeeded"
+        assert await log_in({"role_id": "nosuch", "secret_id": "x"}) == 400
+        assert await log_in({"role_id": ["no", "role"]}) == 400
+        for _ in range(2):
+            assert (await node.call("GET", "auth/approle/role/slow")).status == 200, "no login"
+        async with node.session.post(f"{node.address}/v1/auth/approle/login", data=b"{not json") as answer:
+            assert answer.status == 400, "its own error"
+        # A quota of the whole mount is for the other roles; one of the role comes first.
+        await quota(node, "mount", path="auth/approle", rate=2, interval="1m")
+        assert [await log_in(logins["fast"]) for _ in range(3)] == [200, 200, 429]
+        node.clock.now_s += 60
+        assert [await log_in(logins["slow"]) for _ in range(2)] == [200, 429]
+        other = {"path": "auth/approle", "role": "slow", "rate": 5}
+        reply = await node.call("POST", "sys/quotas/rate-limit/other", other)
+        assert reply.errors == ['the quota "role" has the same path and role']
+        await node.call("POST", "sys/quotas/config", {"enable_rate_limit_response_headers": True})
+        refused = await node.call("POST", "auth/approle/login", logins["slow"], token=None)
+        assert (refused.status, refused.headers["X-Ratelimit-Limit"]) == (429, "1")
+        assert (await node.call("POST", "sys/quotas/rate-limit/mount", {"role": "slow"})).status == 400
+        assert (await node.call("POST", "sys/quotas/rate-limit/role", {"role": ""})).status == 400, "mount has that"
+
+
+async def test_a_role_that_cannot_be_told_hinders_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running() as node:
+        logins = await with_roles(node, "slow")
+        await quota(node, "role", path="auth/approle", role="slow", rate=1, interval="1m")
+
+        async def defect(*_: object) -> str:
+            raise KeyError("secret")
+
+        monkeypatch.setattr("sidecar.auth.approle.AppRole.login_role", defect)
+        for _ in range(2):
+            assert (await node.call("POST", "auth/approle/login", logins["slow"], token=None)).status == 200
+        assert "the role of a login to auth/approle/login cannot be told" in caplog.text
+
+
+async def test_quotas_move_and_end_with_their_mount() -> None:
+    async with running() as node:
+        await with_kv(node)
+        await with_roles(node, "slow")
+        await quota(node, "kv", path="secret", rate=1, interval="1m")
+        await quota(node, "below", path="secret/data/*", rate=5)
+        await quota(node, "role", path="auth/approle", role="slow", rate=5)
+        for source, target in (("secret", "moved"), ("auth/approle", "auth/there")):
+            assert (await node.call("POST", "sys/remount", {"from": source, "to": target})).status == 200
+        listed = {}
+        for name in (await node.call("LIST", "sys/quotas/rate-limit")).data["keys"]:
+            listed[name] = (await node.call("GET", f"sys/quotas/rate-limit/{name}")).data["path"]
+        assert listed == {"kv": "moved/", "below": "moved/data/*", "role": "auth/there/"}
+        assert [reply.status for reply in await spend(node, "moved/config", 2)] == [200, 429]
+        assert (await node.call("DELETE", "sys/mounts/moved")).status == 204
+        assert (await node.call("LIST", "sys/quotas/rate-limit")).data == {"keys": ["role"]}
+        async with running(store=node.store, genesis=node.node.genesis) as again:
+            assert (await again.call("GET", "sys/quotas/rate-limit/role")).data["path"] == "auth/there/"
+            assert (await again.call("DELETE", "sys/auth/there")).status == 204
+            assert (await again.call("LIST", "sys/quotas/rate-limit")).status == 404
 
 
 def drive_hvac(address: str, root: str) -> None:
