@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plugin_api.errors import InvalidRequest
@@ -40,7 +40,7 @@ _RULE_KEYS = frozenset(
         "comment",
     },
 )
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(h|m|s|ms|d)")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(d|h|ms|m|s)")
 _UNIT_S = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 Parameters = Mapping[str, tuple[Any, ...]]
@@ -55,11 +55,11 @@ class Rule:
 
     path: str
     capabilities: frozenset[str]
-    allowed_parameters: Parameters = field(default_factory=dict)
-    denied_parameters: Parameters = field(default_factory=dict)
-    required_parameters: tuple[str, ...] = ()
-    min_wrapping_ttl_s: float = 0
-    max_wrapping_ttl_s: float = 0
+    allowed_parameters: Parameters
+    denied_parameters: Parameters
+    required_parameters: tuple[str, ...]
+    min_wrapping_ttl_s: float
+    max_wrapping_ttl_s: float
 
     @property
     def denies(self) -> bool:
@@ -180,7 +180,7 @@ def _seconds(path: str, key: str, value: object) -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if isinstance(value, bool) or not math.isfinite(seconds) or seconds < 0:
+    if not math.isfinite(seconds) or seconds < 0:
         raise _error(f'path "{path}": "{key}" must be a duration')
     return seconds
 
@@ -230,7 +230,7 @@ def merge(rules: Sequence[Rule]) -> Rule:
         return first
     capabilities = frozenset().union(*(rule.capabilities for rule in rules))
     if "deny" in capabilities:
-        return Rule(first.path, frozenset({"deny"}))
+        return replace(first, capabilities=frozenset({"deny"}))
     minima = [rule.min_wrapping_ttl_s for rule in rules]
     maxima = [rule.max_wrapping_ttl_s for rule in rules if rule.max_wrapping_ttl_s]
     return Rule(

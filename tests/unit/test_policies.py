@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from plugin_api.errors import InvalidRequest, ReadOnlyStorage
 from plugin_api.request import Operation
 from sidecar.core.policies import ACL, DEFAULT_POLICY, Policy, PolicyStore, normalize_policies
+from sidecar.core.policy_rules import path_order, pattern_matches
 from tests.support.logical_store import make_sealed
 
 
@@ -238,6 +239,16 @@ def test_parameters_of_several_policies():
     assert not subject.check("a", Operation.UPDATE, {"x": "3"}).allowed
 
 
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [('"2d"', 172800), ('"3h"', 10800), ('"1m30s"', 90), ('"2500ms"', 2.5), ('"1.5h"', 5400), ("45", 45), ('"45"', 45)],
+)
+def test_units_of_wrapping_bounds(written: str, seconds: float):
+    one_ttl = f'path "a" {{ capabilities = ["read"] min_wrapping_ttl = {written} max_wrapping_ttl = {written} }}'
+    (parsed,) = Policy.parse("x", one_ttl).rules
+    assert (parsed.min_wrapping_ttl_s, parsed.max_wrapping_ttl_s) == (seconds, seconds)
+
+
 def test_wrapping_bounds():
     subject = acl('path "a" { capabilities = ["read"] min_wrapping_ttl = "1m" max_wrapping_ttl = "1h30m" }')
     assert not subject.check("a", Operation.READ).allowed
@@ -259,9 +270,73 @@ def test_json_and_hcl_say_the_same():
     assert Policy.parse("x", hcl).rules == Policy.parse("x", json).rules
 
 
-def test_old_form():
-    assert acl('path "a" { policy = "write" }').capabilities("a") == ["create", "delete", "list", "read", "update"]
-    assert acl('path "a" { policy = "deny" }').capabilities("a") == ["deny"]
+@pytest.mark.parametrize(
+    ("word", "capabilities"),
+    [
+        ("deny", ["deny"]),
+        ("read", ["list", "read"]),
+        ("write", ["create", "delete", "list", "read", "update"]),
+        ("sudo", ["create", "delete", "list", "read", "sudo", "update"]),
+    ],
+)
+def test_old_form(word: str, capabilities: list[str]):
+    assert acl(f'path "a" {{ policy = "{word}" }}').capabilities("a") == capabilities
+
+
+def test_a_rule_that_grants_nothing_takes_what_a_shorter_one_grants():
+    subject = acl(rule("*", "read"), 'path "a" {}')
+    assert subject.capabilities("a") == ["deny"]
+    assert subject.capabilities("b") == ["read"]
+
+
+@pytest.mark.parametrize("text", ['{"path": {}}', "path {}", 'name = "x"'])
+def test_text_without_rules(text: str):
+    assert Policy.parse("x", text).rules == ()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "matches"),
+    [
+        ("a/b", "a/b", True),
+        ("a/b", "a", False),
+        ("a/b", "a/b/c", False),
+        ("a/b", "a/x", False),
+        ("a/b*", "a/bc/d", True),
+        ("a/b*", "a/xb", False),
+        ("a/*", "a/", True),
+        ("a/*", "a", False),
+        ("+/b", "a/b", True),
+        ("+/b", "/b", False),
+        ("a/+", "a/", False),
+        ("+/b*", "a/b", True),
+        ("+/b*", "a/c", False),
+        ("a/+/*", "a/b/", True),
+        ("a/+/*", "a//c", False),
+    ],
+)
+def test_pattern_matches(pattern: str, path: str, matches: bool):
+    assert pattern_matches(pattern, path) is matches
+
+
+def test_path_order():
+    """From the weakest to the strongest; the comparisons are the documented ones, one by one."""
+    weakest_first = [
+        "*",
+        "+/a",  # the first wildcard at 0 as well, but no "*" at the end
+        "a*",
+        "a/+/+/*",  # the first wildcard at 2, a "*" at the end: more "+" lose
+        "a/+/b*",
+        "a/+/bb*",
+        "aa*",
+        "a/+/+/c",  # no "*" at the end
+        "a/+/b",
+        "a/+/bb",
+        "a/+/cc",  # of the same length: the alphabet
+        "a/b/*",
+        "a/b/+",
+        "a/b/c",
+    ]
+    assert sorted(weakest_first, key=path_order) == weakest_first
 
 
 @pytest.mark.parametrize(
@@ -284,6 +359,14 @@ def test_old_form():
         'path "a" { capabilities = ["read"] min_wrapping_ttl = -1 }',
         'path "a" { capabilities = ["read"] allowed_parameters = ["x"] }',
         'path "a" { capabilities = ["read"] required_parameters = "x" }',
+        'path "a" { capabilities = ["read"] min_wrapping_ttl = "1h and more" }',
+        'path "a" { capabilities = ["read"] min_wrapping_ttl = "inf" }',
+        'path "a" { capabilities = ["read"] min_wrapping_ttl = true }',
+        'path "a" { capabilities = ["read"] allowed_parameters = { x = "1" } }',
+        'path "a" { capabilities = ["read"] allowed_parameters "x" { y = [] } }',
+        'path "a" { capabilities = ["read"] allowed_parameters { x { y = [] } } }',
+        'path "a" { capabilities = ["read"] allowed_parameters {} allowed_parameters {} }',
+        'path "a" { capabilities = ["read"] subscribe_event_types = "x" }',
         'path "a/{{identity.entity.id}}" { capabilities = ["deny"] }',
         '{"path": {"a": {"capabilities": "read"}}}',
         "not a policy",
