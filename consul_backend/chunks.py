@@ -24,6 +24,7 @@ from consul_backend.complaints import Complaint
 from consul_backend.errors import Corrupt, OutcomeUnknown, PermissionDenied, Unavailable
 from consul_backend.failpoint import failpoint
 from consul_backend.fenced import Newest, fenced_idempotent
+from consul_backend.keys import own_folders
 from consul_backend.lazy_index import LazyIndex
 from consul_backend.limits import Limits
 from consul_backend.physical import PhysicalStore
@@ -202,7 +203,8 @@ class Chunks:
             self._doomed.popleft()
 
     async def _sweep(self) -> None:
-        for folder in await self._physical.list(chunk_prefix(self._generation), consistent=True):
+        # What cannot be ours is left alone: a request for such a name cannot even be made.
+        for folder in own_folders(await self._physical.list(chunk_prefix(self._generation), consistent=True)):
             name = folder.removesuffix("/")
             if name in self._writing or name in self._doomed or name in self.live.values():
                 continue

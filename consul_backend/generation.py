@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from consul_backend.chunks import read_value
 from consul_backend.fenced import fenced_idempotent
-from consul_backend.keys import encode_partition, encode_path, split_key
+from consul_backend.keys import encode_partition, encode_path, own_folders, split_key
 from consul_backend.physical import PhysicalStore
 from consul_backend.tenure import Tenure
 from consul_backend.txn import DeleteTree
@@ -32,14 +32,15 @@ async def read_entry(physical: PhysicalStore, generation: str, key: str, consist
 
 async def drop_generation(physical: PhysicalStore, generation: str, tenure: Tenure) -> None:
     """Delete everything of a generation that is no longer pointed to, fenced, a folder at a time: one big deletion
-    would occupy Consul for long. Can be repeated. Raises FenceLost and what the store raises."""
+    would occupy Consul for long. What is not ours goes with the last deletion. Can be repeated. Raises FenceLost and
+    what the store raises."""
     root = f"g/{generation}/"
     for folder in ("d/", "merkle/"):
-        for cls in await physical.list(root + folder, consistent=True):
-            for partition in await physical.list(root + folder + cls, consistent=True):
+        for cls in own_folders(await physical.list(root + folder, consistent=True)):
+            for partition in own_folders(await physical.list(root + folder + cls, consistent=True)):
                 await fenced_idempotent(physical, tenure, [DeleteTree(root + folder + cls + partition)])
-    for name in await physical.list(root + "b/", consistent=True):
+    for name in own_folders(await physical.list(root + "b/", consistent=True)):
         await fenced_idempotent(physical, tenure, [DeleteTree(f"{root}b/{name}")])
-    for segment in await physical.list(root + "wal/", consistent=True):
+    for segment in own_folders(await physical.list(root + "wal/", consistent=True)):
         await fenced_idempotent(physical, tenure, [DeleteTree(f"{root}wal/{segment}")])
     await fenced_idempotent(physical, tenure, [DeleteTree(root)])

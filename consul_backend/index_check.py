@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,7 +18,15 @@ from consul_backend.chunks import Chunks
 from consul_backend.errors import Corrupt
 from consul_backend.fenced import Newest, require_tenure
 from consul_backend.foreign import ForeignWrites
-from consul_backend.keys import decode_path, decode_segment, encode_partition, encode_path
+from consul_backend.keys import (
+    CLASSES,
+    decode_path,
+    decode_segment,
+    encode_partition,
+    encode_path,
+    may_be_ours,
+    own_folders,
+)
 from consul_backend.lazy_index import LazyIndex, Name
 from consul_backend.merkle import BUCKETS, SUBPAGES, Forest, bucket_of, count_entries, entry_digest, unpack_entries
 from consul_backend.merkle_pages import (
@@ -101,13 +109,16 @@ class Inspected:
 @dataclass(slots=True)
 class CheckReport:
     """``pages`` are the subpages that do not hold, by page, by (class, partition); ``problems`` are for people and name
-    no path."""
+    no path of ours. ``counts`` are the findings by kind, of which ``findings`` has the first; ``strays`` are names that
+    this program never writes: nothing of it reads them, or could."""
 
     pages: dict[Name, dict[int, set[int]]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     damaged: set[tuple[str, str, int]] = field(default_factory=set)
     bad_extents: list[tuple[str, str, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    counts: Counter[Kind] = field(default_factory=Counter)
+    strays: int = 0
     keys: int = 0
 
     @property
@@ -119,6 +130,15 @@ class CheckReport:
         """A bucket does not hold."""
         pages = self.pages.setdefault((cls, partition), {})
         pages.setdefault(bucket // SUBPAGES, set()).add(bucket % SUBPAGES)
+
+    def stray(self, where: str, names: Sequence[str]) -> None:
+        """Names that were met where they cannot be ours."""
+        if names:
+            self.strays += len(names)
+            self.problems.append(
+                f"{where}: {len(names)} names that this program never writes, one of them {min(names)!r}: they are left"
+                " alone; whoever wrote them can delete them"
+            )
 
 
 @dataclass(slots=True)
@@ -155,7 +175,7 @@ async def check(
     names = {(cls, name) for cls in "rlc" for name in parts.forest.names(cls)} if only is None else set(only)
     progress.total = sum([parts.forest.count(*name) for name in names])
     progress.stage = "building"
-    stored = await _partitions(parts) if only is None else set()
+    stored = await _partitions(parts, report) if only is None else set()
     for name in sorted(names | stored):
         await _check_partition(parts, name, report, progress, collect)
     if extents:
@@ -166,18 +186,28 @@ async def check(
     return report
 
 
-async def _partitions(parts: Inspected) -> set[Name]:
+async def _partitions(parts: Inspected, report: CheckReport) -> set[Name]:
     root = f"g/{parts.generation}/d/"
     found: set[Name] = set()
+    strays: list[str] = []
     for cls in await parts.physical.list(root, consistent=True):
+        if cls.removesuffix("/") not in CLASSES or not cls.endswith("/"):
+            strays.append(cls)
+            continue
         for folder in await parts.physical.list(root + cls, consistent=True):
-            found.add((cls.removesuffix("/"), decode_segment(folder.removesuffix("/"))))
+            if own_folders([folder]):
+                found.add((cls.removesuffix("/"), decode_segment(folder.removesuffix("/"))))
+            else:
+                strays.append(cls + folder)
+    report.stray("beside the partitions", strays)
     return found
 
 
-async def scan(physical: PhysicalStore, generation: str, name: Name) -> AsyncIterator[list[tuple[str, Item]]]:
-    """Path and item of every data key of a partition, in pieces; keys that vanish meanwhile are left out. Raises
-    Corrupt for names that this store does not write."""
+async def scan(
+    physical: PhysicalStore, generation: str, name: Name, strays: list[str]
+) -> AsyncIterator[list[tuple[str, Item]]]:
+    """Path and item of every data key of a partition, in pieces; keys that vanish meanwhile are left out. Names that
+    this program never writes go to ``strays``, of a folder its own."""
     root = f"g/{generation}/d/{encode_partition(*name)}/"
     folders: list[str] = [root]
     keys: deque[str] = deque()
@@ -185,7 +215,7 @@ async def scan(physical: PhysicalStore, generation: str, name: Name) -> AsyncIte
         if folders and len(keys) < READ_AT_ONCE * READS_AT_ONCE:
             # Folders may hold one key each: they are listed side by side, and what they hold is read together.
             batch, folders = folders[-LISTS_AT_ONCE:], folders[:-LISTS_AT_ONCE]
-            for found, deeper in await asyncio.gather(*(_listed(physical, folder) for folder in batch)):
+            for found, deeper in await asyncio.gather(*(_listed(physical, folder, strays) for folder in batch)):
                 keys += found
                 folders += deeper
             continue
@@ -197,13 +227,22 @@ async def scan(physical: PhysicalStore, generation: str, name: Name) -> AsyncIte
             yield [(decode_path(item.key.removeprefix(root)), item) for item in items if item is not None]
 
 
-async def _listed(physical: PhysicalStore, folder: str) -> tuple[list[str], list[str]]:
+async def _listed(physical: PhysicalStore, folder: str, strays: list[str]) -> tuple[list[str], list[str]]:
     """Keys below a folder, and those folders in it that are still to be listed: none unless it holds too many keys."""
     names = await physical.names_below(folder, NAMES_AT_ONCE, consistent=True)
     if names is not None:
-        return [folder + name for name in names], []
-    level = [folder + entry for entry in await physical.list(folder, consistent=True)]
+        return _ours(folder, names, strays), []
+    level = _ours(folder, await physical.list(folder, consistent=True), strays)
     return [name for name in level if not name.endswith("/")], [name for name in level if name.endswith("/")]
+
+
+def _ours(folder: str, names: Iterable[str], strays: list[str]) -> list[str]:
+    """Those of the names below ``folder``, whole, that may be ours."""
+    found: list[str] = []
+    for name in names:
+        plain = all(map(may_be_ours, name.removesuffix("/").split("/"))) and name != "/"
+        (found if plain else strays).append(folder + name)
+    return found
 
 
 async def _check_partition(
@@ -211,7 +250,8 @@ async def _check_partition(
 ) -> None:
     met = array("I", bytes(4 * BUCKETS))
     prefix = f"{name[0]}/{name[1]}/"
-    async for piece in scan(parts.physical, parts.generation, name):
+    strays: list[str] = []
+    async for piece in scan(parts.physical, parts.generation, name, strays):
         for path, item in piece:
             bucket = bucket_of(path)
             if (*name, bucket // SUBPAGES) in report.damaged:
@@ -225,6 +265,7 @@ async def _check_partition(
         report.keys += len(piece)
         progress.done = report.keys
         await asyncio.sleep(0)
+    report.stray(f"class {name[0]}, partition {name[1]}", strays)
     # Counters only say where to look: a commit during the scan makes them differ and changes nothing else.
     damaged = [number for cls, partition, number in report.damaged if (cls, partition) == name]
     for start, stop in _between(damaged):
@@ -250,6 +291,7 @@ async def _look_again(parts: Inspected, key: str, where: str, report: CheckRepor
         return
     cls, partition, path = key.split("/", 2)
     report.add(cls, partition, bucket_of(path))
+    report.counts[finding.kind] += 1
     if len(report.findings) < FINDINGS_MAX:
         report.findings.append(finding)
 
@@ -276,7 +318,9 @@ async def examine(parts: Inspected, key: str, where: str) -> Finding | None:
 async def _check_extents(parts: Inspected, name: Name, report: CheckReport) -> None:
     """Every stored extent must be the one that the table knows; dirty leaves are about to be written anyway."""
     prefix = f"{merkle_prefix(parts.generation)}{encode_partition(*name)}/"
-    names = await parts.physical.list(prefix, consistent=True)
+    listed = await parts.physical.list(prefix, consistent=True)
+    names = list(filter(may_be_ours, listed))
+    report.stray(f"index of class {name[0]}, partition {name[1]}", [one for one in listed if one not in set(names)])
     met: set[tuple[int, int]] = set()
     for start in range(0, len(names), READ_AT_ONCE // 4):
         piece = names[start : start + READ_AT_ONCE // 4]

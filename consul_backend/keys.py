@@ -12,6 +12,7 @@ refused on decoding.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 
 from consul_backend.errors import Corrupt
@@ -91,6 +92,21 @@ def decode_name(name: str) -> str:
     folder = name.endswith("/")
     decoded = decode_segment(name.removesuffix("/"))
     return f"{decoded}/" if folder else decoded
+
+
+def may_be_ours(name: str) -> bool:
+    """Whether this program can have written a name of a listing. What it cannot have written, not even a request for it
+    may be made of: Consul cleans such names, or refuses them."""
+    try:
+        decode_name(name)
+    except Corrupt:
+        return False
+    return True
+
+
+def own_folders(names: Iterable[str]) -> list[str]:
+    """Of the names of a listing the folders that may be ours."""
+    return [name for name in names if name.endswith("/") and may_be_ours(name)]
 
 
 def public_name(key: str) -> str:

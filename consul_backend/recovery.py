@@ -42,6 +42,7 @@ from consul_backend.failpoint import failpoint
 from consul_backend.fenced import fenced_idempotent, require_tenure
 from consul_backend.group_commit import Tip
 from consul_backend.heads import Heads, HeadsTable, decode_heads, heads_prefix, heads_sum
+from consul_backend.keys import may_be_ours, own_folders
 from consul_backend.large_batch import Replay
 from consul_backend.lazy_index import LazyIndex, put_extent
 from consul_backend.merkle import Forest, entry_digest
@@ -302,8 +303,8 @@ async def _find_log(physical: PhysicalStore, generation: str, segment_records: i
 
 async def _find_heads(physical: PhysicalStore, generation: str, found: _Found) -> None:
     prefix = heads_prefix(generation)
-    for cls in await physical.list(prefix, consistent=True):
-        names = await physical.list(prefix + cls, consistent=True)
+    for cls in own_folders(await physical.list(prefix, consistent=True)):
+        names = list(filter(may_be_ours, await physical.list(prefix + cls, consistent=True)))
         keys = [prefix + cls + name for name in names]
         for name, key, item in zip(names, keys, await physical.get_many(keys, consistent=True), strict=True):
             where = (cls.removesuffix("/"), parse_partition_name(name))
@@ -324,10 +325,10 @@ async def _find_heads(physical: PhysicalStore, generation: str, found: _Found) -
 
 async def _find_extents(physical: PhysicalStore, generation: str, found: _Found) -> None:
     prefix = merkle_prefix(generation)
-    for cls in await physical.list(prefix, consistent=True):
-        for folder in await physical.list(prefix + cls, consistent=True):
+    for cls in own_folders(await physical.list(prefix, consistent=True)):
+        for folder in own_folders(await physical.list(prefix + cls, consistent=True)):
             partition = parse_partition_name(folder)
-            names = await physical.list(prefix + cls + folder, consistent=True)
+            names = list(filter(may_be_ours, await physical.list(prefix + cls + folder, consistent=True)))
             keys = [prefix + cls + folder + name for name in names]
             items = await physical.get_many(keys, consistent=True)
             for name, key, item in zip(names, keys, items, strict=True):

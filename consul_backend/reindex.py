@@ -7,6 +7,7 @@ foreign    the value is put aside (*quarantine*) and the right one restored from
            and reads of the key go on failing, until ``force`` puts it aside and deletes the entry by an ordinary commit
 extra      put aside: the index proves that the key does not exist
 lost       absence is proved; restored from the log. Not in the log: stays until ``force`` deletes the entry by a commit
+stray      a name that this program never writes: named by the check, left alone, and so never *clean*
 page       of the index, damaged in the store: taken from the data keys if these have exactly the digest that is known
            of the page; else only with ``force``
 extent     of the index, damaged in the store and right in memory: written anew
@@ -133,7 +134,7 @@ async def reindex(
     has. Raises FenceLost, and what reading raises."""
     pages = _Pages()
     checked = await check(parts, progress, extents=options.diff, collect=pages.collect)
-    report = ReindexReport(keys=checked.keys)
+    report = ReindexReport(keys=checked.keys, unresolved=checked.strays)
     progress.stage = "replaying"
     wanted = {finding.key: finding.digest for finding in checked.findings if finding.digest is not None}
     values = await _from_log(parts, wanted) if wanted else {}
@@ -165,6 +166,8 @@ async def heal(parts: Inspected, only: Collection[Name], keys: Collection[str] =
     found = [await examine(parts, key, parts.where(key)) for key in keys]
     checked.findings += [finding for finding in found if finding is not None]
     report = ReindexReport(keys=checked.keys)
+    if checked.strays:
+        log.error("before anything is served: %s", "; ".join(checked.problems))
     if not checked.findings:
         return report
     await require_tenure(parts.physical, parts.tenure)  # or else it is a successor's work

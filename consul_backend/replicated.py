@@ -25,7 +25,7 @@ from consul_backend.generation import drop_generation, physical_key, read_entry
 from consul_backend.genesis import genesis
 from consul_backend.group_commit import Committed, GroupCommit
 from consul_backend.index_check import Inspected
-from consul_backend.keys import decode_name, encode_partition, encode_path, split_prefix
+from consul_backend.keys import decode_name, encode_partition, encode_path, may_be_ours, split_prefix
 from consul_backend.large_batch import BatchBounds, crossing
 from consul_backend.listing import corrected, exists, indexed
 from consul_backend.merkle import Forest, entry_digest
@@ -439,13 +439,12 @@ class ReplicatedStore:
     # -- upkeep
 
     async def flush(self) -> None:
-        """Store everything of the index that is dirty now, regardless of the pace. For tests and orderly ends; must not
-        run beside :meth:`run`."""
+        """Store everything of the index that is dirty now. For tests and orderly ends; not beside :meth:`run`."""
         await self._lazy.settle()
         await self._flusher.flush_all()
 
     async def collect(self) -> int:
-        """Collect old log segments now; how many went. Must not run beside :meth:`run`."""
+        """Collect old log segments now; how many went. Not beside :meth:`run`."""
         return await self._collector.collect()
 
     def statistics(self) -> dict[str, int | float]:
@@ -470,11 +469,12 @@ class ReplicatedStore:
         if path or prefix.count("/") > 2:
             where += f"{encode_path(path)}/"
         # Consistent: unlike a value, a name has no digest in the index that would show a deposed leader's answer.
-        return [decode_name(name) for name in await self._physical.list(where, consistent=True)]
+        names = await self._physical.list(where, consistent=True)
+        return [decode_name(name) for name in names if may_be_ours(name)]
 
     async def list(self, prefix: str) -> list[str]:
-        """The names one level below ``prefix`` (``<class>/<partition>/`` and perhaps folders, with a slash at its end),
-        sorted; folders end in a slash. Raises as :meth:`get`."""
+        """The names one level below ``prefix`` (``<class>/<partition>/`` and perhaps folders), sorted; folders end in a
+        slash. Raises as :meth:`get`."""
         cls, partition, _ = split_prefix(prefix)
         while True:
             await self._lease.ensure()

@@ -12,6 +12,7 @@ import msgspec
 
 from consul_backend.errors import BackendError, Conflict, Corrupt, SentinelMissing
 from consul_backend.failpoint import failpoint
+from consul_backend.keys import own_folders
 from consul_backend.physical import EPOCH_KEY, GENERATION_KEY, LOCK_KEY, SENTINEL_KEY, PhysicalStore
 from consul_backend.replicated import drop_generation
 from consul_backend.tenure import Tenure
@@ -76,7 +77,7 @@ async def flip_generation(physical: PhysicalStore, tenure: Tenure, expected_inde
 async def drop_others(physical: PhysicalStore, kept: str, tenure: Tenure) -> None:
     """Delete every store but ``kept``, the one that the pointer named, read consistently, when ``tenure`` began. What
     cannot be deleted now is left to the next tenure."""
-    for name in await physical.list("g/", consistent=True):
+    for name in own_folders(await physical.list("g/", consistent=True)):
         generation = name.rstrip("/")
         if generation == kept:
             continue

@@ -18,7 +18,7 @@ import msgspec
 from consul_backend.clock import Clock
 from consul_backend.errors import Corrupt, NotApplied, Overloaded, PermissionDenied
 from consul_backend.errors import Unavailable as StoreUnavailable
-from consul_backend.index_check import CheckReport, Inspected, Progress, check
+from consul_backend.index_check import CheckReport, Inspected, Kind, Progress, check
 from consul_backend.reindex import AskOthers, ReindexOptions, nobody, reindex
 from plugin_api.errors import InvalidRequest
 from sidecar.replication.status import IndexFacts
@@ -96,6 +96,8 @@ class IndexUpkeep:
             await self._remember(lambda health: IndexHealth(report.corrupted, now_ms, health.reindexed_ms))
             for problem in report.problems[:100]:
                 logger.error("merkle check: %s", problem)
+            if report.counts:
+                logger.error("merkle check: of %d keys %s", report.keys, counted(report))
             return {"merkle_corruption_report": corruption_report(report, parts, now_ms)}
 
     def start(self, options: ReindexOptions) -> None:
@@ -143,6 +145,11 @@ class IndexUpkeep:
         await self._sealed.put(HEALTH_KEY, msgspec.msgpack.encode(self._health))
 
 
+def counted(report: CheckReport) -> dict[str, int]:
+    """How many keys do not hold, by what is wrong with them."""
+    return {kind.name.lower(): report.counts[kind] for kind in Kind} | {"stray": report.strays}
+
+
 def corruption_report(report: CheckReport, parts: Inspected, now_ms: int) -> dict[str, Any]:
     """The contract's shape (1.14). Pages and subpages of all partitions of a tree are merged, as it has no partitions;
     ``partitions`` is ours and has them apart. ``problems`` name no path."""
@@ -151,6 +158,7 @@ def corruption_report(report: CheckReport, parts: Inspected, now_ms: int) -> dic
         "corrupted_root": report.corrupted,
         "corrupted_tree_map": trees,
         "keys_checked": report.keys,
+        "findings": counted(report),
         "last_corruption_check_epoch": rfc3339_nanoseconds(now_ms),
         "problems": report.problems[:100],
     }

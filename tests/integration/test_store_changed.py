@@ -285,6 +285,53 @@ def test_an_overwritten_entry_is_not_served(server: ConsulServer, tmp_path: Path
         assert cluster.call("GET", f"{MOUNT}/mine").data == {"v": "mine"}
 
 
+STRAYS = (
+    "d/{own}/a.dot",
+    "d/{own}/an_underscore",
+    "d/{own}/a.folder/x",
+    "d/{own}/a%20space",
+    "d/r/a.partition/x",
+    "d/r/no_folder",
+    "d/another.class/x",
+    "d/no_class",
+    "b/a.folder/x",
+    "b/a_folder/meta",
+    "b/no-folder",
+    "merkle/r/a.partition/x",
+    "merkle/r/no-folder",
+    "merkle/no-class",
+    "heads/r/a.partition",
+)
+"""Names below a generation that this program never writes, of which many cannot even be asked for."""
+
+
+def test_names_that_nobody_of_us_writes_harm_nothing(server: ConsulServer, tmp_path: Path) -> None:
+    """Some tool's files among ours: what is ours is listed, checked, healed, flushed and taken over as without them,
+    and the check says where they are and how many."""
+    with cluster_on(server, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        assert put(cluster, "mine", "mine").status == 204
+        root, _, partition = data_key(server, cluster, "mine").removesuffix("/mine").rpartition("/d/")
+        node.stop()
+        for stray in STRAYS:
+            server.raw_put(f"{root}/{stray.format(own=partition)}", b"stray")
+        server.raw_put(f"{root.rpartition('/')[0]}/a.generation/x", b"stray")
+        cluster.start()
+        cluster.unseal()
+        epoch = server.raw_get(f"{prefix_of(cluster)}epoch")
+        assert cluster.call("LIST", f"{MOUNT}/").data == {"keys": ["mine"]}
+        report = cluster.call("POST", "sys/replication/merkle-check").data["merkle_corruption_report"]
+        assert report["corrupted_root"]
+        assert report["findings"] == {"foreign": 0, "extra": 0, "lost": 0, "stray": 8}, report
+        assert any(f"partition {partition[2:]}: 4 names" in problem for problem in report["problems"]), report
+        assert cluster.call("POST", "sys/replication/reindex").status in (200, 204)
+        node.wait_until("reindex", lambda: "reindex done" in node.log_path.read_text(encoding="utf-8"))
+        assert put(cluster, "mine", "later").status == 204
+        node.wait_until("flush", lambda: flushed(server, cluster))
+        assert get(cluster, "mine").data == {"v": "later"}
+        assert server.raw_get(f"{prefix_of(cluster)}epoch") == epoch, node.log_tail()
+
+
 def test_a_value_as_large_as_consul_takes_is_put_aside_and_healed(server: ConsulServer, tmp_path: Path) -> None:
     """Neither it nor what is right, which is larger still, fits a transaction with guards."""
     right = "x" * 700_000

@@ -180,6 +180,36 @@ async def test_a_foreign_value_that_is_read_is_named_in_the_log_and_not_every_ti
     assert victim.rsplit("/", 1)[1] not in caplog.text
 
 
+async def test_many_foreign_keys_are_counted_and_put_aside_and_said_a_few_times_only(cluster, caplog):
+    async with cluster.running(KEEP) as store:
+        await entries(store)
+        for start in range(0, 300, 50):
+            await cluster.inner.txn([Set(where(key(f"planted/{n}")), b"x") for n in range(start, start + 50)])
+        report = await checked(store)
+        assert report.counts == {Kind.EXTRA: 300}
+        done = await heal(store.inspected(), [("r", PARTITION)])
+        assert (done.quarantined, done.clean) == (300, True)
+        assert store.statistics()["foreign_writes"] == 300
+        said = [line for line in caplog.messages if "was changed by somebody else" in line]
+        assert len(said) == 5  # times 1, 4, 16, 64 and 256 are due
+        assert not (await checked(store)).corrupted
+
+
+async def test_names_that_are_not_ours_are_counted_and_left_alone(cluster):
+    strays = ["stray_name", "folder/stray_name", "a_folder/x"]
+    async with cluster.running(KEEP) as store:
+        data = await entries(store)
+        folder = where(key("x")).removesuffix("x")
+        await cluster.inner.txn([Set(folder + name, b"x") for name in strays])
+        names = await store.list(f"r/{PARTITION}/")
+        assert names == sorted({name.split("/")[2] + "/" for name in data if name.startswith("r/")} | {"folder/"})
+        report = await checked(store)
+        assert (report.strays, report.findings, report.corrupted) == (3, [], True)
+        done = await repaired(store)
+        assert (done.unresolved, done.quarantined, done.clean) == (3, 0, False)
+        assert (await cluster.inner.get(folder + strays[0])).value == b"x"
+
+
 async def test_what_the_log_cannot_heal_is_named_and_left(cluster, caplog):
     data = await forgotten(cluster)
     victim = sorted(data)[5]
