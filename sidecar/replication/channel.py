@@ -120,11 +120,11 @@ class WebSocketChannel:
 
     def silent_s(self) -> float:
         carrier = self._socket if isinstance(self._socket, ClientWebSocketResponse) else self._transport
-        found = carrier.get_extra_info("socket") if carrier is not None else None
         try:
+            found = carrier.get_extra_info("socket") if carrier is not None else None
             facts = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104) if found is not None else b""
             return float(struct.unpack_from("=I", facts, _LAST_DATA_RECV)[0]) / 1000
-        except (OSError, AttributeError, struct.error):  # closed meanwhile, or no Linux
+        except (OSError, AttributeError, struct.error):  # closed meanwhile (asyncio's TLS transport too), or no Linux
             return float("inf")
 
     async def close(self, reason: str) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from asyncio import sslproto
+from unittest.mock import Mock
 
 import msgspec
 import pytest
+from aiohttp import web
 
 from consul_backend.errors import FenceLost, Overloaded
 from consul_backend.limits import Limits
@@ -464,6 +467,14 @@ async def test_a_frame_does_not_arrive_for_ever(monkeypatch):
     end.silence_s = 0.0
     with pytest.raises(ChannelClosed, match="no heartbeat"):
         await channel.hear(end, 0.01, 2)
+
+
+async def test_nobody_can_tell_how_long_a_transport_that_was_closed_twice_is_silent():
+    """asyncio's TLS transport has forgotten its connection by then; who waits for a frame must hear of silence only."""
+    transport = sslproto._SSLProtocolTransport(asyncio.get_running_loop(), Mock())
+    transport.close()
+    transport.close()
+    assert channel.WebSocketChannel(web.WebSocketResponse(), transport).silent_s() == float("inf")
 
 
 async def test_a_cancelled_run_waits_for_its_commit_and_the_next_goes_on_after_it():
