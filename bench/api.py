@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import wrk
 from bench.pair import checked, workspace
 from bench.report import result, spread, table
-from tests.support.cluster import Cluster, Node, consul_storage, free_port
+from tests.support.cluster import Cluster, Node, consul_storage
 from tests.support.consul_server import ConsulServer
+from tests.support.ports import free_port
 
 VALUE = "v" * 256
 KEYS = 10_000

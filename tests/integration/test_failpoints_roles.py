@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.test_failpoints import one_node, restart, running, stored
 from tests.support import disaster
-from tests.support.cluster import Cluster, activation_token, replicate
+from tests.support.cluster import Cluster, activation_token, replicate, together
 from tests.support.faults import MOUNT, Writers, await_killed, mount_load
 
 QUICK = 'replication {\n  heartbeat_interval = "1s"\n  certificate_check_interval = "200ms"\n}\n'
@@ -67,11 +67,11 @@ def accepts(cluster: Cluster, path: str) -> bool:
 
 
 def wait_in_step(primary: Cluster, secondary: Cluster, mode: str) -> None:
-    """Until the secondary streams with the primary's root."""
+    """Until both are connected and the secondary streams with the primary's root."""
     deadline = time.monotonic() + disaster.STEP_TIMEOUT_S
     while True:
         ours, theirs = (disaster.status(disaster.leader(one), mode) for one in (primary, secondary))
-        if theirs.get("state") == "stream-wals" and ours.get("merkle_root") == theirs.get("merkle_root") != "":
+        if together(ours, theirs):
             return
         assert time.monotonic() < deadline, (ours, theirs)
         time.sleep(0.05)

@@ -21,7 +21,7 @@ from tests.support.cluster import Node, ready
 from tests.support.consul_server import ConsulServer
 from tests.support.consul_tap import is_acquire, is_commit, is_flush
 from tests.support.faults import arm, await_killed, rounds
-from tests.support.site import SETTINGS, Site
+from tests.support.site import BEAT_TTL_S, SETTINGS, Site
 from tests.support.traffic import Traffic
 
 FLOOR = 100
@@ -145,8 +145,8 @@ def destroy_session(server: ConsulServer, site: Site) -> None:
 
 
 def delete_lock(server: ConsulServer, site: Site) -> None:
-    site.exempt_for(1.0)  # skips the lock-delay, which is the read lease
-    assert server.call("DELETE", f"kv/{site.prefix}lock").status == 200
+    with site.exempted(1.0):  # skips the lock-delay, which is the read lease
+        assert server.call("DELETE", f"kv/{site.prefix}lock").status == 200
 
 
 def delete_epoch(server: ConsulServer, site: Site) -> None:
@@ -159,8 +159,8 @@ def overwrite_lock(server: ConsulServer, site: Site) -> None:
 
 
 def release_lock(server: ConsulServer, site: Site) -> None:
-    site.exempt_for(1.0)  # the same
-    assert server.call("PUT", f"kv/{site.prefix}lock?release={tenure(site)}", b"").status == 200
+    with site.exempted(1.0):  # the same
+        assert server.call("PUT", f"kv/{site.prefix}lock?release={tenure(site)}", b"").status == 200
 
 
 def restart_agent(server: ConsulServer, site: Site) -> None:
@@ -170,7 +170,7 @@ def restart_agent(server: ConsulServer, site: Site) -> None:
 
 def pause_agent(server: ConsulServer, site: Site) -> None:
     server.freeze()
-    time.sleep(2.5)  # the fault's own length, beyond the beat's time to live
+    time.sleep(BEAT_TTL_S + 1.0)  # the fault's own length, beyond the beat's time to live
     server.thaw()
 
 
@@ -293,7 +293,7 @@ def test_the_active_loses_its_way_to_consul(site: Site, fault: str) -> None:
         successor.wait_until("lead", lambda: leads(successor))
         traffic.wait_acked(FLOOR // 2)
         tap.heal()
-    lost.wait_until("stand by", lambda: stands_by(lost), 40.0)
+    lost.wait_until("stand by", lambda: stands_by(lost))
 
 
 CAP = 24
@@ -323,7 +323,7 @@ def test_consul_takes_no_more_connections(tmp_path: Path) -> None:
             take_every_connection(small.address, held)
             site.taps[0].heal()
             node = site.cluster.nodes[0]
-            node.wait_until("answer that it cannot", lambda: traffic.count("fail") > 0, 40.0)
+            node.wait_until("answer that it cannot", lambda: traffic.count("fail") > 0)
             for one in held:
                 one.close()
         assert node.running

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from sidecar.transport.certificates import Credentials, issue_client, issue_server, make_authority
-from tests.support.cluster import Node, embedded_storage, free_port
+from tests.support.cluster import Node, embedded_storage
+from tests.support.ports import free_port
 
 
 def write_pair(home: Path, name: str, credentials: Credentials) -> None:
@@ -30,7 +31,7 @@ def context_for(authority: Credentials, home: Path | None = None) -> ssl.SSLCont
 
 
 def status(port: int, context: ssl.SSLContext) -> int:
-    connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=10)
+    connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=60)
     try:
         connection.request("GET", "/v1/sys/seal-status")
         return connection.getresponse().status
@@ -41,7 +42,7 @@ def status(port: int, context: ssl.SSLContext) -> int:
 def version(port: int, authority: Credentials, most: ssl.TLSVersion) -> str | None:
     context = context_for(authority)
     context.maximum_version = most
-    plain = socket.create_connection(("localhost", port), 10)
+    plain = socket.create_connection(("localhost", port), 60)
     with plain, context.wrap_socket(plain, server_hostname="localhost") as secure:
         return secure.version()
 
@@ -95,7 +96,7 @@ listener "unix" {{
             local.sendall(b"GET /v1/sys/seal-status HTTP/1.0\r\n\r\n")
             assert local.recv(100).startswith(b"HTTP/1.0 200")
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
-        with socket.create_connection(("127.0.0.1", proxy_port), 10) as refused:
+        with socket.create_connection(("127.0.0.1", proxy_port), 60) as refused:
             try:
                 refused.sendall(b"PROXY TCP4 203.0.113.9 10.0.0.1 1 2\r\nGET /v1/sys/health HTTP/1.0\r\n\r\n")
                 assert refused.recv(100) == b""
@@ -103,7 +104,7 @@ listener "unix" {{
                 pass
 
         # A new pair is read on SIGHUP; a connection of before goes on.
-        kept = http.client.HTTPSConnection("localhost", open_port, context=context_for(first), timeout=10)
+        kept = http.client.HTTPSConnection("localhost", open_port, context=context_for(first), timeout=60)
         kept.request("GET", "/v1/sys/seal-status")
         kept.getresponse().read()
         write_pair(tmp_path, "server", issue_server(second, "localhost"))

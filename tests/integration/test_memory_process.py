@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import thief
-from tests.support.cluster import embedded_storage, free_port
+from tests.support.cluster import embedded_storage
+from tests.support.ports import free_port
 
 UNPROTECTED = (
     "import runpy, sidecar.hardening\n"
@@ -42,7 +43,7 @@ def stolen(home: Path, *program: str) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=500,
         preexec_fn=thief.give_up_capabilities,
     )
     assert done.returncode == 0, done.stderr + (home / "server.log").read_text(errors="replace")[-2000:]

@@ -13,15 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import hvac
 import pytest
 from cryptography import x509
 
-from tests.support.cluster import ROOT, free_port
+from tests.support.cluster import ROOT
 from tests.support.http_certificates import write_certificate
+from tests.support.ports import free_port, two_free_ports
 
 LAUNCHER = """#!{python}
 import sys
@@ -43,7 +43,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def output(environment: dict[str, str], *command: str) -> str:
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 @pytest.mark.parametrize("flag", ["-version", "--version", "-v", "version"])
@@ -104,7 +104,7 @@ def server(
 
 def ready(client: hvac.Client) -> None:
     """As hvac's own server manager waits."""
-    for _ in range(120):
+    for _ in range(1200):
         try:
             client.sys.is_initialized()
         except Exception:
@@ -131,7 +131,7 @@ def test_a_configuration_as_it_is_starts_and_stops_like_vault(
     assert client.is_authenticated()
     server.send_signal(signal.SIGHUP)
     server.send_signal(signal.SIGTERM)
-    _, errors = server.communicate(timeout=60)
+    _, errors = server.communicate(timeout=300)
     assert server.returncode == 0
     printed = (tmp_path / "stdout").read_text()
     for words in (
@@ -164,22 +164,13 @@ def test_the_dev_server_prints_what_scripts_look_for(environment: dict[str, str]
                 break
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=300)
         if process.stdout is not None:
             process.stdout.close()
     assert "WARNING! dev mode is enabled! In this mode, Vault runs entirely in-memory" in printed
     assert "Root Token: root" in printed
     assert re.search(r"^Unseal Key: \S+$", printed, re.MULTILINE)
     assert "export VAULT_ADDR='http://127.0.0.1:" in printed
-
-
-def two_free_ports() -> int:
-    """A port for the API with the next one, the cluster port's, free too."""
-    while True:
-        port = free_port()
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port + 1))
-            return port
 
 
 def test_the_dev_servers_other_flags(environment: dict[str, str], tmp_path: Path) -> None:
@@ -197,7 +188,7 @@ def test_the_dev_servers_other_flags(environment: dict[str, str], tmp_path: Path
             assert ((mounts.get("secret/") or {}).get("options") or {}).get("version", "") == version
         finally:
             process.terminate()
-            _, complaints = process.communicate(timeout=30)
+            _, complaints = process.communicate(timeout=300)
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
         assert any("active operation" in line["@message"] for line in lines)
         assert stat.S_IMODE(log.stat().st_mode) == 0o600

@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.test_main_job import alice, read, with_secrets
 from tests.support import disaster
-from tests.support.cluster import Cluster, Node, Reply, embedded_storage, replicate
+from tests.support.cluster import Cluster, Node, Reply, embedded_storage, replicate, together
 from tests.support.faults import rounds
 from tests.support.proxy import FaultProxy, Link
 
@@ -103,8 +103,7 @@ def wait_in_step(primary: Cluster, secondary: Cluster) -> None:
     node = secondary.nodes[0]
 
     def equal() -> bool:
-        ours, theirs = (disaster.status(one.nodes[0], "performance") for one in (primary, secondary))
-        return theirs.get("state") == "stream-wals" and ours.get("merkle_root") == theirs.get("merkle_root") != ""
+        return together(*(disaster.status(one.nodes[0], "performance") for one in (primary, secondary)))
 
     node.wait_until("be in step", equal, disaster.STEP_TIMEOUT_S)
 

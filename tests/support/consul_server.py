@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts.consul_binary import NoConsul, obtain_consul
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY_FILE = ROOT / "deploy" / "nomad" / "consul-acl-policy.hcl"
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
 STARTS_MAX = 3
 IMAGE = os.environ.get("OUTRIDER_TEST_CONSUL_IMAGE", "hashicorp/consul:1.22")
 
@@ -238,7 +238,7 @@ class ConsulServer:
                 return
 
     def _write_settings(self, binary: str) -> None:
-        http, server, serf = self._ports or _free_ports(3)
+        http, server, serf = self._ports or [free_port() for _ in range(3)]
         self.address = f"127.0.0.1:{http}"
         ports = {"http": http, "server": server, "serf_lan": serf, "serf_wan": -1, "dns": -1, "grpc": -1}
         settings = {
@@ -351,7 +351,7 @@ class ConsulCluster:
     agent of whoever uses its address."""
 
     def __init__(self, count: int = 3) -> None:
-        ports = _free_ports(3 * count)
+        ports = [free_port() for _ in range(3 * count)]
         self.servers = []
         for n in range(count):
             settings = {
@@ -423,11 +423,3 @@ class ConsulCluster:
 
 def _raw(status: int, body: bytes, headers: Any) -> RawAnswer:
     return RawAnswer(status, body.decode(errors="replace"), {name.lower(): value for name, value in headers.items()})
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]

@@ -96,7 +96,7 @@ class ConsulTap:
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
     # -- faults
 
@@ -156,7 +156,7 @@ class ConsulTap:
 
         self._call(shut())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop.close()
 
     # -- inside

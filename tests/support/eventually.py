@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 
-async def eventually(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
+async def eventually(condition: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
     """Return once ``condition`` holds. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while True:

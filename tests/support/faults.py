@@ -148,7 +148,7 @@ class Writers(LoadThreads):
         """The attempts that ended so."""
         return [attempt for attempt in tuple(self.attempts) if attempt.outcome == outcome]
 
-    def wait_acked(self, count: int, timeout_s: float = 30.0) -> None:
+    def wait_acked(self, count: int, timeout_s: float = 120.0) -> None:
         """Until ``count`` more writes are acknowledged than now. Raises ClusterError."""
         target = len(self.of(ACKED)) + count
         deadline = time.monotonic() + timeout_s
@@ -199,7 +199,7 @@ def arm(node: Node, spec: str) -> None:
     node.environment = {ENVIRONMENT: spec} if spec else {}
 
 
-def await_killed(node: Node, timeout_s: float = 30.0) -> None:
+def await_killed(node: Node, timeout_s: float = 120.0) -> None:
     """Wait for the node to die by SIGKILL of itself. Raises ClusterError."""
     process = node.process
     assert process is not None

@@ -28,6 +28,6 @@ class LoadThreads:
         """Stop after the requests in flight. Raises ClusterError if one never ends (P14)."""
         self.stopped.set()
         for thread in self._threads:
-            thread.join(60)
+            thread.join(180)
             if thread.is_alive():
-                raise ClusterError("a request was neither answered nor refused within 60 s")
+                raise ClusterError("a request was neither answered nor refused within 180 s")

@@ -32,12 +32,18 @@ from sidecar.transport.listener import ClusterListener
 from tests.support.replication import MemoryStore
 
 OPTIONS = ReplicationOptions(
-    beat_s=0.1, wal_wait_s=1.0, reconnect_min_s=0.02, reconnect_max_s=0.1, activation_timeout_s=5.0
+    beat_s=0.1,
+    silent_beats_max=30,
+    wal_wait_s=1.0,
+    reconnect_min_s=0.02,
+    reconnect_max_s=0.1,
+    activation_timeout_s=60.0,
 )
+"""Quick about everything but silence: all clusters of a test share one event loop, which a busy machine holds up."""
 KEYRINGS = {"r/core/keyring": b"raw keyring", "l/core/keyring": b"raw local keyring"}
 MATERIAL = SecretMaterial(b"k" * 32, KEYRINGS, b"raw seal")
 JWT_KEY = ec.generate_private_key(ec.SECP521R1())
-TIMEOUT_S = 30
+TIMEOUT_S = 120
 
 
 class Store(MemoryStore):
@@ -346,10 +352,11 @@ async def until(what: Callable[[], bool]) -> None:
 
 
 def in_step(primary: Cluster, secondary: Cluster, mode: Mode = PERFORMANCE) -> bool:
-    """Whether the secondary streams and holds exactly what travels."""
+    """Whether the secondary is connected, streams and holds exactly what travels."""
     service = secondary.of(mode).secondary
     return (
         primary.store.of_classes(mode.classes) == secondary.store.of_classes(mode.classes)
         and service is not None
+        and bool(service.connected_to)
         and service.machine.phase is Phase.STREAM_WALS
     )

@@ -51,7 +51,7 @@ class MemoryStore:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until ``condition`` holds after some commit."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 self._committed.clear()
                 await self._committed.wait()

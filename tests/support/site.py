@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -17,8 +18,10 @@ from tests.support.faults import mount_load
 from tests.support.traffic import Traffic
 from tests.support.verdict import Verdict, judge, load_mount_uuid
 
+BEAT_TTL_S = 4
+"""Short enough to wait for, and long enough that a busy machine does not end a tenure that the test did not end."""
 SETTINGS = (
-    'sidecar {\n  beat_ttl = "1500ms"\n  beat_interval = "300ms"\n'
+    f'sidecar {{\n  beat_ttl = "{BEAT_TTL_S}s"\n  beat_interval = "300ms"\n'
     '  step_down_grace = "300ms"\n  flush_interval = "50ms"\n}\n'
 )
 
@@ -92,13 +95,16 @@ class Site:
                 node.start()
         for node in self.cluster.nodes:
             node.wait_until("be unsealed", lambda node=node: not node.unseal(self.cluster.keys).body["sealed"])
-        self.cluster.wait_active(40.0)
+        self.cluster.wait_active()
         for node in self.cluster.nodes:
-            node.wait_until("be there", lambda node=node: ready(node), 40.0)
+            node.wait_until("be there", lambda node=node: ready(node))
 
-    def exempt_for(self, for_s: float) -> None:
-        """Reads of this long from now on are not judged: the fault that follows is outside what reads promise."""
-        self.exempt.append(Exemption(time.monotonic(), time.monotonic() + for_s))
+    @contextlib.contextmanager
+    def exempted(self, after_s: float) -> Iterator[None]:
+        """Reads within the block and for so long after it are not judged: its fault is outside what they promise."""
+        began_s = time.monotonic()
+        yield
+        self.exempt.append(Exemption(began_s, time.monotonic() + after_s))
 
     def lock(self) -> dict[str, object]:
         """The lock key's row as Consul has it."""

@@ -58,7 +58,7 @@ class Traffic(LoadThreads):
         history = self.history
         return len(history.writes) + len(history.reads) + len(history.listings)
 
-    def wait_acked(self, count: int, timeout_s: float = 40.0) -> float:
+    def wait_acked(self, count: int, timeout_s: float = 120.0) -> float:
         """Until ``count`` more writes are acknowledged than now: the floor of useful work before a fault, and the
         liveness after it. Returns how long that took. Raises ClusterError."""
         started_s = time.monotonic()

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from sidecar import config
 from sidecar.__main__ import main
 from sidecar.cli import client, flags, output, registry, values, yaml
-from tests.support.cluster import free_port
+from tests.support.ports import free_port
 
 
 class Server(ThreadingHTTPServer):

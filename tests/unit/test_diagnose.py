@@ -21,12 +21,7 @@ from consul_backend import store
 from consul_backend.embedded import EmbeddedStore
 from sidecar import diagnose
 from sidecar.__main__ import main
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.support.ports import free_port
 
 
 @pytest.fixture(autouse=True)
