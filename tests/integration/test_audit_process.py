@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.cluster import Cluster, Node, embedded_storage
 
-SETTINGS = 'sidecar {{\n  audit_directories = ["{}"]\n  audit_timeout = "300ms"\n}}\n'
+SETTINGS = 'sidecar {{\n  audit_directories = ["{}"]\n  audit_timeout = "20s"\n}}\n'
 
 
 @pytest.fixture

@@ -11,7 +11,16 @@ from typing import Any
 import hvac
 import pytest
 
-from tests.support.cluster import Cluster, Node, Reply, consul_storage, embedded_storage, replicate, wait_in_step
+from tests.support.cluster import (
+    STEADY,
+    Cluster,
+    Node,
+    Reply,
+    consul_storage,
+    embedded_storage,
+    replicate,
+    wait_in_step,
+)
 from tests.support.consul_server import ConsulServer
 
 
@@ -296,7 +305,7 @@ def test_a_crash_in_the_middle_of_a_migration_leaves_one_seal_that_works(
 
 def cluster_of(server: ConsulServer, home: Path, name: str, seals: str) -> Cluster:
     storage = consul_storage(server.address, server.token, f"outrider/seals/{name}/")
-    return Cluster([Node(f"{name}-{n}", home, storage, cluster_name=name, settings=seals) for n in (1, 2)])
+    return Cluster([Node(f"{name}-{n}", home, storage, cluster_name=name, settings=seals + STEADY) for n in (1, 2)])
 
 
 def test_every_node_of_a_cluster_opens_itself_also_as_a_secondary(consul_server: ConsulServer, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from tests.support.replication_cluster import (
 )
 
 BOTH = (PERFORMANCE, DR)
-QUICK = replace(OPTIONS, certificate_check_s=0.05, forward_timeout_s=5.0)
+QUICK = replace(OPTIONS, certificate_check_s=0.05, forward_timeout_s=60.0)
 """Looks for work all the time; certificates live for a year."""
 BY_HAND = replace(QUICK, certificate_check_s=3600.0)
 """Looks for none: the test does."""
@@ -138,7 +138,7 @@ async def asked(pair: Pair, secondary: Cluster) -> tuple[Renewal, PeerClient, li
     client = PeerClient(secondary_identity(PERFORMANCE, role), pair.primary.address)
 
     async def post(body: bytes) -> PeerAnswer:
-        return await client.post(CERTIFICATE_PATH, body, timeout_s=5)
+        return await client.post(CERTIFICATE_PATH, body, timeout_s=60)
 
     async def keep(_: bytes, credentials: certificates.Credentials, authority: bytes) -> SecondaryRole | None:
         kept.append(certificates.fingerprint(credentials.certificate_pem))
@@ -208,7 +208,7 @@ async def test_a_secondary_that_died_after_its_commit_comes_back_with_the_new_on
 async def told(pair: Pair, secondary: Cluster, request: bytes = b"") -> CertificateReply:
     client = PeerClient(secondary_identity(PERFORMANCE, secondary_role(secondary)), pair.primary.address)
     try:
-        answer = await client.post(CERTIFICATE_PATH, encode(CertificateRequest(request)), timeout_s=5)
+        answer = await client.post(CERTIFICATE_PATH, encode(CertificateRequest(request)), timeout_s=60)
     finally:
         await client.close()
     assert answer.status == 200, answer.body
@@ -220,12 +220,12 @@ async def test_the_old_certificate_is_out_when_the_new_one_was_used(pair: Pair) 
     before = secondary_role(secondary)
     thief = PeerClient(secondary_identity(PERFORMANCE, before), pair.primary.address)
     body = encode(CertificateRequest())
-    assert (await thief.post(CERTIFICATE_PATH, body, timeout_s=5)).status == 200  # the control
+    assert (await thief.post(CERTIFICATE_PATH, body, timeout_s=60)).status == 200  # the control
     overdue(secondary)
     old = certificates.fingerprint(before.certificate_pem)
     await until(lambda: primary_role(pair.primary).by_fingerprint(old) is None)
     with pytest.raises((PeerOutcomeUnknown, PeerUnreachable)):
-        await thief.post(CERTIFICATE_PATH, body, timeout_s=5)
+        await thief.post(CERTIFICATE_PATH, body, timeout_s=60)
     await thief.close()
 
 
@@ -265,7 +265,7 @@ async def test_what_is_no_request_is_refused(pair: Pair) -> None:
     secondary = await followed(pair)
     client = PeerClient(secondary_identity(PERFORMANCE, secondary_role(secondary)), pair.primary.address)
     for body in (encode(CertificateRequest(b"junk")), b"\xc1", b"x" * 70_000):
-        assert (await client.post(CERTIFICATE_PATH, body, timeout_s=5)).status in (400, 403, 413)
+        assert (await client.post(CERTIFICATE_PATH, body, timeout_s=60)).status in (400, 403, 413)
     await client.close()
     assert primary_role(pair.primary).secondaries["eu"].next_fingerprint == ""
 
@@ -401,7 +401,7 @@ async def test_an_encrypted_token_is_good_for_one_cluster_and_one_store(pair: Pa
     await fresh.manager.secondary_enable("performance", payload["token"], "", "", "")
     stolen = fresh.flipped[0].role
     with pytest.raises(InvalidRequest, match="used already"):  # who got hold of the opened bundle
-        await bootstrap(PERFORMANCE, _bundle(stolen), store_id="another", timeout_s=5)
+        await bootstrap(PERFORMANCE, _bundle(stolen), store_id="another", timeout_s=60)
 
 
 async def _for_dr(fresh: Cluster, payload: dict[str, str]) -> str:

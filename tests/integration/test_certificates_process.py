@@ -51,12 +51,12 @@ def outrider(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[s
         env={**os.environ, "OUTRIDER_ADDR": cluster.nodes[0].address, "OUTRIDER_TOKEN": cluster.root_token},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
 
-def until(what: str, condition: Any, timeout_s: float = 60.0) -> None:
+def until(what: str, condition: Any, timeout_s: float = 180.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what

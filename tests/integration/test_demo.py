@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.cluster import ROOT
 
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 @pytest.mark.parametrize("storage", ["embedded", "consul"])

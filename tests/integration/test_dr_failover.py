@@ -178,14 +178,16 @@ def test_leases_are_revoked_by_the_promoted_cluster_and_by_nobody_before(tmp_pat
         eu.bootstrap()
         assert us.call("POST", "sys/mounts/db", {"type": TYPE}).status == 204
         disaster.mirror(us, eu, "eu")
-        due_s = 4
+        began_s = time.monotonic()
         kept = us.call("POST", "db/creds/app", {"ttl": 3600}).body["lease_id"]
+        disaster.wait_in_step(us, eu)
+        due_s = 4 + int(5 * (time.monotonic() - began_s))  # the next one is as much and a kill; it must not be due then
         assert us.call("POST", "db/creds/app", {"ttl": due_s}).status == 200
         issued_s = time.monotonic()
         disaster.wait_in_step(us, eu)
         us.kill()
         token = disaster.operation_token(eu)
-        eu.nodes[0].wait_until("see the lease fall due", lambda: time.monotonic() > issued_s + due_s + 2)
+        eu.nodes[0].wait_until("see the lease fall due", lambda: time.monotonic() > issued_s + due_s + 2, due_s + 60.0)
         assert len(outside.valid) == 2, "a DR secondary revokes nothing"
         assert disaster.promote(eu, token, force=True).status == 200
         eu.root_token = us.root_token

@@ -657,7 +657,7 @@ async def test_a_secondary_is_given_nothing_of_another_class(
     request = wire.FetchRequest(head.index, head.chain_hash, True, bytes(16), [partition], [wire.Extent(0, 0, 0, b"")])
     client = PeerClient(secondary_identity(mode, role), pair.primary.address)
     try:
-        answer = await client.post(FETCH_PATH, wire.encode(request), timeout_s=10)
+        answer = await client.post(FETCH_PATH, wire.encode(request), timeout_s=60)
     finally:
         await client.close()
     assert answer.status == status
@@ -677,6 +677,6 @@ async def test_a_certificate_of_one_mode_opens_nothing_of_the_other(pair: Pair) 
         client = PeerClient(identity, pair.primary.address)
         try:
             with pytest.raises((PeerUnreachable, PeerOutcomeUnknown)):
-                await client.post(ALIVE_PATH, b"", timeout_s=5)
+                await client.post(ALIVE_PATH, b"", timeout_s=60)
         finally:
             await client.close()

@@ -78,7 +78,7 @@ def test_it_says_that_it_is_alone_and_a_second_process_is_refused(cluster: Clust
         second.start(wait=False)
         process = second.process
         assert process is not None
-        assert process.wait(20) != 0
+        assert process.wait(120) != 0
         assert "another process uses the embedded store" in second.log_tail()
         assert "Traceback" not in second.log_tail()
     finally:

@@ -37,7 +37,7 @@ async def test_a_fill_cut_twice_goes_on_and_tells_how_far_it_is(pair: Pair) -> N
     async def cut_after(secondary: Cluster, entries: int) -> list[SyncProgress]:
         """Stop it once it has so many; what it showed meanwhile."""
         seen: list[SyncProgress] = []
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while entries_of(secondary.store) < entries:
                 if (progress := progress_of(secondary)) and progress.total:
                     seen.append(progress)

@@ -64,7 +64,7 @@ def test_while_a_secondary_is_filled_and_dies_of_it(two: tuple[Cluster, Cluster]
             # What is written earlier may come with another sync; then nothing would be left to be streamed.
             node = eu.nodes[0]
             node.wait_until(
-                "stream", lambda node=node: not node.running or performance(node).get("state") == "stream-wals", 40
+                "stream", lambda node=node: not node.running or performance(node).get("state") == "stream-wals"
             )
             rotate(us)
             written |= write(us, "streamed")

@@ -118,7 +118,7 @@ async def test_a_batch_that_is_one_commit_here_is_a_large_one_there(clusters):
         assert (await pair.sync(SMALL)).event is Event.EQUAL
         async with pair.streaming(SMALL) as applier:
             head = await pair.primary.commit([Write(key(f"k{n}"), b"v" * 2000) for n in range(60)])
-            assert await applier.wait_applied(head.index, 10)
+            assert await applier.wait_applied(head.index, 120)
         await pair.same()
         assert pair.secondary.statistics()["large_batches"] == 1
         await clusters[1].check(pair.secondary)
@@ -176,10 +176,10 @@ async def test_a_large_batch_is_stripped_of_what_a_filter_withholds(clusters):
             head = await pair.primary.commit(
                 [Write(f"r/{withheld}/big", secret), Write(f"r/{sent}/big", os.urandom(300_000)), Write(key("x"), b"1")]
             )
-            assert await applier.wait_applied(head.index, 10)
+            assert await applier.wait_applied(head.index, 120)
             await pair.primary.commit([Write(f"r/{withheld}/small", b"secret")])
             after = await pair.primary.commit([Write(f"r/{sent}/small", b"2"), Write(f"r/{withheld}/small", b"secret")])
-            assert await applier.wait_applied(after.index, 10)
+            assert await applier.wait_applied(after.index, 120)
         assert not any(b"secret" in frame for frame in frames)
         for name in (f"r/{sent}/big", f"r/{sent}/small", key("x")):
             assert await pair.secondary.get(name) == await pair.primary.get(name) is not None
@@ -210,7 +210,7 @@ async def test_a_batch_cut_between_its_parts_is_asked_for_again(clusters, cut_at
         assert before is not None
         assert position.index < head.index
         async with pair.streaming(SMALL) as applier:
-            assert await applier.wait_applied(head.index, 10)
+            assert await applier.wait_applied(head.index, 120)
         await pair.same()
 
 
@@ -272,7 +272,7 @@ async def test_a_secondary_that_restarts_in_the_middle_has_the_old_or_the_new(cl
             assert crashed_at is not None
             pair = Pair(ours, theirs, primary.clock)
             async with pair.streaming(SMALL) as applier:
-                assert await applier.wait_applied(head.index, 10)
+                assert await applier.wait_applied(head.index, 120)
             await pair.same()
             await secondary.check(theirs)
 
@@ -290,7 +290,7 @@ async def test_5_mb_and_20000_entries_through_replication_on_consul(consul_store
             async with pair.streaming(limits) as applier:
                 await pair.primary.commit([Write(key("big"), big)])
                 head = await pair.primary.commit([Write(key(f"many/{n}"), b"%d" % n) for n in range(20_000)])
-                assert await applier.wait_applied(head.index, 60)
+                assert await applier.wait_applied(head.index, 300)
                 assert await pair.secondary.get(key("big")) == big
                 assert len(await pair.secondary.list(f"r/{PARTITION}/many/")) == 20_000
             await pair.same()

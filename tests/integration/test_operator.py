@@ -6,13 +6,15 @@ from pathlib import Path
 
 import hvac
 
-from tests.support.cluster import Cluster, Node, consul_storage, replicate
+from tests.support.cluster import STEADY, Cluster, Node, consul_storage, replicate
 from tests.support.consul_server import ConsulServer
 
 
 def cluster_of(server: ConsulServer, home: Path, name: str, nodes: int = 2) -> Cluster:
     storage = consul_storage(server.address, server.token, f"outrider/operator/{name}/")
-    return Cluster([Node(f"{name}-{n}", home, storage, cluster_name=name) for n in range(1, nodes + 1)])
+    return Cluster(
+        [Node(f"{name}-{n}", home, storage, cluster_name=name, settings=STEADY) for n in range(1, nodes + 1)]
+    )
 
 
 def test_a_rekey_holds_on_every_node_after_a_restart(consul_server: ConsulServer, tmp_path: Path) -> None:

@@ -233,16 +233,16 @@ async def test_a_token_is_good_once(pair: Pair) -> None:
 async def test_a_copied_bundle_is_of_no_use_to_another_store(pair: Pair) -> None:
     payload, claims = await pair.primary.manager.secondary_token("performance", "eu", 1800, "")
     bundle = parse_bundle(payload, claims["ca_sha256"])
-    await bootstrap(PERFORMANCE, bundle, store_id="first", timeout_s=5)
+    await bootstrap(PERFORMANCE, bundle, store_id="first", timeout_s=60)
     with pytest.raises(InvalidRequest, match="used already"):
-        await bootstrap(PERFORMANCE, bundle, store_id="second", timeout_s=5)
+        await bootstrap(PERFORMANCE, bundle, store_id="second", timeout_s=60)
 
 
 async def test_issuing_again_voids_the_first_certificate(pair: Pair) -> None:
     payload, claims = await pair.primary.manager.secondary_token("performance", "eu", 1800, "")
     await pair.primary.manager.secondary_token("performance", "eu", 1800, "")
     with pytest.raises((InvalidRequest, Unavailable)):
-        await bootstrap(PERFORMANCE, parse_bundle(payload, claims["ca_sha256"]), store_id="first", timeout_s=5)
+        await bootstrap(PERFORMANCE, parse_bundle(payload, claims["ca_sha256"]), store_id="first", timeout_s=60)
 
 
 async def test_a_rewrapped_token_is_refused_before_it_is_consumed(pair: Pair) -> None:
@@ -343,9 +343,9 @@ async def test_the_primary_learns_nothing_from_strangers_on_its_calls(pair: Pair
     client = PeerClient(secondary_identity(PERFORMANCE, bundle), f"127.0.0.1:{pair.primary.listener.port}")
     try:
         for path in ("/diff", "/fetch", "/forward"):
-            assert (await client.post(path, b"junk", timeout_s=5)).status == 403
-        assert (await client.post("/bootstrap", b"junk", timeout_s=5)).status == 400
-        assert (await client.post("/bootstrap", b"x" * 100_000, timeout_s=5)).status == 400
-        assert (await client.post("/nothing", b"", timeout_s=5)).status == 404
+            assert (await client.post(path, b"junk", timeout_s=60)).status == 403
+        assert (await client.post("/bootstrap", b"junk", timeout_s=60)).status == 400
+        assert (await client.post("/bootstrap", b"x" * 100_000, timeout_s=60)).status == 400
+        assert (await client.post("/nothing", b"", timeout_s=60)).status == 404
     finally:
         await client.close()

@@ -69,7 +69,7 @@ def test_new_shares_open_the_secondaries_too_and_the_old_ones_until_then(
     away.start()
     assert issued(mirror) != issued(us), "it says itself which shares open it"
     assert not away.unseal(old).body["sealed"], "the old ones open what has not heard of the new ones"
-    away.wait_until("have the new shares", lambda: issued(mirror) == issued(us), 40.0)
+    away.wait_until("have the new shares", lambda: issued(mirror) == issued(us))
     away.kill()
     away.start()
     assert not away.unseal(new).body["sealed"]

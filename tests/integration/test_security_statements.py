@@ -106,7 +106,7 @@ async def test_20_a_certificate_of_one_mode_is_none_in_the_other(pair: Pair) -> 
     for identity, served in ((right, True), (wrong, False)):
         client = PeerClient(identity, pair.primary.address)
         try:
-            status = (await client.post("/alive", b"", timeout_s=5)).status
+            status = (await client.post("/alive", b"", timeout_s=60)).status
         except (PeerUnreachable, PeerOutcomeUnknown):
             status = 0
         finally:
@@ -182,7 +182,7 @@ async def test_33_reuse_is_refused_and_reported(pair: Pair, caplog: pytest.LogCa
     payload, claims = await pair.primary.manager.secondary_token("performance", "eu", 1800, "")
     bundle = parse_bundle(payload, claims["ca_sha256"])
     tries = await asyncio.gather(
-        *(bootstrap(PERFORMANCE, bundle, store_id=f"store-{n}", timeout_s=10) for n in range(5)),
+        *(bootstrap(PERFORMANCE, bundle, store_id=f"store-{n}", timeout_s=60) for n in range(5)),
         return_exceptions=True,
     )
     refused = [one for one in tries if isinstance(one, InvalidRequest)]
@@ -197,7 +197,7 @@ async def test_33_a_revoked_activation_is_no_use(pair: Pair) -> None:
     payload, claims = await pair.primary.manager.secondary_token("performance", "eu", 1800, "")
     await pair.primary.manager.revoke_secondary("performance", "eu")
     with pytest.raises(Unavailable):
-        await bootstrap(PERFORMANCE, parse_bundle(payload, claims["ca_sha256"]), store_id="s", timeout_s=5)
+        await bootstrap(PERFORMANCE, parse_bundle(payload, claims["ca_sha256"]), store_id="s", timeout_s=60)
 
 
 def _self_signed(address: str) -> tuple[bytes, bytes]:

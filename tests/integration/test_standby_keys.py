@@ -40,15 +40,15 @@ def test_the_standby_takes_the_new_keys_from_the_active_node_and_can_take_over(t
     us, eu = two
     replicate(us, eu, "eu")
     for node in eu.nodes:
-        node.wait_until("be of the secondary, without anybody's keys", lambda node=node: is_secondary(node), 40.0)
+        node.wait_until("be of the secondary, without anybody's keys", lambda node=node: is_secondary(node))
     client = alice(us.wait_active())
     client.secrets.kv.v2.create_or_update_secret("db", secret={"v": "1"})
     standby = eu.standby()
     assert any("goes on with the keys that the active node has" in node.log_path.read_text() for node in eu.nodes)
     assert "unseal this node" not in standby.log_path.read_text()
     eu.wait_active().kill()
-    standby.wait_until("lead the secondary", lambda: is_secondary(standby) and standby.health().status == 200, 60.0)
-    standby.wait_until("stream", lambda: performance(standby).get("state") == "stream-wals", 40.0)
+    standby.wait_until("lead the secondary", lambda: is_secondary(standby) and standby.health().status == 200)
+    standby.wait_until("stream", lambda: performance(standby).get("state") == "stream-wals")
     assert read(alice(standby), "db") == {"v": "1"}
 
 
@@ -64,7 +64,7 @@ def test_a_standby_that_nobody_can_tell_seals_itself_and_says_with_which_keys_to
         fields = {"token": token}
         enabled = active.call("POST", "sys/replication/performance/secondary/enable", fields, token=eu.root_token)
         assert enabled.status == 200, enabled.errors
-        active.wait_until("have flipped", lambda: active.call("GET", "sys/seal-status").body["n"] == 3, 40.0)
+        active.wait_until("have flipped", lambda: active.call("GET", "sys/seal-status").body["n"] == 3)
         active.kill()
     finally:
         standby.thaw()
@@ -73,8 +73,8 @@ def test_a_standby_that_nobody_can_tell_seals_itself_and_says_with_which_keys_to
         status = standby.call("GET", "sys/seal-status").body
         return bool(status["sealed"] and "primary's unseal keys" in " ".join(status.get("warnings") or ()))
 
-    standby.wait_until("seal itself and say why", told, 60.0)
+    standby.wait_until("seal itself and say why", told)
     assert standby.unseal(eu.keys).body["sealed"], "its own old keys open nothing any more"
     standby.call("PUT", "sys/unseal", {"reset": True})
     assert not standby.unseal(us.keys).body["sealed"]
-    standby.wait_until("lead the secondary", lambda: is_secondary(standby) and standby.health().status == 200, 60.0)
+    standby.wait_until("lead the secondary", lambda: is_secondary(standby) and standby.health().status == 200)

@@ -13,7 +13,7 @@ from tests.support.cluster import Cluster, Node, consul_storage
 from tests.support.consul_server import ConsulServer
 
 STEP_DOWNS = 5
-QUICK = 'sidecar {\n  step_down_grace = "1s"\n}'
+QUICK = 'sidecar {\n  step_down_grace = "1s"\n  beat_ttl = "10s"\n}'
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Writer:
     slowest_s: float = 0.0
 
     def run(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.node.api_port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.node.api_port, timeout=120)
         connection.connect()
         kept = connection.sock
         while not self.stop.is_set():
@@ -83,7 +83,7 @@ def test_no_request_is_lost_over_five_step_downs(consul_server: ConsulServer, tm
                 )
         stop.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(180)
         assert [error for writer in writers for error in writer.errors] == []
         assert len(set(leaders)) > 1
         print(f"{sum(writer.written for writer in writers)} writes, slowest {max(w.slowest_s for w in writers):.2f} s")

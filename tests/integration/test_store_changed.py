@@ -388,7 +388,7 @@ def test_the_token_loses_its_rights(server: ConsulServer, tmp_path: Path, rules:
                 assert 'needed: key_prefix "outrider/' in health.body["stopped_reason"]
             server.change_policy(policy, POLICY_FILE.read_text())
         assert node.running
-        cluster.wait_active(60.0)
+        cluster.wait_active()
         assert not node.call("GET", "sys/seal-status").body["sealed"]
         assert cluster.call("GET", f"{MOUNT}/kept").data == {"v": "1"}
         assert "stopped_reason" not in node.call("GET", "sys/health").body
@@ -454,12 +454,12 @@ def test_consul_s_disk_is_full(tmp_path: Path) -> None:
         with Writers(cluster.nodes, cluster.root_token, "full", writers=4, pace_s=0) as load:
             load.wait_acked(50)
             full.fill_disk()
-            node.wait_until("refuse a write", lambda: len(load.attempts) > len(load.of("acked")), 60.0)
+            node.wait_until("refuse a write", lambda: len(load.attempts) > len(load.of("acked")))
             node.wait_until("have a Consul without room", lambda: full.found_disk_full)
             full.free_disk()
             if not full.running:
                 full.restart()
-            load.wait_acked(50, 60.0)
+            load.wait_acked(50)
         assert node.running
         load.judge(cluster.wait_active())
         cluster.stop()

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.integration.test_store_changed import echoed_since
-from tests.support.cluster import Cluster, Node, consul_storage
+from tests.support.cluster import STEADY, Cluster, Node, consul_storage
 from tests.support.consul_server import ConsulServer
 from tests.support.faults import mount_load
 
@@ -14,7 +14,7 @@ from tests.support.faults import mount_load
 def test_a_restore_underneath_stops_every_node_and_status_and_health_say_so(tmp_path: Path) -> None:
     with ConsulServer() as server:
         storage = consul_storage(server.address, server.token, "outrider/f46/")
-        nodes = [Node(f"node-{n}", tmp_path, storage, cluster_name="f46") for n in (1, 2)]
+        nodes = [Node(f"node-{n}", tmp_path, storage, cluster_name="f46", settings=STEADY) for n in (1, 2)]
         cluster = Cluster(nodes)
         try:
             cluster.bootstrap()
@@ -51,7 +51,7 @@ def test_a_standby_that_knows_better_stops_a_node_that_does_not(tmp_path: Path) 
     """Whoever leads first after the restore has never seen what is gone; the standby that has was paused meanwhile."""
     with ConsulServer() as server:
         storage = consul_storage(server.address, server.token, "outrider/f46/")
-        nodes = [Node(f"node-{n}", tmp_path, storage, cluster_name="f46") for n in (1, 2)]
+        nodes = [Node(f"node-{n}", tmp_path, storage, cluster_name="f46", settings=STEADY) for n in (1, 2)]
         cluster = Cluster(nodes)
         try:
             cluster.bootstrap()

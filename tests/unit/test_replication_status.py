@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, timedelta, timezone
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
 
 from sidecar.replication.brake import Shrink
 from sidecar.replication.filling import SyncProgress
+from sidecar.replication.mode_manager import ModeManager
+from sidecar.replication.mode_status import _heard_lately
 from sidecar.replication.status import (
     Heartbeats,
     PrimaryFacts,
@@ -18,6 +24,7 @@ from sidecar.replication.status import (
     rfc3339,
     secondary_status,
 )
+from tests.support.replication import FakeClock
 
 BEATS = Heartbeats(
     connected=True,
@@ -28,6 +35,7 @@ BEATS = Heartbeats(
     clock_skew_ms=-2,
     canary_age_ms=660,
 )
+
 PRIMARY = PrimaryFacts(
     mode="performance",
     set_id="set",
@@ -165,3 +173,16 @@ def test_times_have_whole_seconds_and_an_offset() -> None:
 
 def test_bootstrapping_is_a_mode_of_its_own() -> None:
     assert bootstrapping_status() == {"mode": "bootstrapping"}
+
+
+@pytest.mark.parametrize(("beat_s", "silence_s"), [(5.0, 10.0), (1.0, 2.0), (0.1, 1.0)])
+def test_a_peer_is_shown_as_gone_after_two_silent_beats(beat_s: float, silence_s: float) -> None:
+    """And after a second at least: how both ends tell "connected", which nothing but the last heartbeat decides."""
+    clock = FakeClock()
+    manager = cast(ModeManager, SimpleNamespace(options=SimpleNamespace(beat_s=beat_s), clock=clock))
+    heard_at_s = clock.monotonic()
+    clock.now_s += silence_s
+    assert _heard_lately(manager, heard_at_s)
+    clock.now_s += 0.001
+    assert not _heard_lately(manager, heard_at_s)
+    assert not _heard_lately(manager, None), "never heard of"
