@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hvac
 import hvac.exceptions
@@ -25,6 +26,7 @@ from tests.support.cluster import (
     in_step,
     performance,
     replicate,
+    together,
     wait_in_step,
 )
 from tests.support.consul_server import ConsulServer
@@ -143,7 +145,16 @@ def test_a_forwarded_write_keeps_the_callers_policies(pair: tuple[Cluster, Clust
 def test_both_ends_report_the_same_root(pair: tuple[Cluster, Cluster]) -> None:
     primary, secondary = pair
     wait_in_step(primary, secondary)
-    ours, theirs = performance(primary.wait_active()), performance(secondary.wait_active())
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+
+    def both() -> bool:
+        """Both statuses of a moment at which nothing is under way."""
+        ours.update(performance(primary.wait_active()))
+        theirs.update(performance(secondary.wait_active()))
+        return together(ours, theirs)
+
+    primary.nodes[0].wait_until("say the same as its secondary", both)
     assert ours["mode"] == "primary"
     assert ours["state"] == "running"
     assert ours["known_secondaries"] == ["eu-west"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import hvac
 
@@ -78,6 +79,11 @@ BEHIND_A_PROXY = """  x_forwarded_for_authorized_addrs = ["127.0.0.1"]
 """
 
 
+def metrics(node: Node, kind: str) -> dict[str, Any]:
+    """The node's metrics of one kind, by name."""
+    return {entry["Name"]: entry for entry in node.call("GET", "sys/metrics").body[kind]}
+
+
 def test_what_a_cluster_tells_of_its_nodes_and_clients(consul_server: ConsulServer, tmp_path: Path) -> None:
     cluster = cluster_of(consul_server, tmp_path, "nodes")
     for node in cluster.nodes:
@@ -99,9 +105,10 @@ def test_what_a_cluster_tells_of_its_nodes_and_clients(consul_server: ConsulServ
         refused = standby.call("GET", "sys/host-info", token=cluster.root_token)
         assert refused.errors == ["cannot forward local-only request"]
         for node, is_active in ((active, 1), (standby, 0)):
-            body = node.call("GET", "sys/metrics").body
-            gauges = {entry["Name"]: entry["Value"] for entry in body["Gauges"]}
-            samples = {entry["Name"]: entry for entry in body["Samples"]}
+            sampled = {"vault.consul.get", "vault.runtime.event_loop_lag"}
+            node.wait_until("have sampled", lambda node=node, sampled=sampled: sampled <= set(metrics(node, "Samples")))
+            gauges = {name: entry["Value"] for name, entry in metrics(node, "Gauges").items()}
+            samples = metrics(node, "Samples")
             assert (gauges["vault.core.active"], gauges["vault.core.unsealed"]) == (is_active, 1)
             assert samples["vault.consul.get"]["Count"] > 0
             assert samples["vault.runtime.event_loop_lag"]["Mean"] < 1000

@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from consul_backend.limits import Limits
+from sidecar.replication import preflight
 from sidecar.replication.modes import DR, PERFORMANCE
 from sidecar.replication.roles import PrimaryRole
 from sidecar.transport import certificates
@@ -35,6 +36,12 @@ NAMES = [
     "versions",
     "limits",
 ]
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who answers late here is a machine that is busy."""
+    monkeypatch.setattr(preflight, "TIMEOUT_S", 120.0)
 
 
 @pytest.fixture

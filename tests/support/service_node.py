@@ -435,7 +435,7 @@ async def running(
         genesis.cluster,
         ServiceOptions(
             api_addr=api_addr,
-            audit=audit or LocalRules(timeout_s=2.0),
+            audit=audit or LocalRules(timeout_s=5.0),
             prometheus=prometheus,
             lockout=lockout or LockoutSettings(),
             usage=usage or UsageSettings(),

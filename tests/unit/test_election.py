@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from consul_backend.clock import SystemClock
+from consul_backend.clock import Clock, SystemClock
 from consul_backend.election import Election, ElectionOptions, LeaderInfo, above, decode_epoch
 from consul_backend.embedded import EmbeddedStore
 from consul_backend.errors import Conflict, Corrupt, FenceLost, OutcomeUnknown, Unavailable
@@ -17,6 +17,10 @@ from consul_backend.txn import Delete, Lock, Op, Set
 FAST = ElectionOptions(
     beat_ttl_s=0.6, beat_interval_s=0.1, lock_delay_s=0.2, retry_s=0.02, watch_wait_s=1.0, step_down_grace_s=0.0
 )
+STEADY = replace(FAST, beat_ttl_s=600.0)
+"""No session ends by itself."""
+SOON_S = 60.0
+"""On any machine, and before a steady session ends by itself."""
 
 
 @pytest.fixture
@@ -27,9 +31,11 @@ async def physical() -> AsyncIterator[EmbeddedStore]:
     await store.close()
 
 
-def election(physical: EmbeddedStore, name: str) -> Election:
+def election(
+    physical: EmbeddedStore, name: str, *, options: ElectionOptions = FAST, clock: Clock | None = None
+) -> Election:
     advertise = LeaderInfo(node_id=name, api_addr=f"http://{name}", cluster_addr=f"https://{name}")
-    return Election(physical, node_id=name, advertise=lambda: advertise, clock=SystemClock(), options=FAST)
+    return Election(physical, node_id=name, advertise=lambda: advertise, clock=clock or SystemClock(), options=options)
 
 
 class LossyStore:
@@ -53,14 +59,14 @@ class LossyStore:
 
 
 async def test_one_leads_and_the_other_takes_over_on_release(physical: EmbeddedStore) -> None:
-    first, second = election(physical, "a"), election(physical, "b")
+    first, second = (election(physical, name, options=STEADY) for name in "ab")
     held = await first.campaign()
     waiting = asyncio.create_task(second.campaign())
     await asyncio.sleep(0.3)
     assert not waiting.done()
     assert (await second.leader()) == LeaderInfo("a", "http://a", "https://a")
     await first.release(held)
-    taken = await asyncio.wait_for(waiting, 0.5)
+    taken = await asyncio.wait_for(waiting, SOON_S)
     assert taken.tenure.epoch == held.tenure.epoch + 1
     assert not held.lease.valid()
     await second.release(taken)
@@ -71,7 +77,7 @@ async def test_a_node_that_stops_beating_loses_the_lock(physical: EmbeddedStore)
     first, second = election(physical, "a"), election(physical, "b")
     held = await first.campaign()
     waiting = asyncio.create_task(second.campaign())
-    taken = await asyncio.wait_for(waiting, FAST.beat_ttl_s + 2)
+    taken = await asyncio.wait_for(waiting, SOON_S)
     assert taken.tenure.epoch == held.tenure.epoch + 1
     with pytest.raises(FenceLost):
         await first.keep(held)
@@ -86,7 +92,7 @@ async def test_a_node_that_stops_beating_loses_the_lock(physical: EmbeddedStore)
 async def test_a_lost_answer_to_the_acquire_is_resolved(physical: EmbeddedStore, applied: bool) -> None:
     lossy = LossyStore(physical, applied=applied)
     node = election(lossy, "a")
-    held = await asyncio.wait_for(node.campaign(), 3)
+    held = await asyncio.wait_for(node.campaign(), SOON_S)
     assert lossy.lost == 1
     item: Item | None = await physical.get(LOCK_KEY)
     epoch = await physical.get(EPOCH_KEY)
@@ -120,37 +126,38 @@ class DoublingStore(LossyStore):
 async def test_an_attempt_that_lands_after_it_was_refused_locks_nobody_out(physical: EmbeddedStore) -> None:
     doubling = DoublingStore(physical, applied=False)
     node = election(doubling, "a")
-    held = await asyncio.wait_for(node.campaign(), 10)
+    held = await asyncio.wait_for(node.campaign(), SOON_S)
     assert held.tenure.epoch == 2, "the double was numbered 1, and led nothing"
     await node.release(held)
 
 
 async def test_a_destroyed_session_ends_the_tenure(physical: EmbeddedStore) -> None:
-    node = election(physical, "a")
+    node = election(physical, "a", options=STEADY)
     held = await node.campaign()
     keeping = asyncio.create_task(node.keep(held))
     await asyncio.sleep(0.05)
     await physical.destroy_session(held.tenure.session)
     with pytest.raises(FenceLost):
-        await asyncio.wait_for(keeping, 1)
+        await asyncio.wait_for(keeping, SOON_S)
     assert not held.lease.valid()
 
 
 async def test_a_deleted_lock_ends_the_tenure(physical: EmbeddedStore) -> None:
-    node = election(physical, "a")
+    node = election(physical, "a", options=STEADY)
     held = await node.campaign()
     keeping = asyncio.create_task(node.keep(held))
     await asyncio.sleep(0.05)
     await physical.txn([Delete(LOCK_KEY)])
     with pytest.raises(FenceLost):
-        await asyncio.wait_for(keeping, 1)
+        await asyncio.wait_for(keeping, SOON_S)
 
 
 async def test_keeping_beats(physical: EmbeddedStore) -> None:
-    node = election(physical, "a")
+    options = replace(FAST, beat_ttl_s=3.0)  # a busy machine may be late by most of it
+    node = election(physical, "a", options=options)
     held = await node.campaign()
     keeping = asyncio.create_task(node.keep(held))
-    await asyncio.sleep(FAST.beat_ttl_s * 2)
+    await asyncio.sleep(options.beat_ttl_s * 1.5)
     assert not keeping.done()
     assert await held.lease.ensure() is None
     keeping.cancel()
@@ -210,7 +217,7 @@ async def test_a_session_that_could_not_be_destroyed_is_destroyed_before_the_nex
     await asyncio.sleep(0.2)
     assert not again.done()
     store.cut = False
-    taken = await asyncio.wait_for(again, 5)
+    taken = await asyncio.wait_for(again, SOON_S)
     assert taken.tenure.epoch == held.tenure.epoch + 1
     await node.release(taken)
 
@@ -237,14 +244,24 @@ async def test_a_deleted_epoch_key_does_not_number_a_tenure_below_the_log(physic
 async def test_a_foreign_epoch_key_is_named_with_the_way_out(physical: EmbeddedStore) -> None:
     await physical.txn([Set(EPOCH_KEY, b"mine")])
     with pytest.raises(Corrupt, match="once it is deleted"):
-        await asyncio.wait_for(election(physical, "a").campaign(), 3)
+        await asyncio.wait_for(election(physical, "a").campaign(), SOON_S)
+
+
+class Ahead(SystemClock):
+    """As far ahead as a test says."""
+
+    by_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.by_s
 
 
 async def test_the_lease_runs_out_without_proof(physical: EmbeddedStore) -> None:
-    node = election(physical, "a")
+    clock, options = Ahead(), replace(STEADY, lock_delay_s=60.0)
+    node = election(physical, "a", options=options, clock=clock)
     held = await node.campaign()
     assert held.lease.valid()
-    await asyncio.sleep(FAST.lock_delay_s)
+    clock.by_s = options.lock_delay_s
     assert not held.lease.valid()
     await asyncio.gather(*(held.lease.ensure() for _ in range(10)))
     assert held.lease.valid()

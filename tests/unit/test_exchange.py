@@ -33,7 +33,7 @@ class Scripted:
         self._request = asyncio.Condition()
 
     async def asked(self, times: int) -> None:
-        async with asyncio.timeout(20), self._request:
+        async with asyncio.timeout(120), self._request:
             await self._request.wait_for(lambda: self.requests >= times)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -119,7 +119,7 @@ async def test_what_comes_while_nothing_is_asked_ends_the_connection() -> None:
     async with against(OK, OK.replace(b"ok", b"no")) as (exchange, scripted):
         assert await ask(exchange) == (200, b"ok")
         scripted.writers[0].write(OK)
-        await asyncio.wait_for(scripted.gone.wait(), 20)
+        await asyncio.wait_for(scripted.gone.wait(), 120)
         assert await ask(exchange) == (200, b"no")
         assert scripted.connections == 2
 
@@ -155,7 +155,7 @@ async def test_a_connection_that_the_server_closed_meanwhile_is_replaced_before_
     async with against(OK, OK) as (exchange, scripted):
         await ask(exchange)
         scripted.writers[0].close()
-        await asyncio.wait_for(scripted.gone.wait(), 20)
+        await asyncio.wait_for(scripted.gone.wait(), 120)
         assert await ask(exchange) == (200, b"ok")
         assert (scripted.connections, scripted.requests) == (2, 2)
 

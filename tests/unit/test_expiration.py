@@ -54,7 +54,7 @@ class Work:
         self.schedule.add(at_s)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while not condition():
                 self.progress.clear()
                 await self.progress.wait()

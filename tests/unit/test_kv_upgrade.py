@@ -144,7 +144,7 @@ async def test_over_http_a_mount_is_upgraded_by_tuning_it() -> None:
             tuned = await node.call("POST", "sys/mounts/secret/tune", {"options": {"version": "2"}})
             assert tuned.status == 200
             assert tuned.body["warnings"][0].startswith("Upgrading mount from version 1 to version 2.")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 while (reply := await node.call("GET", "secret/data/a")).status == 400:
                     assert reply.errors == [UNDER_WAY]
             assert reply.data["data"] == {"x": "1"}

@@ -87,7 +87,7 @@ async def test_big_values_are_chunked_read_replaced_and_collected(cluster):
 
 
 async def eventually(read, holds):
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(120):
         while not holds(found := await read()):  # noqa: ASYNC110  # the store tells nobody
             await asyncio.sleep(0.005)
     return found
@@ -110,7 +110,7 @@ async def test_chunks_that_nobody_names_are_swept_by_the_next_tenure(cluster):
         await store.commit([Write(key("big"), b"v" * 50_000)])
         await store.rolled()
     async with cluster.running(BUSY) as store:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             while not store.statistics()["chunked_values"]:  # noqa: ASYNC110  # the store tells nobody
                 await asyncio.sleep(0.005)
         assert len(await cluster.inner.list(chunk_prefix(GENERATION))) == 1

@@ -253,7 +253,7 @@ async def test_a_store_that_cannot_be_read_for_a_while_is_asked_again(cluster):
 
     cluster.physical.get_many = get_many
     async with ran(store):
-        await asyncio.wait_for(store.rooted(), 10)
+        await asyncio.wait_for(store.rooted(), 120)
     assert failures < 0
 
 

@@ -549,7 +549,7 @@ async def test_a_lost_flush_that_is_refused_for_its_size_afterwards_ends_the_ten
     running = asyncio.create_task(store.run())
     await store.commit([Write(key("a"), b"1")])
     with pytest.raises(BaseExceptionGroup) as ended:
-        await asyncio.wait_for(running, 20)
+        await asyncio.wait_for(running, 120)
     assert ended.value.subgroup(OutcomeUnknown) is not None
     cluster.physical.fault = lambda ops: None
     async with cluster.running(options) as store:

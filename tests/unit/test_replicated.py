@@ -314,7 +314,7 @@ async def test_the_background_work_flushes_and_collects(cluster):
     async with cluster.running(options) as store:
         for number in range(60):
             await store.commit([Write(key(f"{number % 9}"), b"%d" % number)])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             while store.statistics()["index_dirty_extents"] or store.oldest_index < store.head.index - 16:
                 cluster.physical.applied.clear()
                 await cluster.physical.applied.wait()

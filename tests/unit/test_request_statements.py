@@ -59,7 +59,7 @@ async def raw(node: Harness, head: bytes, pieces: Callable[[], AsyncIterator[byt
                 if answer.done() or writer.is_closing():
                     break
                 sent += len(piece)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             return int((await answer).split()[1]), sent
     finally:
         writer.close()
@@ -241,7 +241,7 @@ async def reading(node: Harness, path: str) -> tuple[int, bytes]:
     writer.write(
         f"GET /v1/{path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\nX-Vault-Token: {node.root}\r\n\r\n".encode()
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         answer = await reader.read()
     writer.close()
     return int(answer.split()[1]), answer

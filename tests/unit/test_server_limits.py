@@ -50,7 +50,7 @@ class Served:
 
 
 async def _answer(reader: asyncio.StreamReader, method: str = "GET") -> Answer:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         status_line, *lines = head.split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
@@ -318,7 +318,7 @@ async def test_a_client_that_has_no_more_to_send_gets_its_answer(body: bytes) ->
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(request("PUT", body=body))
         writer.write_eof()  # at once: it may be seen before the request is begun
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
         writer.close()
         served.handle = handle  # type: ignore[method-assign]
@@ -329,7 +329,7 @@ async def test_a_client_that_has_no_more_to_send_gets_its_answer(body: bytes) ->
         served.handle = Served.handle.__get__(served)  # type: ignore[method-assign]
         assert (await served.raw(request())).status == 200
         ended.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
         writer.close()
 
@@ -340,7 +340,7 @@ async def test_a_client_that_ends_in_the_middle_of_a_request_is_not_waited_for()
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
             writer.write(cut)
             writer.write_eof()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(120):
                 await reader.read()
             writer.close()
     assert "PUT" not in [seen.method for seen in served.requests]

@@ -397,7 +397,7 @@ async def test_a_full_pipe_refuses_in_time_and_the_server_stays_up(node: Harness
     os.mkfifo(fifo)
     with reading(fifo) as reader:
         await enabled(node, fifo)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while (await node.call("POST", "secret/data/a", {"data": {"v": ["x"] * 100}})).status == 200:
                 pass
             assert (await node.call("GET", "secret/data/a")).errors == INTERNAL
@@ -457,7 +457,7 @@ async def test_with_two_devices_one_may_fail_or_hang(node: Harness, path: Path, 
     await enabled(node, path)
     with reading(fifo):
         await enabled(node, fifo, "pipe")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             for _ in range(100):  # more than the pipe holds, and nobody reads
                 assert (await node.call("GET", "sys/mounts")).status == 200
     assert (await node.call("GET", "sys/mounts")).status == 200
@@ -517,7 +517,7 @@ async def test_devices_that_are_refused_change_nothing(
 
 
 async def test_the_configuration_limits_where_files_may_be(tmp_path: Path) -> None:
-    rules = LocalRules(prefixing=True, directories=(str(tmp_path / "logs"),), timeout_s=1)
+    rules = LocalRules(prefixing=True, directories=(str(tmp_path / "logs"),), timeout_s=60)
     (tmp_path / "logs").mkdir()
     async with running(audit=rules) as node:
         assert "outside" in (await enable(node, tmp_path / "x.py")).errors[0]

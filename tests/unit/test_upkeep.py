@@ -74,7 +74,7 @@ async def test_a_check_reports_pages_and_a_reindex_heals_them(cluster):
             later.start(ReindexOptions())
         with pytest.raises(InvalidRequest, match="running already"):
             await later.check()
-        await asyncio.wait_for(sealed.put_one.wait(), 10)
+        await asyncio.wait_for(sealed.put_one.wait(), 120)
         fields = index_fields(later.facts())
         assert fields["corrupted_merkle_tree"] is False
         assert int(fields["last_reindex_epoch"]) > 0
@@ -100,7 +100,7 @@ async def test_a_reindex_can_be_cancelled_and_started_again(cluster):
 
         cluster.physical.get_many = get_many
         upkeep.start(ReindexOptions())
-        await asyncio.wait_for(blocked.wait(), 10)
+        await asyncio.wait_for(blocked.wait(), 120)
         fields = index_fields(upkeep.facts())
         assert fields["reindex_stage"] == "building"
         assert fields["reindex_building_total"] == 51
@@ -111,7 +111,7 @@ async def test_a_reindex_can_be_cancelled_and_started_again(cluster):
         assert "reindex_in_progress" not in index_fields(upkeep.facts())
         assert HEALTH_KEY not in sealed.entries
         upkeep.start(ReindexOptions(skip_flush=True))
-        await asyncio.wait_for(sealed.put_one.wait(), 10)
+        await asyncio.wait_for(sealed.put_one.wait(), 120)
         assert not running.done()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
