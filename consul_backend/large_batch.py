@@ -183,7 +183,8 @@ class Unrolled:
 
 @dataclass(slots=True)
 class Replay:
-    """The log, record by record, as what became true. Begin at or before the first part of whatever matters."""
+    """The log, record by record, as what became true. Begin at or before the first part of whatever matters; that may
+    be inside a batch that does not, because it was voided or is out of reach."""
 
     open: dict[bytes, Assembly] = field(default_factory=dict)
     """Batches whose end has not come, by id."""
@@ -202,6 +203,8 @@ class Replay:
                     self.unrolled.entries.pop(write.key, None)
             return writes
         if header.kind == "part":
+            if large.continued and large.id not in self.open:
+                return []  # what is read begins inside this batch: it was voided, or its commit record will say so
             self.open.setdefault(large.id, Assembly()).add(record)
         elif header.kind == "commit":
             return self._commit(record, large)

@@ -457,6 +457,28 @@ async def test_a_batch_whose_parts_are_collected_is_out_of_reach_and_no_damage(c
         await cluster.check(store)
 
 
+async def test_a_log_that_begins_inside_a_value_is_read_from_the_next_one_on(cluster):
+    """Collected up to a part that goes on with a value: found by seed 802403 of the simulation."""
+    async with cluster.running(KEEP) as store:
+        first = store.head.index + 1
+        await store.commit([Write(key("big"), b"v" * 600_000), *(Write(key(f"n{n}"), b"1" * 400) for n in range(40))])
+        await store.rolled()
+        await store.commit([Write(key("after"), b"1")])
+        continued = [
+            one.index for one in await store.records(first, 1000) if (big := one.header.large) and big.continued
+        ]
+        assert continued
+        await cluster.inner.txn([Set(where(key("after")), b"foreign"), Set(where(key("n1")), b"foreign")])
+        for oldest in continued:
+            parts = store.inspected()
+            parts.oldest = lambda oldest=oldest: oldest
+            found = await heal(parts, [("r", PARTITION)])
+            assert (found.restored, found.unresolved) == ((1, 1) if oldest == continued[0] else (0, 1))
+        assert await store.get(key("after")) == b"1"
+        assert (await repaired(store)).restored == 1
+        await cluster.check(store)
+
+
 async def test_a_flush_without_an_answer_is_no_damage(cluster):
     """The extent may be stored as it was or as it shall be, until that is resolved."""
     async with cluster.running(FORGET) as store:

@@ -8,9 +8,10 @@ import pytest
 from consul_backend.errors import BackendError, PermissionDenied
 from consul_backend.failpoint import LARGE_POINTS, POINTS, FailpointHit, arm, disarm
 from consul_backend.limits import Limits
+from consul_backend.recovery import recover
 from consul_backend.replicated import ReplicatedStore, StoreOptions
 from consul_backend.wal import Record, Write
-from tests.support.store import PARTITION, key, memory_cluster
+from tests.support.store import GENERATION, PARTITION, key, memory_cluster
 
 OPTIONS = StoreOptions(segment_records=8, wal_keep_records=8, resolve_timeout_s=0.2, flush_interval_s=3600)
 SMALL = Limits(ops_max=8, body_bytes_max=48 * 1024, value_bytes_max=16 * 1024)
@@ -133,6 +134,35 @@ async def test_crashes_during_the_recovery_of_a_crash_change_nothing(cluster, po
     assert await contents(store) == (OLD if point == "large:after-part" else merged(OLD, NEW))
     if point != "large:after-part" and again[0] == "large:recovered":
         assert died[:1] == ["large:recovered"]
+
+
+async def test_recovery_may_begin_inside_a_batch_that_was_voided(cluster):
+    """Small writes between the parts of one big value keep their leaves dirty while older ones are flushed: then the
+    redo point lies between the parts. It does so at each of them here."""
+    store = await cluster.recover(OPTIONS)
+
+    async def work():
+        arm("large:after-part=raise:6")
+        large = asyncio.create_task(store.commit([Write(key("big"), b"v" * 400_000)]))
+        try:
+            for number in itertools.count():
+                await store.commit([Write(f"r/partition-{number}/x", b"1")])
+        finally:
+            await asyncio.gather(large, return_exceptions=True)
+
+    assert await run_until_crash(store, work)
+    disarm()
+    store = await cluster.recover(OPTIONS)
+    records = await cluster.records()
+    continued = {one.index for one in records if one.header.large is not None and one.header.large.continued}
+    begun: set[int] = set()
+    while await store._flusher.flush():
+        begun.add(store._flusher.redo_from)
+        tenure = cluster.tenure
+        found = await recover(cluster.inner, GENERATION, tenure, OPTIONS.segment_records)
+        assert found.forest.root("r") == store.forest.root("r")
+    assert len([index for index in continued if index - 1 in begun]) > 2, "the redo point never lay between two parts"
+    await cluster.check(await cluster.recover(OPTIONS))
 
 
 @pytest.mark.parametrize("point", ["large:after-part", "large:after-roll"])
