@@ -109,14 +109,15 @@ class Inspected:
 @dataclass(slots=True)
 class CheckReport:
     """``pages`` are the subpages that do not hold, by page, by (class, partition); ``problems`` are for people and name
-    no path of ours. ``counts`` are the findings by kind, of which ``findings`` has the first; ``strays`` are names that
-    this program never writes: nothing of it reads them, or could."""
+    no path of ours. ``counts`` are the findings by kind, of which ``findings`` has the first and ``met`` the keys;
+    ``strays`` are names that this program never writes: nothing of it reads them, or could."""
 
     pages: dict[Name, dict[int, set[int]]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     damaged: set[tuple[str, str, int]] = field(default_factory=set)
     bad_extents: list[tuple[str, str, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    met: set[str] = field(default_factory=set)
     counts: Counter[Kind] = field(default_factory=Counter)
     strays: int = 0
     keys: int = 0
@@ -286,14 +287,17 @@ def _between(damaged: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 
 async def _look_again(parts: Inspected, key: str, where: str, report: CheckReport) -> None:
+    if key in report.met:
+        return  # its bucket held another one that is wrong
     finding = await examine(parts, key, where)
-    if finding is None or any(finding.key == known.key for known in report.findings[-8:]):
+    if finding is None:
         return
     cls, partition, path = key.split("/", 2)
     report.add(cls, partition, bucket_of(path))
     report.counts[finding.kind] += 1
     if len(report.findings) < FINDINGS_MAX:
         report.findings.append(finding)
+        report.met.add(key)
 
 
 async def examine(parts: Inspected, key: str, where: str) -> Finding | None:

@@ -26,11 +26,12 @@ from tests.support.leasing_engine import TYPE
 LEASES = 600 if rounds() == 1 else 100_000
 KILLS = 2 if rounds() == 1 else 5
 MAKERS = 8
-DONE_S_MAX = 60.0 + LEASES * 0.03
+DONE_S_MAX = 60.0 + LEASES * 0.02
 CALLS_CUT_MAX = 2 * AT_ONCE
 """Of one kill: what the request and what the background had under way."""
 GROWTH_MIB_MAX = 400
-SETTINGS = 'sidecar {\n  beat_ttl = "1500ms"\n  beat_interval = "300ms"\n  step_down_grace = "300ms"\n}\n'
+SETTINGS = 'sidecar {\n  step_down_grace = "300ms"\n}\n'
+"""The beat is the default, so that a busy machine ends no tenure that the test did not end."""
 
 
 @pytest.fixture
@@ -54,15 +55,15 @@ def cluster(tmp_path: Path, outside: Shared) -> Iterator[Cluster]:
 
 
 def make(cluster: Cluster) -> float:
-    """Every lease, of one role in fifty; returns the seconds that took."""
+    """So many leases, of one role in fifty; returns the seconds that took. What was refused is asked for again."""
     began_s = time.monotonic()
     active = cluster.wait_active()
 
     def some(first: int) -> None:
         client = Client(active, cluster.root_token)
         for number in range(first, LEASES, MAKERS):
-            status, body = client.call("POST", f"db/creds/app-{number % 50}", {"ttl": 7200})
-            assert status == 200, body
+            while client.call("POST", f"db/creds/app-{number % 50}", {"ttl": 7200})[0] != 200:
+                assert time.monotonic() - began_s < DONE_S_MAX, active.log_tail()
         client.close()
 
     with ThreadPoolExecutor(MAKERS) as threads:
@@ -114,14 +115,15 @@ def gauge(cluster: Cluster) -> float:
 def test_all_are_revoked_whatever_dies(cluster: Cluster, outside: Shared) -> None:
     assert cluster.call("POST", "sys/mounts/db", {"type": TYPE}).status == 204
     made_s = make(cluster)
-    assert len(outside.valid) == LEASES
+    made = len(outside.valid)
+    assert made >= LEASES
     began_s, statuses, grown_mib, lag_ms = time.monotonic(), Counter[int](), 0.0, 0.0
     with ThreadPoolExecutor(1) as threads:
         for number in range(KILLS):
             victim = cluster.wait_active(40.0)
             before_mib, called = resident_mib(victim), calls_of(outside)
             asked: Future[int] = threads.submit(ask, cluster)
-            wanted = called + (LEASES - called) // (2 * (KILLS - number))
+            wanted = called + (made - called) // (2 * (KILLS - number))
             while calls_of(outside) < wanted and not (asked.done() and asked.result() == 204):
                 assert time.monotonic() - began_s < DONE_S_MAX, victim.log_tail()
                 if asked.done():
@@ -145,11 +147,11 @@ def test_all_are_revoked_whatever_dies(cluster: Cluster, outside: Shared) -> Non
     calls = Counter(line.split()[1] for line in outside.calls)
     twice = sum(count - 1 for count in calls.values())
     print(
-        f"\n{LEASES:,} leases, made in {made_s:.0f} s, revoked in {took_s:.0f} s with {KILLS} kills; answers before the"
+        f"\n{made:,} leases, made in {made_s:.0f} s, revoked in {took_s:.0f} s with {KILLS} kills; answers before the"
         f" last one: {dict(statuses)}; {twice} calls of the engine repeated; {grown_mib:.0f} MiB grown at most, the"
         f" event loop late by {lag_ms:.0f} ms at most"
     )
-    assert len(calls) == LEASES
+    assert len(calls) == made
     assert twice <= KILLS * CALLS_CUT_MAX
     assert grown_mib < GROWTH_MIB_MAX
     active.wait_until("count none", lambda: gauge(cluster) == 0)
