@@ -155,6 +155,11 @@ async def measure(physical: PhysicalStore, leases: int) -> None:
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await physical.close()
+    show(leases, loaded_bytes, idle=idle, made=made, loaded=loaded, ended=ended)
+
+
+def show(leases: int, loaded_bytes: int, *, idle: Phase, made: Phase, loaded: Phase, ended: Phase) -> None:
+    """Print the table and the figures."""
     phases = {"nothing": idle, "take over": loaded}
     print(f"{leases:,} leases; {MAKERS} makers; {loaded_bytes:,} bytes in memory after taking over")
     table(

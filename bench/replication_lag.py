@@ -11,6 +11,7 @@ import asyncio
 import os
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,14 +22,21 @@ from bench.pair import replicating_pair
 from bench.report import percentile, result, table
 
 
-async def measure(primary: str, primary_token: str, secondary: str, token: str, rate: float, seconds: float) -> None:
-    """Write and watch, then print."""
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Seconds, each in the order in which they were measured."""
+
+    lags_s: list[float] = field(default_factory=list)
+    writes_s: list[float] = field(default_factory=list)
+    reads_s: list[float] = field(default_factory=list)
+
+
+async def measure(primary: str, primary_token: str, secondary: str, token: str, rate: float, seconds: float) -> Samples:
+    """Write and watch."""
     total = int(rate * seconds)
     acknowledged: dict[int, float] = {}
     news = asyncio.Event()
-    lags_s: list[float] = []
-    writes_s: list[float] = []
-    reads_s: list[float] = []
+    samples = Samples()
     value = os.urandom(128).hex()
     async with aiohttp.ClientSession() as session:
 
@@ -40,7 +48,7 @@ async def measure(primary: str, primary_token: str, secondary: str, token: str, 
                 await answer.read()
                 answer.raise_for_status()
             acknowledged[n] = time.perf_counter()
-            writes_s.append(acknowledged[n] - sent)
+            samples.writes_s.append(acknowledged[n] - sent)
             news.set()
 
         async def writer() -> None:
@@ -61,9 +69,9 @@ async def measure(primary: str, primary_token: str, secondary: str, token: str, 
                         await answer.read()
                         status = answer.status
                     now = time.perf_counter()
-                    reads_s.append(now - asked)
+                    samples.reads_s.append(now - asked)
                     if status == 200:
-                        lags_s.append(now - acknowledged[n])
+                        samples.lags_s.append(now - acknowledged[n])
                         break
                     if status != 404:
                         raise RuntimeError(f"the secondary answered {status}")
@@ -71,9 +79,15 @@ async def measure(primary: str, primary_token: str, secondary: str, token: str, 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(writer())
             tasks.create_task(reader())
+    return samples
 
-    def row(name: str, samples: list[float]) -> list[str]:
-        return [name, f"{len(samples):,}", *(f"{percentile(samples, share) * 1000:.1f}" for share in (0.5, 0.99, 1.0))]
+
+def show(samples: Samples, rate: float, seconds: float) -> None:
+    """Print the table and the figures."""
+    lags_s, writes_s, reads_s = samples.lags_s, samples.writes_s, samples.reads_s
+
+    def row(name: str, taken_s: list[float]) -> list[str]:
+        return [name, f"{len(taken_s):,}", *(f"{percentile(taken_s, share) * 1000:.1f}" for share in (0.5, 0.99, 1.0))]
 
     print(f"{rate:.0f} writes/s of new keys for {seconds:.0f} s, two real Consul servers on this machine")
     table(
@@ -105,7 +119,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with replicating_pair() as (primary, secondary, token):
         here, there = primary.wait_active(), secondary.wait_active()
-        asyncio.run(measure(here.address, primary.root_token, there.address, token, arguments.rate, arguments.seconds))
+        samples = asyncio.run(
+            measure(here.address, primary.root_token, there.address, token, arguments.rate, arguments.seconds)
+        )
+    show(samples, arguments.rate, arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -41,12 +41,8 @@ def write(cluster: Cluster, path: str, value: str) -> None:
     client.secrets.kv.v2.create_or_update_secret(path, secret={"v": value})
 
 
-def test_failover_with_living_tokens_and_failback_with_what_was_lost(two: tuple[Cluster, Cluster]) -> None:
-    us, eu = two
-    client = alice(us.wait_active())
-    client.secrets.kv.v2.create_or_update_secret("db", secret={"v": "1"})
-    disaster.wait_in_step(us, eu)
-
+def serves_nobody(us: Cluster, eu: Cluster) -> None:
+    """Every node of the mirror ``eu`` refuses every user, and says so in health and status."""
     for node in eu.nodes:
         health = node.health()
         assert health is not None
@@ -66,9 +62,10 @@ def test_failover_with_living_tokens_and_failback_with_what_was_lost(two: tuple[
         state = node.call("GET", "sys/replication/status").data
         assert state["performance"] == {"mode": "disabled"}
         assert (state["dr"]["mode"], state["dr"]["secondary_id"]) == ("secondary", "eu")
-    identity = us.wait_active().health().body["cluster_id"]
-    assert disaster.leader(eu).health().body["cluster_id"] != identity
 
+
+def is_not_promoted_while_its_primary_lives(eu: Cluster) -> str:
+    """Nor without the right token; returns that."""
     token = disaster.operation_token(eu)
     wrong = disaster.promote(eu, "hvs.wrong")
     assert (wrong.status, wrong.errors) == (403, ["1 error occurred:\n\t* permission denied\n\n"])
@@ -78,7 +75,33 @@ def test_failover_with_living_tokens_and_failback_with_what_was_lost(two: tuple[
     assert alive.status == 400
     assert "alive and reachable" in alive.errors[0]
     assert disaster.status(disaster.leader(eu))["state"] == "stream-wals"
+    return token
 
+
+def shows_what_was_lost(us: Cluster, us_token: str) -> None:
+    """The one record of lost writes, to whoever has the operation token."""
+    asked = disaster.leader(us).call("GET", f"{disaster.BASE}/lost-writes", token=us_token)
+    (record,) = asked.data["lost_writes"]
+    assert record["exact"]
+    assert record["entries"] >= 1
+    exported = disaster.leader(us).call("GET", f"{disaster.BASE}/lost-writes/{record['id']}/export", token=us_token)
+    found = [base64.b64decode(entry.get("value", "")) for entry in exported.data["lost_entries"]]
+    assert any(b'"lost"' in value for value in found), "what nobody else had can be read"
+    assert all("value" not in one for one in exported.data["lost_entries"] if "/core/" in one["key"])
+    assert disaster.leader(us).call("GET", f"{disaster.BASE}/lost-writes").status == 400
+
+
+def test_failover_with_living_tokens_and_failback_with_what_was_lost(two: tuple[Cluster, Cluster]) -> None:
+    us, eu = two
+    client = alice(us.wait_active())
+    client.secrets.kv.v2.create_or_update_secret("db", secret={"v": "1"})
+    disaster.wait_in_step(us, eu)
+
+    serves_nobody(us, eu)
+    identity = us.wait_active().health().body["cluster_id"]
+    assert disaster.leader(eu).health().body["cluster_id"] != identity
+
+    token = is_not_promoted_while_its_primary_lives(eu)
     eu_leader = disaster.leader(eu)
     write(us, "both", "1")
     disaster.wait_in_step(us, eu)
@@ -114,15 +137,7 @@ def test_failover_with_living_tokens_and_failback_with_what_was_lost(two: tuple[
     assert disaster.status(disaster.leader(us))["state"] == "idle"
     us_token = disaster.operation_token(us)
     disaster.update_primary(us, eu, "us", us_token)
-    asked = disaster.leader(us).call("GET", f"{disaster.BASE}/lost-writes", token=us_token)
-    (record,) = asked.data["lost_writes"]
-    assert record["exact"]
-    assert record["entries"] >= 1
-    exported = disaster.leader(us).call("GET", f"{disaster.BASE}/lost-writes/{record['id']}/export", token=us_token)
-    found = [base64.b64decode(entry.get("value", "")) for entry in exported.data["lost_entries"]]
-    assert any(b'"lost"' in value for value in found), "what nobody else had can be read"
-    assert all("value" not in one for one in exported.data["lost_entries"] if "/core/" in one["key"])
-    assert disaster.leader(us).call("GET", f"{disaster.BASE}/lost-writes").status == 400
+    shows_what_was_lost(us, us_token)
 
     # and back again, planned: demote, promote, point
     assert eu.call("POST", f"{disaster.BASE}/primary/demote", {}).status == 200

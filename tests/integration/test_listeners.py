@@ -16,6 +16,8 @@ from sidecar.transport.certificates import Credentials, issue_client, issue_serv
 from tests.support.cluster import Node, embedded_storage
 from tests.support.ports import free_port
 
+SOCKET = "api.sock"
+
 
 def write_pair(home: Path, name: str, credentials: Credentials) -> None:
     (home / f"{name}.pem").write_bytes(credentials.certificate_pem)
@@ -47,15 +49,10 @@ def version(port: int, authority: Credentials, most: ssl.TLSVersion) -> str | No
         return secure.version()
 
 
-def test_tls_unix_and_proxy_listeners_beside_each_other(tmp_path: Path) -> None:
-    first, second, clients = (make_authority(name) for name in ("first", "second", "clients"))
-    write_pair(tmp_path, "server", issue_server(first, "localhost"))
-    write_pair(tmp_path, "client", issue_client(clients, "me"))
-    (tmp_path / "clients.pem").write_bytes(clients.certificate_pem)
-    open_port, strict_port, proxy_port = free_port(), free_port(), free_port()
-    path = tmp_path / "api.sock"
-    pair = f'tls_cert_file = "{tmp_path}/server.pem"\n  tls_key_file = "{tmp_path}/server.key"'
-    listeners = f'''
+def listeners(home: Path, open_port: int, strict_port: int, proxy_port: int) -> str:
+    """Four of them: TLS for anybody, TLS 1.3 for known clients, behind a proxy, and a Unix socket."""
+    pair = f'tls_cert_file = "{home}/server.pem"\n  tls_key_file = "{home}/server.key"'
+    return f'''
 listener "tcp" {{
   address = "127.0.0.1:{open_port}"
   {pair}
@@ -64,7 +61,7 @@ listener "tcp" {{
   address = "127.0.0.1:{strict_port}"
   {pair}
   tls_min_version = "tls13"
-  tls_client_ca_file = "{tmp_path}/clients.pem"
+  tls_client_ca_file = "{home}/clients.pem"
   tls_require_and_verify_client_cert = true
 }}
 listener "tcp" {{
@@ -74,11 +71,25 @@ listener "tcp" {{
   proxy_protocol_authorized_addrs = "192.0.2.1"
 }}
 listener "unix" {{
-  address = "{path}"
+  address = "{home / SOCKET}"
   socket_mode = "660"
 }}
 '''
-    node = Node("n", tmp_path, embedded_storage(tmp_path / "store"), settings=listeners)
+
+
+def test_tls_unix_and_proxy_listeners_beside_each_other(tmp_path: Path) -> None:
+    first, second, clients = (make_authority(name) for name in ("first", "second", "clients"))
+    write_pair(tmp_path, "server", issue_server(first, "localhost"))
+    write_pair(tmp_path, "client", issue_client(clients, "me"))
+    (tmp_path / "clients.pem").write_bytes(clients.certificate_pem)
+    open_port, strict_port, proxy_port = free_port(), free_port(), free_port()
+    path = tmp_path / SOCKET
+    node = Node(
+        "n",
+        tmp_path,
+        embedded_storage(tmp_path / "store"),
+        settings=listeners(tmp_path, open_port, strict_port, proxy_port),
+    )
     try:
         node.start()
         # TLS 1.2 and 1.3; a client certificate where it is asked for.

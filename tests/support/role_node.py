@@ -19,7 +19,7 @@ from consul_backend.wal import Write
 from plugin_api.errors import Unavailable
 from sidecar.api.mirror_service import MirrorService
 from sidecar.api.service import Service, ServiceOptions
-from sidecar.core.barrier import load_barrier
+from sidecar.core.barrier import Barrier, load_barrier
 from sidecar.core.init import Genesis, build_genesis
 from sidecar.core.keys import JWT_KEY
 from sidecar.core.rotation import keep_keys
@@ -93,16 +93,9 @@ class RoleNode:
         return Reply(answer.status, json.loads(answer.body) if answer.body else None)
 
 
-async def role_node(performance: str, disaster: str, *, also: Sequence[Write] = ()) -> RoleNode:
-    """A node of a cluster with these roles; secondaries hold a whole copy and follow nobody."""
-    clock = SettableClock()
-    genesis = build_genesis(shares=3, threshold=2, cluster_name="test", now_s=clock.now_s, random_bytes=os.urandom)
-    store = Store("here")
-    store.writes_max = 1000
-    await store.commit(genesis.writes)
-    record = SealRecord.decode(store.data["c/core/seal"])
-    barrier = await load_barrier(store.get, open_root_key(record, combine(genesis.keys[:2])))
-    sealed = SealedStore(store, barrier)
+async def _take_roles(
+    store: Store, sealed: SealedStore, performance: str, disaster: str, also: Sequence[Write]
+) -> None:
     wanted = [
         Write(mode.role_key, roles.encode_role(role_of(kind, mode)))
         for mode, kind in ((PERFORMANCE, performance), (DR, disaster))
@@ -114,6 +107,33 @@ async def role_node(performance: str, disaster: str, *, also: Sequence[Write] = 
         [sealed.encode(write) for write in (*wanted, *also)],
         positions={mode.name: position for mode in (PERFORMANCE, DR)},
     )
+
+
+def _service(
+    store: GatedStore,
+    barrier: Barrier,
+    genesis: Genesis,
+    node: FakeNode,
+    replication: Replication,
+    clock: SettableClock,
+) -> Service | MirrorService:
+    if replication.mirrors:
+        return MirrorService(store, barrier, genesis.cluster, node=node, replication=replication, now=clock)
+    options = ServiceOptions(api_addr=API_ADDR)
+    return Service(store, barrier, genesis.cluster, options, node=node, replication=replication, now=clock)
+
+
+async def role_node(performance: str, disaster: str, *, also: Sequence[Write] = ()) -> RoleNode:
+    """A node of a cluster with these roles; secondaries hold a whole copy and follow nobody."""
+    clock = SettableClock()
+    genesis = build_genesis(shares=3, threshold=2, cluster_name="test", now_s=clock.now_s, random_bytes=os.urandom)
+    store = Store("here")
+    store.writes_max = 1000
+    await store.commit(genesis.writes)
+    record = SealRecord.decode(store.data["c/core/seal"])
+    barrier = await load_barrier(store.get, open_root_key(record, combine(genesis.keys[:2])))
+    sealed = SealedStore(store, barrier)
+    await _take_roles(store, sealed, performance, disaster, also)
     gate = WriteGate()
     made: list[Service] = []
     restarts: list[None] = []
@@ -155,20 +175,8 @@ async def role_node(performance: str, disaster: str, *, also: Sequence[Write] = 
     )
     await replication.load()
     node = FakeNode(genesis)
-    gated = GatedStore(store, gate)
-    service: Service | MirrorService
-    if replication.mirrors:
-        service = MirrorService(gated, barrier, genesis.cluster, node=node, replication=replication, now=clock)
-    else:
-        service = Service(
-            gated,
-            barrier,
-            genesis.cluster,
-            ServiceOptions(api_addr=API_ADDR),
-            node=node,
-            replication=replication,
-            now=clock,
-        )
+    service = _service(GatedStore(store, gate), barrier, genesis, node, replication, clock)
+    if isinstance(service, Service):
         made.append(service)
     await service.start()
     await asyncio.sleep(0)

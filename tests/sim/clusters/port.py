@@ -178,87 +178,91 @@ async def _whole(body: bytes) -> AsyncIterator[bytes]:
     yield body
 
 
-def make_client(links: Links) -> type:
-    """The class that stands for ``PeerClient`` in this world."""
+class PortClient:
+    """Stands for ``PeerClient`` on these links."""
 
-    class Client:
-        def __init__(
-            self, identity: PeerIdentity, address: str, *, connect_timeout_s: float = 5.0, connections_max: int = 64
-        ) -> None:
-            parse_address(address)
-            self.address = address
-            self._identity = identity
-            self._timeout_s = connect_timeout_s
-            self._open: list[Connection] = []
+    def __init__(
+        self,
+        links: Links,
+        identity: PeerIdentity,
+        address: str,
+        *,
+        connect_timeout_s: float = 5.0,
+        connections_max: int = 64,
+    ) -> None:
+        parse_address(address)
+        self._links = links
+        self.address = address
+        self._identity = identity
+        self._timeout_s = connect_timeout_s
+        self._open: list[Connection] = []
 
-        async def _dial(self) -> Connection:
-            connection = await links.dial(self._identity, self.address, self._timeout_s)
-            self._open = [one for one in self._open if not one.client.closed] + [connection]
-            return connection
+    async def _dial(self) -> Connection:
+        connection = await self._links.dial(self._identity, self.address, self._timeout_s)
+        self._open = [one for one in self._open if not one.client.closed] + [connection]
+        return connection
 
-        async def post(
-            self, path: str, body: bytes, *, timeout_s: float, answer_bytes_max: int = 0, headers: object = None
-        ) -> PeerAnswer:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    connection = await self._dial()
-                    try:
-                        await connection.client.send(("POST", path, body))
-                        _, status, answer = await connection.client.recv()
-                        return PeerAnswer(status, answer)
-                    finally:
-                        await connection.client.close("done")
-            except TimeoutError:
-                raise PeerOutcomeUnknown(f"{self.address}: no answer within {timeout_s:g} s") from None
-            except ChannelClosed as closed:
-                raise PeerOutcomeUnknown(f"{self.address}: {closed}") from None
-
-        @asynccontextmanager
-        async def stream(self, path: str, body: bytes, *, idle_timeout_s: float) -> AsyncIterator[PeerStream]:
-            connection = await self._dial()
-            channel = connection.client
-            try:
+    async def post(
+        self, path: str, body: bytes, *, timeout_s: float, answer_bytes_max: int = 0, headers: object = None
+    ) -> PeerAnswer:
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = await self._dial()
                 try:
-                    await channel.send(("POST", path, body))
-                    async with asyncio.timeout(idle_timeout_s):
-                        kind, status, body = await channel.recv()
-                except (ChannelClosed, TimeoutError) as error:
-                    raise PeerOutcomeUnknown(f"{self.address}: {error}") from None
-                pieces = _whole(body) if kind == "whole" else self._pieces(channel, idle_timeout_s)
-                yield PeerStream(status, pieces)
-            finally:
-                await channel.close("done")
+                    await connection.client.send(("POST", path, body))
+                    _, status, answer = await connection.client.recv()
+                    return PeerAnswer(status, answer)
+                finally:
+                    await connection.client.close("done")
+        except TimeoutError:
+            raise PeerOutcomeUnknown(f"{self.address}: no answer within {timeout_s:g} s") from None
+        except ChannelClosed as closed:
+            raise PeerOutcomeUnknown(f"{self.address}: {closed}") from None
 
-        async def _pieces(self, channel: Channel, idle_timeout_s: float) -> AsyncIterator[bytes]:
-            while True:
-                try:
-                    async with asyncio.timeout(idle_timeout_s):
-                        piece = await channel.recv()
-                except (ChannelClosed, TimeoutError) as error:
-                    if str(error).endswith("eof"):
-                        return
-                    raise PeerOutcomeUnknown(f"{self.address}: {error}") from None
-                yield piece
-
-        async def websocket(
-            self, path: str, *, message_bytes_max: int, open_timeout_s: float = 10.0, headers: object = None
-        ) -> Channel:
-            connection = await self._dial()
+    @asynccontextmanager
+    async def stream(self, path: str, body: bytes, *, idle_timeout_s: float) -> AsyncIterator[PeerStream]:
+        connection = await self._dial()
+        channel = connection.client
+        try:
             try:
-                async with asyncio.timeout(open_timeout_s):
-                    await connection.client.send(("GET", path, b""))
-                    _, status, _ = await connection.client.recv()
+                await channel.send(("POST", path, body))
+                async with asyncio.timeout(idle_timeout_s):
+                    kind, status, body = await channel.recv()
             except (ChannelClosed, TimeoutError) as error:
-                connection.abort(by=connection.client)
-                raise PeerUnreachable(f"{self.address}: {error}") from None
-            if status != 101:
-                await connection.client.close("refused")
-                raise PeerRefused(status, f"{self.address} answered {status} to {path}")
-            return connection.client
+                raise PeerOutcomeUnknown(f"{self.address}: {error}") from None
+            pieces = _whole(body) if kind == "whole" else self._pieces(channel, idle_timeout_s)
+            yield PeerStream(status, pieces)
+        finally:
+            await channel.close("done")
 
-        async def close(self) -> None:
-            for connection in self._open:
-                if not connection.client.closed:
-                    await connection.client.close("the client was closed")
+    async def _pieces(self, channel: Channel, idle_timeout_s: float) -> AsyncIterator[bytes]:
+        while True:
+            try:
+                async with asyncio.timeout(idle_timeout_s):
+                    piece = await channel.recv()
+            except (ChannelClosed, TimeoutError) as error:
+                if str(error).endswith("eof"):
+                    return
+                raise PeerOutcomeUnknown(f"{self.address}: {error}") from None
+            yield piece
 
-    return Client
+    async def websocket(
+        self, path: str, *, message_bytes_max: int, open_timeout_s: float = 10.0, headers: object = None
+    ) -> Channel:
+        connection = await self._dial()
+        try:
+            async with asyncio.timeout(open_timeout_s):
+                await connection.client.send(("GET", path, b""))
+                _, status, _ = await connection.client.recv()
+        except (ChannelClosed, TimeoutError) as error:
+            connection.abort(by=connection.client)
+            raise PeerUnreachable(f"{self.address}: {error}") from None
+        if status != 101:
+            await connection.client.close("refused")
+            raise PeerRefused(status, f"{self.address} answered {status} to {path}")
+        return connection.client
+
+    async def close(self) -> None:
+        for connection in self._open:
+            if not connection.client.closed:
+                await connection.client.close("the client was closed")

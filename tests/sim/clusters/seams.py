@@ -35,7 +35,7 @@ from sidecar.replication.modes import Mode
 from sidecar.transport import certificates
 from tests.sim.clusters import papers
 from tests.sim.clusters.links import Links
-from tests.sim.clusters.port import StreamResponse, accept_websocket, make_client
+from tests.sim.clusters.port import PortClient, StreamResponse, accept_websocket
 from tests.sim.loop import SimLoop
 
 THREAD_S = 0.002
@@ -93,7 +93,7 @@ def simulated(loop: SimLoop, links: Links, tokens: Tokens, seed: int) -> Iterato
     """Production code runs in that world inside."""
     rnd = random.Random(f"chance {seed}")
     printer = papers.Printer()
-    client = make_client(links)
+    client = partial(PortClient, links)
     numbered = SimpleNamespace(uuid4=lambda: uuid.UUID(int=rnd.getrandbits(128), version=4))
     same: Callable[[Any], Any] = lambda socket: socket  # noqa: E731 - the choice of doing nothing
     pages = SimpleNamespace(Response=web.Response, StreamResponse=StreamResponse, BaseRequest=web.BaseRequest)
