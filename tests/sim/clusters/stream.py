@@ -56,7 +56,7 @@ class StreamWatch:
     # -- what the links tell
 
     def crashed(self, process: Process, error: BaseException) -> None:
-        """See :class:`tests.sim.clusters.port.Watcher`."""
+        """See :class:`tests.sim.clusters.links.Watcher`."""
         self._world.report(Violation("crash", f"{process.name} crashed serving its cluster port: {error!r}"))
 
     def opened(self, server: SetNode, fingerprint: str) -> None:
