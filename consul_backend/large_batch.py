@@ -99,7 +99,7 @@ def next_part(entries: Sequence[Prepared], cursor: Cursor, size_max: int) -> Par
         left = len(entry.value) - offset if entry.value is not None else 0
         whole = left <= room
         # A piece is cut off only where a part would stay mostly empty without it.
-        if room < 1 or (not whole and groups and room < size_max // 4):
+        if not whole and (room < 1 or (groups and room < size_max // 4)):
             break
         piece = entry.value
         if piece is not None and (offset or not whole):
@@ -131,7 +131,6 @@ class Assembly:
         self._writes: dict[str, Write] = {}
         self._pieces: dict[str, list[bytes]] = {}
         self.parts: list[PartRef] = []
-        self.size_bytes = 0
 
     def add(self, record: Record) -> None:
         """The next part. Raises CorruptRecord when it goes on with what did not come."""
@@ -151,7 +150,6 @@ class Assembly:
                 else:
                     self._writes[key] = Write(key, value)
         self.parts.append(part_ref(record))
-        self.size_bytes += record.size_bytes
 
     def writes(self) -> list[Write]:
         """Every entry, whole. Little work for each: it is all done at one moment."""

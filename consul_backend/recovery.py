@@ -450,11 +450,8 @@ async def _redo_record(record: Record, apply: Redo, true: Sequence[Write]) -> No
 
 
 async def _load(forest: Forest, extents: list[tuple[str, str, int, int, Extent]]) -> None:
-    """Extents into the index: the shallow ones first, so that for each bucket the deepest one counts."""
-    for cls, partition, depth, start, extent in sorted(extents, key=_depth):
+    """Extents into the index, in the order of their names: of a partition the shallow ones first, so that for each
+    bucket the deepest one counts."""
+    for cls, partition, depth, start, extent in extents:
         put_extent(forest, cls, partition, depth, start, extent)
         await asyncio.sleep(0)
-
-
-def _depth(extent: tuple[str, str, int, int, Extent]) -> int:
-    return extent[2]

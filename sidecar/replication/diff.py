@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from consul_backend.merkle import BUCKETS, PAGES, SUBPAGES, bucket_of
+from consul_backend.merkle import BUCKETS, SUBPAGES, bucket_of
 from sidecar.replication.protocol import (
     FINGERPRINT_BYTES,
     Cells,
@@ -173,6 +173,10 @@ def _part(fingerprints: bytes, number: int) -> bytes:
     return fingerprints[number * FINGERPRINT_BYTES : (number + 1) * FINGERPRINT_BYTES]
 
 
+def _ids(packed: bytes) -> set[bytes]:
+    return {packed[at : at + FINGERPRINT_BYTES] for at in range(0, len(packed), FINGERPRINT_BYTES)}
+
+
 @dataclass(frozen=True, slots=True)
 class SyncPlan:
     """What a secondary asks for. ``ranges`` begin with those that hold a keyring, if they differ;
@@ -223,7 +227,7 @@ class SyncPlan:
 
 def _differing_cells(salt: bytes, forest: Shipped, partition: str, depth: int, cells: Cells) -> list[Range]:
     split = cells.depth - depth
-    count = len(cells.groups) << split if cells.fingerprints and split > 0 else 0
+    count = len(cells.groups) << split if split > 0 else 0
     if split < 0 or len(cells.fingerprints) != count * FINGERPRINT_BYTES or any(at >> depth for at in cells.groups):
         raise ProtocolViolation("a diff answer has other cells than were asked for")
     if not count:
@@ -249,7 +253,7 @@ def entries_in(forest: Shipped, part: Range) -> list[tuple[str, bytes]]:
         entries = list(forest.keys(part.partition))
     else:
         entries = []
-        for page in range(start // SUBPAGES, min(PAGES, (stop + SUBPAGES - 1) // SUBPAGES)):
+        for page in range(start // SUBPAGES, (stop + SUBPAGES - 1) // SUBPAGES):
             for subpage in sorted(forest.subpage_digests(part.partition, page)):
                 if start <= page * SUBPAGES + subpage < stop:
                     entries += forest.entries(part.partition, page, subpage)
@@ -268,7 +272,7 @@ def range_of(request: FetchRequest, extent: Extent) -> Range:
 
 def differing_entries(forest: Shipped, salt: bytes, part: Range, ids: bytes) -> tuple[list[str], bytes]:
     """The primary's view of an extent: paths the secondary lacks or has otherwise, and ids that nothing here has."""
-    theirs = {_part(ids, number) for number in range(len(ids) // FINGERPRINT_BYTES)}
+    theirs = _ids(ids)
     wanted: list[str] = []
     for path, digest in entries_in(forest, part):
         known = entry_id(salt, path, digest)
@@ -286,7 +290,7 @@ def dropped_keys(forest: Shipped, request: FetchRequest, frame: Entries) -> Iter
         if number >= len(request.extents):
             raise ProtocolViolation("the answer drops entries of an extent that was not asked for")
         part = range_of(request, request.extents[number])
-        gone = {_part(ids, at) for at in range(len(ids) // FINGERPRINT_BYTES)}
+        gone = _ids(ids)
         for path, digest in entries_in(forest, part):
             if entry_id(request.salt, path, digest) in gone:
                 yield f"{part.partition}/{path}"

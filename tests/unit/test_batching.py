@@ -1,6 +1,7 @@
 """Packing batches into transactions: never over a limit, never more cautious than it must be, last write wins."""
 
 from collections import deque
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,13 +12,14 @@ from consul_backend.batching import (
     OVERHEAD_OPS,
     Batch,
     Budget,
+    NeedsParts,
     Packing,
     Preparer,
     require_fits_alone,
     take,
 )
 from consul_backend.errors import TooLarge
-from consul_backend.limits import KEY_BYTES_MAX, Limits, body_bytes, excess
+from consul_backend.limits import KEY_BYTES_MAX, Limits, base64_bytes, body_bytes, excess
 from consul_backend.physical import LOCK_KEY
 from consul_backend.position import Position
 from consul_backend.txn import Cas, CheckIndex, CheckSession
@@ -25,6 +27,7 @@ from consul_backend.wal import Record, Write, record_key
 
 SESSION = "0b8f2c1e-1c3d-4b5a-9a77-3f3a7f3a7f3a"
 LIMITS = Limits(ops_max=10, body_bytes_max=20_000, value_bytes_max=20_000, prefix_bytes=9)
+ROOMY = Limits(ops_max=10**6, body_bytes_max=10**9, value_bytes_max=10**9, prefix_bytes=9)
 KEY = record_key("g1", 2**40, 512)
 WRITER = "node-" + "x" * 150
 
@@ -154,13 +157,7 @@ def test_a_packing_stops_only_for_a_reason(lists):
 
 
 def transaction_of(made):
-    loose = Budget(
-        Limits(ops_max=10**6, body_bytes_max=10**9, value_bytes_max=10**9, prefix_bytes=9),
-        session=SESSION,
-        record_key=KEY,
-        writer=WRITER,
-    )
-    packing = Packing(loose, {})
+    packing = Packing(budget(ROOMY), {})
     assert all(packing.add(each) for each in made)
     return transaction(packing)
 
@@ -195,21 +192,76 @@ def test_the_largest_single_value_fits_to_the_byte():
             return False
         return True
 
-    low, high = 1, limits.value_bytes_max
+    size = largest(limits.value_bytes_max, fits)
+    assert 190_000 < size < 200_000, "a value travels twice, in base64"
+    packing = take(deque([batch([Write("r/core/a", b"v" * size)], limits)]), budget(limits), {})
+    assert excess(transaction(packing), limits) is None
+    with pytest.raises(TooLarge, match=r"a request of about \d+ bytes, the store takes 524288"):
+        require_fits_alone(batch([Write("r/core/a", b"v" * (size + 1))], limits), budget(limits), {})
+
+
+@pytest.mark.parametrize("room", [7, 1])
+def test_too_many_keys_are_refused_with_both_numbers(room):
+    limits = replace(LIMITS, ops_max=OVERHEAD_OPS + room)
+    made = [batch([Write(f"r/core/{number}", b"") for number in range(count)], limits) for count in (room, room + 1)]
+    require_fits_alone(made[0], budget(limits), {})
+    with pytest.raises(TooLarge, match=f"{room + 1} keys, one transaction of this store takes {room}"):
+        require_fits_alone(made[1], budget(limits), {})
+
+
+def test_each_limit_is_used_to_the_last_key_and_byte():
+    made = batch([Write(f"r/core/{number}", b"v" * 4_000) for number in range(3)], ROOMY)
+    packing = Packing(budget(ROOMY), {})
+    assert packing.add(made)
+    ops = sum(entry.op_bytes for entry in packing.entries.values())
+    body = budget(ROOMY).fixed_body_bytes + ops + base64_bytes(packing.record_bytes)
+    used = {"ops_max": OVERHEAD_OPS + 3, "value_bytes_max": packing.record_bytes, "body_bytes_max": body}
+    assert Packing(budget(replace(ROOMY, **used)), {}).add(made) is True
+    for name, size in used.items():
+        short = Packing(budget(replace(ROOMY, **used | {name: size - 1})), {})
+        assert short.add(made) is False, name
+        assert (short.batches, short.entries) == ([], {}), "what does not fit changes nothing"
+
+
+def largest(below, fits):
+    """The largest number under ``below`` that fits, found by bisection; 0 does."""
+    low, high = 0, below
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    assert 190_000 < low < 200_000, "a value travels twice, in base64"
-    packing = take(deque([batch([Write("r/core/a", b"v" * low)], limits)]), budget(limits), {})
-    assert excess(transaction(packing), limits) is None
-    with pytest.raises(TooLarge, match=r"a request of about \d+ bytes, the store takes 524288"):
-        require_fits_alone(batch([Write("r/core/a", b"v" * high)], limits), budget(limits), {})
+    return low
 
 
-def test_too_many_keys_are_refused_with_both_numbers():
-    made = batch([Write(f"r/core/{number}", b"") for number in range(8)])
-    with pytest.raises(TooLarge, match="8 keys, one transaction of this store takes 7"):
-        require_fits_alone(made, budget(), {})
+def position_of(size):
+    return Position("s" * size, "g", 1, 2, b"h" * 32)
+
+
+@pytest.mark.parametrize("names", [["r/core/a"], ["r/core/a", "r/core/b"], ["r/core/a", "r/mount ü/b", "l/core/c"]])
+@pytest.mark.parametrize("current", [{}, {"dr": position_of(300)}])
+@pytest.mark.parametrize("own", [None, {"performance": position_of(9)}, {"performance": position_of(9_000)}])
+def test_what_is_let_in_leaves_room_for_a_position_that_arrives_before_it(names, current, own):
+    """To the byte: as if it were packed with 512 bytes less."""
+    reserved = budget()
+    reserved.fixed_record_bytes += 512
+
+    def made(size):
+        return batch([Write(name, b"v" * size) for name in names], positions=own)
+
+    def let_in(size):
+        try:
+            require_fits_alone(made(size), budget(), current)
+        except NeedsParts:
+            return False
+        return True
+
+    size = largest(8_000, lambda size: Packing(reserved, current).add(made(size)))
+    assert let_in(size)
+    assert not let_in(size + 1)
+
+
+def test_a_small_write_is_not_let_in_for_its_size_alone():
+    with pytest.raises(NeedsParts):
+        require_fits_alone(batch([Write("r/core/a", b"")], positions={"dr": position_of(20_000)}), budget(), {})
 
 
 @pytest.mark.parametrize("name", ["", "r", "r/core", "r/core/", "x/core/a", "/core/a", "r//a"])

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from consul_backend.merkle import Forest, entry_digest
+from consul_backend.merkle import Forest, bucket_of, entry_digest
 from sidecar.replication import diff as diffing
 from sidecar.replication import protocol as wire
 from sidecar.replication.diff import SyncPlan, compare, diff_request, differing_entries, dropped_keys, range_of
@@ -144,6 +144,53 @@ def test_ranges_smaller_than_a_page_and_as_large(count: int) -> None:
         machine._change(dice.random() < 0.5, f"r/p/k{n}", dice.choice([None, dice.randbytes(20)]))
         machine._change(dice.random() < 0.5, f"r/p/new{n}", dice.randbytes(20))
     machine.sync(10**6, 10**6)
+
+
+@pytest.mark.parametrize("there", [1, 20, 40, 300])
+@pytest.mark.parametrize("here", [1, 300, 600, 5_000])
+def test_sides_of_any_two_sizes(here: int, there: int) -> None:
+    """The secondary says how finely groups are divided, the primary how finely cells are: not at all, once, or more."""
+    machine = DiffMachine()
+    machine.secondary = {f"r/p/k{n}": n.to_bytes(20, "big") for n in range(here)}
+    machine.primary = {f"r/p/k{n}": (n + n % 2).to_bytes(20, "big") for n in range(there)}
+    machine.forests[False].apply(machine.secondary.items())
+    machine.forests[True].apply(machine.primary.items())
+    machine.sync(10**6, 10**6)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 7, 8, 9, 12, 16])
+def test_the_ranges_of_any_depth_divide_a_partition(depth: int) -> None:
+    forest = Forest()
+    forest.apply((f"r/p/k{n}", n.to_bytes(20, "big")) for n in range(3_000))
+    shipped = Shipped(forest, DR.classes)
+    found = []
+    for prefix in range(1 << depth):
+        part = diffing.Range("r/p", depth, prefix)
+        entries = diffing.entries_in(shipped, part)
+        assert {bucket_of(path) >> (16 - depth) for path, _ in entries} <= {prefix}
+        found += entries
+    assert sorted(found) == sorted((f"k{n}", n.to_bytes(20, "big")) for n in range(3_000))
+
+
+def test_the_range_of_the_keyring_is_asked_for_first_and_no_other() -> None:
+    reply = wire.DiffReply(
+        "c", "s", "g", 1, "e", 1, bytes(32), False, ["r/a", "r/core"], [], {}, {}, {"r/core": 1024 << 16}
+    )
+    plan = SyncPlan.of(wire.DiffRequest(bytes(16), bytes(20), {}), reply, Shipped(Forest(), DR.classes))
+    whole = [diffing.Range("r/a"), *(diffing.Range("r/core", 16, bucket) for bucket in range(1 << 16))]
+    keyring = diffing.Range("r/core", 16, bucket_of("keyring"))
+    assert plan.ranges == (keyring, *(part for part in whole if part != keyring))
+
+
+def test_a_keyring_comes_first_in_its_range() -> None:
+    forest = Forest()
+    forest.apply(
+        (f"r/{partition}/{name}", bytes(20)) for partition in ("core", "p") for name in ["keyring", *"abcdefg"]
+    )
+    shipped = Shipped(forest, DR.classes)
+    core, other = [diffing.entries_in(shipped, diffing.Range(partition)) for partition in ("r/core", "r/p")]
+    assert other[0][0] != "keyring"
+    assert core == [("keyring", bytes(20)), *(entry for entry in other if entry[0] != "keyring")]
 
 
 def differences(ours: Forest, theirs: Forest, fingerprints: int) -> diffing.Differences:

@@ -56,6 +56,29 @@ def test_a_clock_that_went_back_over_the_restart_makes_no_negative_age() -> None
     resume(follower, heard, clock)
     assert follower.upstream.heard_at_s == clock.monotonic()
     assert follower.lag_s() is None, "it never had everything"
+    complete = kept(clock, heard_ago_s=10, complete_ago_s=12)
+    clock.skew_ms -= 3_600_000
+    resume(follower, complete, clock)
+    assert (follower.upstream.heard_at_s, follower.lag_s()) == (clock.monotonic(), 0)
+
+
+@pytest.mark.parametrize("complete_ago_s", [None, 12])
+def test_what_was_kept_is_kept_again_as_it_was_while_nothing_new_is_heard(complete_ago_s: float | None) -> None:
+    clock = FakeClock()
+    follower = applier(clock)
+    heard = kept(clock, heard_ago_s=10, complete_ago_s=complete_ago_s)
+    resume(follower, heard, clock)
+    follower.upstream.connected = True
+    clock.now_s += 7
+    keeper = HeardKeeper(DR, Store("eu"), lambda: follower, clock, beat_s=5.0)
+    assert keeper._now() == heard
+
+
+def test_without_a_position_there_is_nothing_to_keep() -> None:
+    clock = FakeClock()
+    follower = applier(clock, None)
+    follower.upstream.connected, follower.upstream.heard_at_s = True, clock.now_s
+    assert HeardKeeper(DR, Store("eu"), lambda: follower, clock, beat_s=5.0)._now() is None
 
 
 def test_what_was_heard_of_another_log_does_not_count() -> None:
@@ -91,6 +114,7 @@ def test_only_news_is_stored() -> None:
     keeper._stored = first
     assert not keeper._news(first)
     assert keeper._news(replace_head(first, 51)), "a record that is known and not here"
+    assert keeper._news(msgspec.structs.replace(first, generation="B")), "another log"
     later = replace_time(first, int(5.0 * BEATS_BETWEEN * 1000))
     assert keeper._news(later)
     assert not keeper._news(replace_time(first, 10_000))
@@ -135,23 +159,27 @@ class Entries(Store):
         self.written.set()
 
 
-async def test_what_could_not_be_stored_is_stored_next_time_and_read_back() -> None:
+async def test_what_could_not_be_stored_is_stored_next_time_and_read_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     clock, entries = FakeClock(), Entries(refused=2)
     follower = applier(clock)
     follower.upstream.connected, follower.upstream.heard_at_s, follower.upstream.head_index = True, clock.now_s, 50
-    keeper = HeardKeeper(DR, entries, lambda: follower, clock, beat_s=0.0)
+    keeper = HeardKeeper(DR, entries, lambda: follower, clock, beat_s=0.001)
     assert await load_heard(DR, entries) is None
     follower.upstream.connected = False
     running = asyncio.create_task(keeper.run())
-    for _ in range(5):
-        await asyncio.sleep(0)
+    await asyncio.sleep(0.02)
     assert entries.refused == 2, "nothing is heard of it"
     follower.upstream.connected = True
-    await entries.written.wait()
+    await asyncio.wait_for(entries.written.wait(), 10)
+    entries.written.clear()
+    await asyncio.sleep(0.02)
+    assert not entries.written.is_set(), "there is no news"
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
     assert entries.refused == 0
+    assert caplog.text.count("was not stored, next time: nobody there") == 2
     assert await load_heard(DR, entries) == keeper._now()
 
 

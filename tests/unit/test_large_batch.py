@@ -61,6 +61,31 @@ def prepared(writes):
     return in_order({write.key: preparer.prepare(write, any_size=True) for write in writes}.values())
 
 
+def frame_bytes(entry):
+    return entry.record_bytes - len(entry.value or b"")
+
+
+def group_bytes(group):
+    return GROUP_FRAME_BYTES + len(group[1].encode())
+
+
+def require_full(entries, cursor, plan, size):
+    """A part is within its bound and stops only for a reason: counted entry by entry, from the sizes they came with."""
+    by_name = {(entry.group, entry.path): entry for entry in entries}
+    held = [(by_name[group, path], piece) for group, found in plan.groups.items() for path, piece in found]
+    used = sum(map(group_bytes, plan.groups)) + sum(frame_bytes(entry) + len(piece or b"") for entry, piece in held)
+    assert used <= size, "a part keeps its bound"
+    at, offset = plan.after
+    assert [entry for entry, _ in held] == list(entries[cursor.entry : at + (offset > 0)])
+    if offset:
+        assert used == size, "a value is cut only where the part is full"
+        assert len(held) == 1 or len(held[-1][1]) >= size // 4, "and the piece is worth it"
+    elif at < len(entries):
+        entry = entries[at]
+        room = size - used - frame_bytes(entry) - (0 if entry.group in plan.groups else group_bytes(entry.group))
+        assert room < min(len(entry.value or b""), size // 4), "the next one would have fitted"
+
+
 def parts(entries, size, log=None, batch_id=ID):
     """The batch as records of a log."""
     log = log or Log()
@@ -68,6 +93,7 @@ def parts(entries, size, log=None, batch_id=ID):
     while cursor.entry < len(entries):
         plan = next_part(entries, cursor, size)
         assert plan.after > cursor, "every part brings something"
+        require_full(entries, cursor, plan, size)
         made.append(log.add("part", groups=plan.groups, large=Large(batch_id, plan.continued)))
         cursor = plan.after
     return made
@@ -87,7 +113,7 @@ def test_parts_put_together_are_the_batch(batch, size):
     made = parts(entries, size)
     assembly = Assembly()
     for record in made:
-        assert sum(map(len, record.bodies)) + 64 * len(record.bodies) <= size + 64, "a part keeps its bound"
+        assert sum(map(len, record.bodies)) <= size, "the sizes that entries come with are upper bounds"
         assembly.add(record)
     assert {write.key: write.value for write in assembly.writes()} == batch
     replicated = Assembly()
@@ -115,6 +141,18 @@ def test_what_just_fits_is_no_piece():
     whole, cut = next_part(entries, START, size), next_part(entries, START, size - 1)
     assert (whole.after, whole.groups[entry.group]) == ((1, 0), [("a", b"v" * 300)])
     assert (cut.after, cut.groups[entry.group]) == ((0, 299), [("a", b"v" * 299)])
+    first = next_part(entries, START, size - 299)
+    assert (first.after, first.continued, first.groups[entry.group]) == ((0, 1), False, [("a", b"v")])
+    rest = next_part(entries, first.after, size)
+    assert (rest.after, rest.continued, rest.groups[entry.group]) == ((1, 0), True, [("a", b"v" * 299)])
+    with pytest.raises(TooLarge, match="name alone"):
+        next_part(entries, START, size - 300)
+
+
+def test_a_deletion_that_just_fits_comes_along():
+    deletions = prepared([Write("r/p/a", None), Write("r/p/b", None)])
+    size = sum(map(frame_bytes, deletions)) + group_bytes(("r", "p"))
+    assert [next_part(deletions, START, size - less).after for less in (0, 1)] == [(2, 0), (1, 0)]
 
 
 def test_parts_that_do_not_fit_together_are_refused():
@@ -129,8 +167,20 @@ def test_parts_that_do_not_fit_together_are_refused():
     first = log.add("part", [Write("r/p/a", b"1")], large=Large(ID))
     foreign = part_ref(first)
     log.add("commit", large=Large(ID, parts=(type(foreign)(first.index, b"x" * 32, "r"),)))
-    with pytest.raises(CorruptRecord, match="not those it names"):
-        list(committed_writes(log.records))
+    for found in (log.records, log.records[1:]):
+        with pytest.raises(CorruptRecord, match="not those it names"):
+            list(committed_writes(found))
+
+
+def test_a_deletion_has_no_rest():
+    log = Log()
+    log.add("part", [Write("r/p/a", None)], large=Large(ID))
+    log.add("part", [Write("r/p/a", b"rest")], large=Large(ID, continued=True))
+    log.add("part", [Write("r/p/b", b"begun")], large=Large(b"j" * 16))
+    log.add("part", [Write("r/p/b", None)], large=Large(b"j" * 16, continued=True))
+    for found in (log.records[:2], log.records[2:]):
+        with pytest.raises(CorruptRecord, match="did not begin"):
+            list(committed_writes(found))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +216,7 @@ steps = st.lists(
 def test_replay_agrees_with_an_oracle_that_keeps_whole_batches(steps):
     """The oracle is a dictionary and a list; one batch at a time, as the store writes them."""
     log, true, pending, refs, rolling, ids = Log(), {}, None, [], None, itertools.count(1)
-    batch_id = b""
+    batch_id, spans = b"", []
     for what, key, value in steps:
         if what == "small":
             log.add("data", [Write(key, value)])
@@ -182,6 +232,7 @@ def test_replay_agrees_with_an_oracle_that_keeps_whole_batches(steps):
             log.add("commit", large=Large(batch_id, parts=tuple(refs)))
             true |= pending
             rolling, pending = dict(pending), None
+            spans.append((refs[0].index, len(log.records)))
         elif what == "abort" and pending is not None:
             log.add("abort", large=Large(batch_id))
             pending = None
@@ -196,11 +247,14 @@ def test_replay_agrees_with_an_oracle_that_keeps_whole_batches(steps):
     assert [*replay.open] == ([batch_id] if pending else [])
     left = replay.unrolled
     assert ({name: write.value for name, write in left.entries.items()} if left else None) == rolling
+    assert replay.spans == spans
+    assert replay.firsts == ([refs[0].index] if pending else []) + ([spans[-1][0]] if rolling is not None else [])
 
 
 def test_bounds_name_size_and_limit():
     bounds = BatchBounds(2, 100)
     bounds.require([Write("r/p/a", b"v" * (100 + VALUE_ALLOWANCE_BYTES)), Write("r/p/b", None)])
+    bounds.require([Write("r/p/a", b"v" * (100 + VALUE_ALLOWANCE_BYTES)), Write("r/p/b", b"")])
     with pytest.raises(TooLarge, match="3 entries in one batch, the limit is 2"):
         bounds.require([Write("r/p/a", b"")] * 3)
     with pytest.raises(TooLarge, match="values of 101 bytes in one batch, the limit is 100"):

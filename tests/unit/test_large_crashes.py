@@ -188,3 +188,14 @@ async def test_recovery_from_a_checkpoint_finds_batches_in_progress(cluster, poi
     await cluster.check(again, whole_log=False)
     found = await contents(again)
     assert ("k100" in found) == (point == "large:after-roll")
+
+
+async def test_which_commit_records_need_parts_of_older_segments_is_known_again(cluster):
+    """From the checkpoint: the commit record itself is not read any more."""
+    async with cluster.running(OPTIONS) as store:
+        await store.commit([Write(key(name), value) for name, value in NEW.items()])
+        await store.rolled()
+        await store.flush()
+        crossings = dict(store._crossings)
+    assert crossings
+    assert (await cluster.recover(OPTIONS))._crossings == crossings

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from consul_backend.checkpoint import checkpoint_key
 from consul_backend.errors import FenceLost, IndexDamaged, NotApplied, NotLoaded, Unavailable
 from consul_backend.failpoint import disarm
 from consul_backend.heads import Heads, decode_heads, encode_heads, heads_key, heads_prefix
@@ -218,8 +219,8 @@ def page_of(name):
     return bucket_of(name.split("/", 2)[2]) // SUBPAGES
 
 
-@pytest.mark.parametrize("kind", ["flip", "missing", "foreign"])
-async def test_heads_that_are_not_the_checkpoint_s_cost_only_time(cluster, kind):
+@pytest.mark.parametrize("kind", ["flip", "missing", "foreign", "no checkpoint"])
+async def test_heads_that_are_not_the_checkpoint_s_cost_only_time(cluster, kind, caplog):
     await fill(cluster, 10, tail=2)
     where = heads_key(GENERATION, "r", PARTITION)
     raw = (await cluster.inner.get(where)).value
@@ -227,15 +228,25 @@ async def test_heads_that_are_not_the_checkpoint_s_cost_only_time(cluster, kind)
         "flip": [Set(where, raw[:30] + bytes((raw[30] ^ 4,)) + raw[31:])],
         "missing": [DeleteTree(heads_prefix(GENERATION))],
         "foreign": [Set(heads_key(GENERATION, "r", "other"), raw)],
+        "no checkpoint": [Delete(checkpoint_key(GENERATION))],
     }[kind]
     await damage(cluster, ops)
     store = await cluster.recover(LAZY)
+    assert ("will be read whole" in caplog.text) == (kind in {"flip", "foreign"}), "an operator must know"
     assert store.statistics()["index_cold_pages"] == 0, "it was read whole"
     await cluster.check(store)
     await store.flush()
     again = await cluster.recover(LAZY)
     assert again.statistics()["index_cold_pages"], "the heads were written anew"
     await loaded_check(cluster, again)
+
+
+async def test_heads_that_were_there_before_the_first_flush_go_with_it(cluster):
+    where = heads_key(GENERATION, "r", "other")
+    await damage(cluster, [Set(where, b"junk")])
+    store = await cluster.recover(LAZY)
+    await store.flush()
+    assert await cluster.inner.get(where) is None
 
 
 async def test_a_store_that_cannot_be_read_for_a_while_is_asked_again(cluster):

@@ -12,11 +12,13 @@ from consul_backend import recovery
 from consul_backend.checkpoint import checkpoint_key, decode_checkpoint
 from consul_backend.errors import Corrupt, FenceLost, OutcomeUnknown, StoreWentBack, TooLarge, Unavailable
 from consul_backend.failpoint import ELECTION_POINTS, LARGE_POINTS, POINTS, REINDEX_POINTS, FailpointHit, arm, disarm
+from consul_backend.merkle import entry_digest
 from consul_backend.physical import EPOCH_KEY, LOCK_KEY
 from consul_backend.recovery import CASES, Action, Facts, classify
 from consul_backend.replicated import StoreOptions
 from consul_backend.txn import Cas, CheckIndex, CheckSession, Delete, DeleteTree, Set
 from consul_backend.wal import Record, Write, record_key, segment_prefix
+from consul_backend.wal_reader import list_segments
 from tests.support.store import GENERATION, PARTITION, key, memory_cluster
 
 OPTIONS = StoreOptions(
@@ -75,6 +77,89 @@ def test_nothing_is_served_without_a_dense_log_that_covers_the_checkpoint():
 
 
 # -- ordinary recovery
+
+
+async def recovered(cluster):
+    tenure, _ = await cluster.lead()
+    return await recovery.recover(cluster.physical, GENERATION, tenure, OPTIONS.segment_records)
+
+
+async def test_nothing_is_recovered_from_an_answer_that_may_be_old(cluster, monkeypatch):
+    async with fill(cluster, 30) as store:
+        await store.flush()
+    asked = []
+
+    def watched(name, read):
+        def ask(*args, consistent=False):
+            asked.append((name, consistent))
+            return read(*args, consistent=consistent)
+
+        monkeypatch.setattr(cluster.physical, name, ask, raising=False)
+
+    for name in ("get", "get_many", "list"):
+        watched(name, getattr(cluster.physical, name))
+    await recovered(cluster)
+    assert set(asked) == {("get", True), ("get_many", True), ("list", True)}
+
+
+def watched_pauses(monkeypatch):
+    """How long each pause from now on was meant to be."""
+    found = []
+    sleep = asyncio.sleep
+
+    async def pause(delay_s):
+        found.append(delay_s)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    return found
+
+
+async def test_recovery_lets_others_run_and_waits_for_nothing(cluster, monkeypatch):
+    async with fill(cluster, 30) as store:
+        await store.flush()
+        await store.commit([Write(key("late"), b"1")])
+    pauses = watched_pauses(monkeypatch)
+    await recovered(cluster)
+    assert set(pauses) == {0}
+
+
+async def test_a_long_record_is_repeated_in_several_turns(monkeypatch):
+    monkeypatch.setattr(recovery, "_ENTRIES_BETWEEN_TURNS", 2)
+    writes = [Write(f"r/p/a/{number}", b"v" if number else None) for number in range(5)]
+    record = forged_record(
+        9, b"p" * 32, groups={("r", "p"): [(f"a/{n}", write.value) for n, write in enumerate(writes)]}
+    )
+    changes, pauses = [], watched_pauses(monkeypatch)
+    await recovery._redo_record(record, lambda *change: changes.append(change), writes)
+    digests = [entry_digest(write.key, write.value) if write.value else None for write in writes]
+    assert changes == [("r", "p", f"a/{number}", digest, 9) for number, digest in enumerate(digests)]
+    assert pauses == [0, 0]
+
+
+@pytest.mark.parametrize("flushed", ["never", "before", "collected"])
+async def test_what_each_segment_of_the_log_weighs_is_known_again(cluster, flushed):
+    async with fill(cluster, 41) as store:
+        if flushed != "never":
+            await store.flush()
+        if flushed == "collected":
+            assert await store.collect()
+        for number in range(6):
+            await store.commit([Write(key(f"late{number}"), b"1")])
+    weights = {}
+    for segment in await list_segments(cluster.inner, GENERATION):
+        names = await cluster.inner.list(segment_prefix(GENERATION, segment))
+        items = await cluster.inner.get_many([segment_prefix(GENERATION, segment) + name for name in names])
+        weights[segment] = sum(len(item.value) for item in items)
+    assert (await recovered(cluster)).segment_bytes == weights
+
+
+async def test_the_newest_records_that_were_read_are_handed_on(cluster, monkeypatch):
+    monkeypatch.setattr(recovery, "RECENT_RECORDS", 5)
+    async with fill(cluster, 41):
+        pass
+    newest = [record.chain_hash for record in (await cluster.records())[-5:]]
+    assert [record.chain_hash for record in (await recovered(cluster)).recent] == newest
 
 
 async def test_first_start_redoes_the_whole_log(cluster, caplog):
@@ -252,22 +337,34 @@ async def test_a_damaged_record_is_named(cluster):
         await cluster.recover(OPTIONS)
 
 
+def forged_record(index, prev_hash, epoch=1, groups=()):
+    return Record.build(
+        index=index,
+        prev_hash=prev_hash,
+        epoch=epoch,
+        writer="other",
+        batch_id=b"b" * 16,
+        time_ms=1,
+        kind="data",
+        positions={},
+        groups=dict(groups),
+    )
+
+
+async def test_a_first_record_that_follows_another_is_named(cluster):
+    """As when the log of one generation is put into another's place."""
+    where = record_key(GENERATION, 1, 4)
+    await damage(cluster, [Set(where, forged_record(1, b"p" * 32).encode())])
+    with pytest.raises(Corrupt, match=f"{where}: the first record follows another one"):
+        await cluster.recover(OPTIONS)
+
+
 async def test_a_record_of_another_history_is_named(cluster):
     async with fill(cluster, 20):
         pass
     where = record_key(GENERATION, 9, 4)
     header = Record.decode((await cluster.inner.get(where)).value).header
-    forged = Record.build(
-        index=9,
-        prev_hash=header.prev_hash,
-        epoch=header.epoch,
-        writer="other",
-        batch_id=header.batch_id,
-        time_ms=header.time_ms,
-        kind="data",
-        positions={},
-        groups={},
-    )
+    forged = forged_record(9, header.prev_hash, header.epoch)
     await damage(cluster, [Set(where, forged.encode())])
     with pytest.raises(Corrupt, match=f"{record_key(GENERATION, 10, 4)}.*hash chain"):
         await cluster.recover(OPTIONS)
@@ -279,17 +376,7 @@ async def test_another_newest_record_than_the_checkpoint_s_is_named(cluster):
         newest = store.head.index
     where = record_key(GENERATION, newest, 4)
     header = Record.decode((await cluster.inner.get(where)).value).header
-    forged = Record.build(
-        index=newest,
-        prev_hash=header.prev_hash,
-        epoch=header.epoch,
-        writer="other",
-        batch_id=header.batch_id,
-        time_ms=header.time_ms,
-        kind="data",
-        positions={},
-        groups={},
-    )
+    forged = forged_record(newest, header.prev_hash, header.epoch)
     await damage(cluster, [Set(where, forged.encode())])
     with pytest.raises(Corrupt, match=f"{where}: the checkpoint was written after another record"):
         await cluster.recover(OPTIONS)
@@ -298,17 +385,7 @@ async def test_another_newest_record_than_the_checkpoint_s_is_named(cluster):
 async def test_an_older_tenure_s_record_on_top_is_named(cluster):
     async with fill(cluster, 3) as store:
         newest = (await store.records(store.head.index, 1))[0]
-    forged = Record.build(
-        index=newest.index + 1,
-        prev_hash=newest.chain_hash,
-        epoch=newest.header.epoch - 1,
-        writer="other",
-        batch_id=newest.header.batch_id,
-        time_ms=newest.header.time_ms,
-        kind="data",
-        positions={},
-        groups={},
-    )
+    forged = forged_record(newest.index + 1, newest.chain_hash, newest.header.epoch - 1)
     where = record_key(GENERATION, forged.index, 4)
     await damage(cluster, [Set(where, forged.encode())])
     with pytest.raises(Corrupt, match=f"{where}: its writer's epoch is older"):

@@ -19,6 +19,7 @@ from sidecar.replication.history import (
     Epoch,
     Parting,
     Promotion,
+    epoch_of,
     extended,
     fork_between,
     history_of_data,
@@ -51,6 +52,21 @@ def test_forks_are_seen_at_any_number() -> None:
     assert "older" in fork_between(3, "d", (ONE, B2))
     assert "none of the primary's" in fork_between(2, "b", (ONE, D3)), "an epoch that the primary's history leaves out"
     assert fork_between(0, "", (ONE,)) == "", "whoever has no data yet follows anybody"
+    assert fork_between(7, "", (ONE,)) == ""
+    assert fork_between(7, "x", ()) == "", "and nobody knows of a fork where no epoch is known"
+    assert fork_between(1, "x", (B2, D3)) == "", "what is forgotten cannot be told"
+
+
+def test_how_an_epoch_is_stored_and_sent_stays() -> None:
+    whole = Promotion(2, "b", 5, Position("set", "A", 1, 100, b"h" * 32), "B", 40)
+    packed = msgspec.json.encode(whole)
+    assert packed == b'[2,"b",5,["set","A",1,100,"' + b"aGho" * 10 + b'aGg="],"B",40]'
+    assert msgspec.json.decode(packed, type=Promotion) == whole
+    assert msgspec.json.encode(msgspec.json.decode(b'[2,"b"]', type=Promotion)) == b'[2,"b",0,null,"",0]'
+
+
+def test_the_newest_epoch_is_the_epoch() -> None:
+    assert epoch_of((ONE, B2)) == Epoch(2, "b")
 
 
 def test_data_is_of_the_epochs_before_until_its_position_moves() -> None:
@@ -58,7 +74,12 @@ def test_data_is_of_the_epochs_before_until_its_position_moves() -> None:
     assert history_of_data((ONE, B2), (ONE,), at("A", 120)) == (ONE,)
     assert history_of_data((ONE, B2), (ONE,), at("B", 50)) == (ONE, B2)
     assert history_of_data((ONE, B2), (), at("A", 120)) == (ONE, B2), "nobody else was met before"
-    assert history_of_data((ONE, B2), (ONE,), None) == (ONE, B2), "a mix has something of both"
+    for mixed in (None, NONE_POSITION):
+        assert history_of_data((ONE, B2), (ONE,), mixed) == (ONE, B2), "a mix has something of both"
+    assert history_of_data((ONE, B2), (ONE,), at("A", 1)) == (ONE,)
+    assert history_of_data((), (ONE,), at("A", 120)) == ()
+    unnamed = (ONE, Promotion(2, "b"))
+    assert history_of_data(unnamed, (ONE,), at("A", 120)) == unnamed, "of which store it is was not said"
 
 
 def test_a_history_is_bounded() -> None:
@@ -105,8 +126,8 @@ def test_where_a_log_leaves_the_new_primary(
 ) -> None:
     where = parting(mine, theirs, generation)
     assert where.known
-    assert all(where.holds(*point) for point in common)
-    assert not any(where.holds(*point) for point in lost)
+    assert [where.holds(*point) for point in common] == [True] * len(common)
+    assert [where.holds(*point) for point in lost] == [False] * len(lost)
     assert where.parts == bool(lost)
 
 
@@ -114,6 +135,12 @@ def test_without_a_common_epoch_nothing_is_claimed() -> None:
     for mine, theirs in (((ONE,), (Promotion(1, "x"),)), ((ONE,), (ONE, Promotion(2, "blind")))):
         where = parting(mine, theirs, "A")
         assert (where.known, where.parts) == (False, True)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [((), (ONE,)), ((ONE,), ()), ((), ())])
+def test_who_has_no_history_parts_from_nobody(mine: tuple[Promotion, ...], theirs: tuple[Promotion, ...]) -> None:
+    where = parting(mine, theirs, "A")
+    assert (where.known, where.parts) == (True, False)
 
 
 SAFE = Standing(True, True, 100, 100, 1.0, 0.5, connected=False)

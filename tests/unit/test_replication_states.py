@@ -34,6 +34,11 @@ def drive(*events: Event, machine: Machine | None = None) -> tuple[Machine, Acti
     return machine, action
 
 
+def test_nothing_is_wrong_with_who_has_not_begun_or_begins():
+    for machine, phase in ((Machine(), Phase.IDLE), (step(Machine(), Event.START)[0], Phase.CONNECTING)):
+        assert (machine.phase, machine.cycles, machine.reason, machine.alarm) == (phase, 0, "", False)
+
+
 def test_first_fill():
     machine, action = drive(Event.START, Event.NEED_DIFF)
     assert (machine.phase, action) == (Phase.MERKLE_DIFF, Action.DIFF)

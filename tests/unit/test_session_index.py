@@ -1,6 +1,7 @@
 """``X-Vault-Index``: what is on the wire, what a forger can do with it, and what it says after failovers."""
 
 import base64
+import hmac
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -80,20 +81,52 @@ def test_no_text_does_harm(text: str) -> None:
             decode(header, KEY)
 
 
-def test_what_is_too_long_or_of_another_shape_is_refused() -> None:
-    def packed(text: str) -> str:
-        return base64.b64encode(text.encode()).decode()
+def packed(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
 
-    for header in (
-        "A" * 2000,
-        "",
-        packed("v1:a:1:2"),
-        packed("v2:a:1:2:00"),
-        packed("v1:a:-1:2:00"),
-        packed("v1::1:2:00"),
-    ):
-        with pytest.raises(BadSessionIndex):
-            decode(header, KEY)
+
+def signed(text: str) -> str:
+    """A header that says ``text`` about nothing, made by a cluster of the set."""
+    names = bytes(24)
+    return packed(f"{text}:{(names + hmac.digest(KEY, text.encode() + b':' + names, 'sha256')).hex()}")
+
+
+def test_a_header_stays_readable_for_other_versions() -> None:
+    state = SessionIndex(UUID, Point(2, 3), name_of("store"), Point(1, 900), name_of("set"), name_of("epoch"))
+    known = (
+        "djE6NmYyZDBiMWMtNmY2YS00ZjZlLThmMmQtOWExZDFmMGEzYjVjOjE3NTkyMTg2MDQ0NDE5OjkwMDo2ZWUwZWI0OTBmZjgzMjEwYWZjOWIz"
+        "MWQ5ZjNmMzY0NTgyNGQ4MGQ3MTk4NWYwODJhODI1YjVmN2VkMmU5MmYwMDFlNjI1NjhkYmJjNmQ0NTFlNjYwYjJhNDNlZTllMzliNjI0ZjAx"
+        "M2Y1ZjBhMWVj"
+    )
+    assert encode(state, KEY) == known
+    assert decode(known, KEY) == state
+    assert as_clients_parse(known) == (UUID, 2**44 + 3, 900)
+    assert decode(signed("v1:a:1:2"), KEY) == SessionIndex("a", Point(1, 1), replicated=Point(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        ("A" * 1025, "longer than 1024"),
+        ("A" * 1024, "five pieces"),
+        ("", "five pieces"),
+        (packed("v1:a:1:2"), "five pieces"),
+        (packed("v1:a:1:2:00"), "wrong length"),
+        (packed("v1:a:1:2:" + "00" * 57), "wrong length"),
+        (packed("v1:a:1:2:" + "00" * 56), "not made by"),
+        (signed("v2:a:1:2"), "malformed"),
+        (signed("v1::1:2"), "malformed"),
+        (signed(f"v1:{'a' * 129}:1:2"), "malformed"),
+        (signed("v1:a/b:1:2"), "malformed"),
+        (signed("v1:a:-1:2"), "malformed"),
+        (signed("v1:a:1:"), "malformed"),
+        (signed(f"v1:a:1:{'9' * 21}"), "malformed"),
+    ],
+)
+def test_what_is_too_long_or_of_another_shape_is_refused(header: str, why: str) -> None:
+    """Whoever made it."""
+    with pytest.raises(BadSessionIndex, match=why):
+        decode(header, KEY)
 
 
 def test_numbers_of_the_first_epoch_are_plain_and_those_of_later_ones_greater() -> None:
@@ -138,6 +171,7 @@ def seen(number: int, index: int, epoch: str = "", cluster: str = "a", of: str =
         (seen(1, 1, of="other set"), at("B", 2, 80), Verdict.ELSEWHERE),
         (seen(1, 1), None, Verdict.MISSING),
         (SessionIndex("a", Point(1, 5)), at("B", 2, 80), Verdict.PRESENT),
+        (seen(2, 81, cluster="b"), at("B", 2, 80), Verdict.MISSING),
     ],
 )
 def test_a_secondary_judges_by_its_position_and_the_fork_point(
@@ -168,6 +202,21 @@ def test_of_a_later_promotion_counts_whether_it_had_the_whole_epoch_before(
     assert judge_replicated(seen(1, 5), "b", SetLog("set", history, at("C", 3, 9)), secondary=True) is verdict
 
 
+def test_an_epoch_that_the_history_leaves_out_is_lost() -> None:
+    """Whoever was primary then, no later one tells of it."""
+    history: History = (HISTORY[0], Promotion(3, "e3", fork=at("A", 1, 70), generation="C", index=5))
+    assert judge_replicated(seen(2, 5), "b", SetLog("set", history, at("C", 3, 9)), secondary=True) is Verdict.LOST
+
+
+@pytest.mark.parametrize(
+    "fork",
+    [pytest.param(at("X", 2, 90), id="of an epoch not known"), pytest.param(at("Z", 1, 90), id="of another log")],
+)
+def test_nothing_is_promised_by_a_fork_that_cannot_be_placed(fork: Position) -> None:
+    history: History = (HISTORY[0], Promotion(3, "e3", fork=fork, generation="C", index=5))
+    assert judge_replicated(seen(1, 5), "b", SetLog("set", history, at("C", 3, 9)), secondary=True) is Verdict.LOST
+
+
 def test_who_is_in_no_set_cannot_tell() -> None:
     assert judge_replicated(seen(1, 5), "b", None, secondary=False) is Verdict.ELSEWHERE
     assert judge_replicated(seen(1, 5, cluster="b"), "b", None, secondary=False) is Verdict.PRESENT
@@ -190,12 +239,20 @@ def local(number: int, index: int, generation: str, cluster: str = "a") -> Sessi
         (local(1, 5, "X"), OwnLog("a", "A", 50), Verdict.ELSEWHERE),
         (local(2, 5, "X"), OwnLog("a", "A", 50), Verdict.ELSEWHERE),
         (local(1, 5, "X"), OwnLog("a", "B", 80, HISTORY), Verdict.ELSEWHERE),
+        (local(2, 5, "X"), OwnLog("a", "B", 80, HISTORY), Verdict.ELSEWHERE),
+        (local(3, 5, "X"), OwnLog("a", "B", 80, HISTORY), Verdict.MISSING),
+        (local(1, 101, "A"), OwnLog("a", "A", 500, HISTORY), Verdict.LOST),
     ],
 )
 def test_a_cluster_judges_its_own_log_also_when_it_took_over_an_identity(
     wanted: SessionIndex, own: OwnLog, verdict: Verdict
 ) -> None:
     assert judge_local(wanted, own) is verdict
+
+
+def test_without_a_set_it_is_the_first_epoch() -> None:
+    assert OwnLog("a", "A", 50).number == 1
+    assert OwnLog("a", "B", 80, HISTORY).number == SetLog("set", HISTORY, None).number == 2
 
 
 def test_a_stream_that_went_on_into_the_next_epoch_is_of_that_epoch() -> None:

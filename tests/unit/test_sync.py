@@ -476,7 +476,13 @@ async def test_malformed_fingerprints_and_extents_are_refused():
     other = wire.PartitionDigests(bytes(20), partition.depth, partition.groups[:-8])
     with pytest.raises(wire.ProtocolViolation):
         list(compare(shipped(store), wire.DiffRequest(SALT, bytes(20), {"r/p": other}), diffing.Differences()))
-    for cells in (wire.Cells(partition.depth - 1, [0], b""), wire.Cells(partition.depth, [1 << partition.depth], b"")):
+    for cells in (
+        wire.Cells(partition.depth - 1, [0], b""),
+        wire.Cells(partition.depth, [1 << partition.depth], b""),
+        wire.Cells(partition.depth, [0], bytes(8)),
+        wire.Cells(partition.depth + 1, [0], b""),
+        wire.Cells(partition.depth + 1, [0], bytes(8)),
+    ):
         reply = wire.DiffReply("c", "s", "g", 1, "e", 1, bytes(32), False, [], [], {"r/p": cells}, {})
         with pytest.raises(wire.ProtocolViolation):
             SyncPlan.of(request, reply, shipped(store))
@@ -488,6 +494,10 @@ async def test_malformed_fingerprints_and_extents_are_refused():
     for extent in (wire.Extent(1, 0, 0, b""), wire.Extent(0, 1, 2, b""), wire.Extent(0, 0, 0, b"7 bytes")):
         with pytest.raises(wire.ProtocolViolation):
             diffing.range_of(wire.FetchRequest(1, bytes(32), True, SALT, ["r/p"], [extent]), extent)
+    fetch = wire.FetchRequest(1, bytes(32), True, SALT, ["r/p"], [wire.Extent(0, 0, 0, b"")])
+    assert list(diffing.dropped_keys(shipped(store), fetch, wire.Entries([], [(0, b"")], 0))) == []
+    with pytest.raises(wire.ProtocolViolation):
+        list(diffing.dropped_keys(shipped(store), fetch, wire.Entries([], [(1, b"")], 0)))
 
 
 async def test_large_values_are_read_one_by_one_and_small_ones_together():
