@@ -190,9 +190,13 @@ def run_tests(name: str, code: CodeType, tests: Sequence[str]) -> tuple[int, lis
     sys.meta_path.insert(0, changed)
     # That a test fails is enough; looking for the smallest way to make it fail takes most of the time.
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
-    hypothesis.settings.register_profile("mutants", phases=phases, database=None, deadline=None)
-    hypothesis.settings.load_profile("mutants")
-    options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "--hypothesis-seed=1", "-k", _QUICK]
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile(
+        "mutants", phases=phases, database=None, deadline=None, suppress_health_check=slow
+    )
+    # The profile is named here: tests/conftest.py loads one of its own before the tests are imported.
+    options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "-k", _QUICK]
+    options += ["--hypothesis-seed=1", "--hypothesis-profile=mutants"]
     status = int(pytest.main([*options, *tests]))
     return status, [name for name in changed.independent if name.partition(".")[0] != "tests"]
 
