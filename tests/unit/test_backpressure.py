@@ -17,9 +17,10 @@ from consul_backend.testing_faults import Call, Journey
 from consul_backend.txn import Cas, Op
 from consul_backend.wal import Head, Write
 from tests.sim.loop import NodeClock, SimLoop
+from tests.support.eventually import eventually
 from tests.support.store import Cluster, key, memory_cluster, ran
 
-QUIET = StoreOptions(segment_records=8, resolve_timeout_s=0.4, flush_interval_s=3600, collect_interval_s=3600)
+QUIET = StoreOptions(segment_records=8, resolve_timeout_s=2.0, flush_interval_s=3600, collect_interval_s=3600)
 MIB = 2**20
 
 
@@ -108,12 +109,12 @@ async def _rolled(store: ReplicatedStore, large: Awaitable[Head]) -> None:
 
 
 async def test_full_queues_refuse_and_count() -> None:
-    small = StoreOptions(segment_records=8, queue_batches_max=2, large_queue_max=1, resolve_timeout_s=0.4)
+    small = StoreOptions(segment_records=8, queue_batches_max=2, large_queue_max=1, resolve_timeout_s=2.0)
     async with memory_cluster() as cluster, cluster.running(small) as store:
         cluster.physical.gate.clear()
         commits = [asyncio.create_task(store.commit([Write(key(f"k{n}"), b"v")])) for n in range(6)]
         larges = [asyncio.create_task(store.commit([Write(key(f"l{n}"), b"v" * 400_000)])) for n in range(4)]
-        await asyncio.sleep(0.01)
+        await eventually(lambda: any(one.done() for one in commits) and any(one.done() for one in larges))
         cluster.physical.gate.set()
         outcomes = await asyncio.gather(*commits, *larges, return_exceptions=True)
         refused = [isinstance(outcome, Overloaded) for outcome in outcomes]

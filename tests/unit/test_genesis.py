@@ -18,7 +18,7 @@ from consul_backend.wal import Write
 from tests.support.store import GENERATION, Cluster, key, memory_cluster
 
 FIELDS: dict[str, Any] = {"node_id": "n", "time_ms": 1, "random_bytes": os.urandom}
-QUIET = StoreOptions(segment_records=8, resolve_timeout_s=0.4, flush_interval_s=3600, collect_interval_s=3600)
+QUIET = StoreOptions(segment_records=8, resolve_timeout_s=2.0, flush_interval_s=3600, collect_interval_s=3600)
 MANY = [Write(key(f"k{n}", "rlc"[n % 3]), b"%d" % n) for n in range(200)]
 """Four transactions of 64 operations."""
 BIG = [Write(key(f"v{n}"), b"v" * 60_000) for n in range(8)]

@@ -21,9 +21,10 @@ from consul_backend.position import Position
 from consul_backend.replicated import StoreOptions
 from consul_backend.txn import Cas, CheckIndex, CheckSession, Delete, Set
 from consul_backend.wal import Write, record_key
+from tests.support.eventually import eventually
 from tests.support.store import GENERATION, OPTIONS, key, memory_cluster, ran
 
-QUIET = StoreOptions(segment_records=8, resolve_timeout_s=0.4, flush_interval_s=3600, collect_interval_s=3600)
+QUIET = StoreOptions(segment_records=8, resolve_timeout_s=2.0, flush_interval_s=3600, collect_interval_s=3600)
 
 
 @pytest.fixture
@@ -87,9 +88,9 @@ async def test_one_in_flight_and_the_next_fills_up(cluster):
         cluster.physical.txns.clear()
         cluster.physical.gate.clear()
         first = asyncio.create_task(store.commit([Write(key("first"), b"")]))
-        await asyncio.sleep(0.01)
+        await eventually(lambda: len(cluster.physical.txns) == 1)
         others = [asyncio.create_task(store.commit([Write(key(f"k{n}"), b"")])) for n in range(130)]
-        await asyncio.sleep(0.01)
+        await eventually(lambda: store.statistics()["commit_queue"] == 130)
         assert len(cluster.physical.txns) == 1, "one transaction is in flight"
         assert store.statistics()["commit_queue"] == 130
         cluster.physical.gate.set()
@@ -325,8 +326,9 @@ async def test_cancelling_the_store_tells_who_is_in_flight_and_who_is_not(cluste
     store = await cluster.recover(QUIET)
     running = asyncio.create_task(store.run())
     cluster.physical.gate.clear()
+    sent = len(cluster.physical.txns)
     flying = asyncio.create_task(store.commit([Write(key("a"), b"")]))
-    await asyncio.sleep(0.01)
+    await eventually(lambda: len(cluster.physical.txns) > sent)
     queued = asyncio.create_task(store.commit([Write(key("b"), b"")]))
     await asyncio.sleep(0)
     running.cancel()

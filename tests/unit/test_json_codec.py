@@ -46,10 +46,10 @@ from sidecar.api.json_codec import DEPTH_MAX, NUMBER_CHARS_MAX, VALUES_MAX, JSON
     ids=lambda raw: repr(raw[:24]),
 )
 def test_bad_documents_are_refused_quickly(raw: bytes) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(JSONRefused, match="error parsing JSON"):
         json_codec.decode(raw)
-    assert time.monotonic() - started < 5, "more than linear in the size of the body"
+    assert time.process_time() - started < 5, "more than linear in the size of the body"
 
 
 def test_an_error_repeats_nothing_of_the_body() -> None:

@@ -13,7 +13,7 @@ from consul_backend.replicated import ReplicatedStore, StoreOptions
 from consul_backend.wal import Record, Write
 from tests.support.store import GENERATION, PARTITION, key, memory_cluster
 
-OPTIONS = StoreOptions(segment_records=8, wal_keep_records=8, resolve_timeout_s=0.2, flush_interval_s=3600)
+OPTIONS = StoreOptions(segment_records=8, wal_keep_records=8, resolve_timeout_s=2.0, flush_interval_s=3600)
 SMALL = Limits(ops_max=8, body_bytes_max=48 * 1024, value_bytes_max=16 * 1024)
 OLD = {f"k{n}": b"old" for n in range(20)}
 NEW = {**{f"k{n}": b"new" * 80 for n in range(10, 130)}, "k3": None, "big": b"v" * 60_000}

@@ -19,7 +19,7 @@ from consul_backend.txn import Cas, CheckIndex, CheckSession, Set
 from consul_backend.wal import Record, Write
 from tests.support.store import GENERATION, PARTITION, Cluster, key, memory_cluster
 
-QUIET = StoreOptions(segment_records=8, flush_interval_s=3600, collect_interval_s=3600, resolve_timeout_s=0.2)
+QUIET = StoreOptions(segment_records=8, flush_interval_s=3600, collect_interval_s=3600, resolve_timeout_s=2.0)
 BUSY = StoreOptions(segment_records=8, wal_keep_records=4, flush_interval_s=0.01, collect_interval_s=0.01)
 SMALL = Limits(ops_max=8, body_bytes_max=48 * 1024, value_bytes_max=16 * 1024)
 """A store so small that a few kilobytes are a large batch."""

@@ -108,7 +108,7 @@ async def test_a_filler_that_cannot_be_sent_either_leaves_the_outcome_unknown() 
     await inner.open()
     cluster = Cluster(inner)
     await cluster.genesis()
-    store = await cluster.recover(StoreOptions(segment_records=8, resolve_timeout_s=0.2))
+    store = await cluster.recover(StoreOptions(segment_records=8, resolve_timeout_s=2.0))
     fates: list[str | Exception] = ["lose-before", TooLarge("too large (9 > 5 bytes)")]
     cluster.physical.fault = lambda ops: (
         None if not isinstance(ops[-1], Cas) else fates.pop(0) if fates else "lose-before"

@@ -24,7 +24,7 @@ from tests.support.store import GENERATION, PARTITION, key, memory_cluster
 OPTIONS = StoreOptions(
     segment_records=4,
     wal_keep_records=8,
-    resolve_timeout_s=0.1,
+    resolve_timeout_s=2.0,
     flush_interval_s=3600,
     collect_interval_s=3600,
 )

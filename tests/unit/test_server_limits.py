@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from multidict import CIMultiDict
@@ -15,7 +15,9 @@ from sidecar.api.server import ApiServer, ServerLimits
 from sidecar.api.statuses import refusal
 from sidecar.request.types import HttpRequest, HttpResponse
 
-SMALL = ServerLimits(body_bytes_max=1000, buffered_bytes_max=1500, body_timeout_s=0.2, request_timeout_s=0.3)
+SMALL = ServerLimits(body_bytes_max=1000, buffered_bytes_max=1500, body_timeout_s=60.0, request_timeout_s=60.0)
+QUICK = replace(SMALL, body_timeout_s=0.2, request_timeout_s=0.3)
+"""Where something is to be given up."""
 
 
 @dataclass
@@ -171,7 +173,7 @@ async def test_bodies_of_all_requests_together_are_bounded() -> None:
 
 
 async def test_a_body_that_does_not_arrive_is_given_up() -> None:
-    async with serving() as served:
+    async with serving(QUICK) as served:
         answer = await served.raw(request("PUT", "/v1/x", "Content-Length: 10") + b"abc")
     assert (answer.status, answer.closed) == (408, True)
     assert served.requests == []
@@ -187,7 +189,7 @@ async def test_a_handler_that_does_not_answer_is_given_up() -> None:
             cancelled.set()
         return HttpResponse()
 
-    async with serving() as served:
+    async with serving(QUICK) as served:
         served.handle = stuck  # type: ignore[method-assign] - a test double changes its mind
         answer = await served.raw(request())
     assert answer.status == 503
