@@ -21,8 +21,9 @@ QUICK = replace(OPTIONS, certificate_check_s=0.05)
 
 
 @pytest.fixture
-async def pair() -> AsyncIterator[Pair]:
-    """us, primary in both modes, and its API."""
+async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    """us, primary in both modes, and its API; it waits for its mirrors longer than any test does."""
+    monkeypatch.setattr(primary_module, "FOLLOWED_WAIT_S", 600.0)
     async with primary_in(PERFORMANCE, DR, primary=Cluster("us", options=QUICK)) as pair:
         yield pair
 
@@ -127,9 +128,9 @@ async def test_the_control_who_does_not_wait_is_locked_out(pair: Pair, monkeypat
     again = await pair.start("eu-dr-again", eu_dr.store, QUICK)
     await promoted(again)
     assert shown(again) == first
+    await until(lambda: (service := again.of(PERFORMANCE).secondary) is not None and service._failures >= 3)
     service = again.of(PERFORMANCE).secondary
     assert service is not None
-    await until(lambda: service._failures >= 3)
     assert not service.connected_to
     # What is left is a token.
     token = await pair.token("eu-again")
