@@ -214,7 +214,7 @@ def test_the_dev_server_over_tls(environment: dict[str, str], tmp_path: Path) ->
         assert sorted(path.name for path in ca.parent.iterdir()) == ["vault-ca.pem", "vault-cert.pem", "vault-key.pem"]
         assert stat.S_IMODE((ca.parent / "vault-key.pem").stat().st_mode) == 0o600
         assert hvac.Client(exports["VAULT_ADDR"], token="root", verify=str(ca)).is_authenticated()
-        status = subprocess.run(["vault", "status"], env=environment | exports, capture_output=True, timeout=60)
+        status = subprocess.run(["vault", "status"], env=environment | exports, capture_output=True, timeout=300)
         assert status.returncode == 0, status.stderr
         for name in ("dev.test", "localhost"):
             context = ssl.create_default_context(cafile=str(ca))
@@ -229,7 +229,7 @@ def test_the_dev_server_over_tls(environment: dict[str, str], tmp_path: Path) ->
             assert process.poll() is None
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     assert "shutdown triggered" in log.read_text()
     assert "shutdown triggered" not in (tmp_path / "server.log.1").read_text()
     assert not ca.parent.exists()
