@@ -32,8 +32,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 CACHE = PROJECT / ".cache" / "clients"
 SUITES = PROJECT / "scripts" / "client_suites.toml"
 SUITE_TIMEOUT_S = 1800
-COMMAND_TIMEOUT_S = 60
-SERVER_TIMEOUT_S = 60
+COMMAND_TIMEOUT_S = 300
+SERVER_TIMEOUT_S = 180
 TOKEN = "root-of-the-client-suites"  # of a development server on loopback
 NOT_PASSED_ON = ("VAULT_", "BAO_", "OUTRIDER_", "CONSUL_", "PYTEST", "PYTHON")
 """What this machine's environment says about servers, and about the interpreter that runs this script."""

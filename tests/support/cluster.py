@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -58,7 +59,8 @@ def call(
     headers: dict[str, str] | None = None,
     timeout_s: float = START_TIMEOUT_S,
 ) -> Reply:
-    """One request to ``/v1/<path>``; any status is an answer. Redirects are not followed."""
+    """One request to ``/v1/<path>``; any status is an answer. Redirects are not followed. Raises OSError, also when the
+    answer breaks off."""
     request = urllib.request.Request(f"{address}/v1/{path}", method=method, headers=dict(headers or {}))
     request.add_header("X-Vault-Request", "true")
     if token:
@@ -73,6 +75,8 @@ def call(
     except urllib.error.HTTPError as error:
         with error:
             return _reply(error.code, error.read(), dict(error.headers))
+    except http.client.IncompleteRead as error:
+        raise ConnectionResetError(f"{method} {path}: the answer broke off") from error
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -159,7 +159,7 @@ class ConsulServer:
     # -- talking to it
 
     def call(
-        self, method: str, path: str, body: Any = None, *, token: str | None = None, timeout_s: float = 10.0
+        self, method: str, path: str, body: Any = None, *, token: str | None = None, timeout_s: float = 60.0
     ) -> RawAnswer:
         """One request to ``/v1/<path>`` with the management token, or ``token``; bytes go as they are, else as JSON."""
         secret = self.management_token if token is None else token
@@ -193,7 +193,7 @@ class ConsulServer:
 
     def snapshot(self) -> bytes:
         """The whole state, as an operator's backup holds it."""
-        with self._open("GET", "snapshot", None, self.management_token, 30.0) as answer:
+        with self._open("GET", "snapshot", None, self.management_token, 120.0) as answer:
             return bytes(answer.read())
 
     def restore(self, snapshot: bytes) -> None:
