@@ -22,8 +22,10 @@ class Elected:
 
     def __init__(self) -> None:
         self.released: list[Held] = []
+        self.running = asyncio.Event()
 
     async def campaign(self) -> Held:
+        self.running.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -79,7 +81,7 @@ async def test_a_lock_won_while_the_node_is_sealed_reaches_the_one_who_gives_it_
     physical, elected, sealing = EmbeddedStore(None), Elected(), Sealing()
     await physical.open()
     standing = asyncio.create_task(standing_by(physical, sealing, elected)._stand_by(cast("Any", None)))
-    await asyncio.sleep(0.05)
+    await asyncio.wait_for(elected.running.wait(), 60)
     sealing.left.set()
     assert await asyncio.wait_for(standing, 120) is HELD
     await physical.close()
@@ -98,7 +100,7 @@ async def test_a_lock_won_while_the_process_ends_is_released() -> None:
     physical, elected = EmbeddedStore(None), Elected()
     await physical.open()
     standing = asyncio.create_task(standing_by(physical, Sealing(), elected)._stand_by(cast("Any", None)))
-    await asyncio.sleep(0.05)
+    await asyncio.wait_for(elected.running.wait(), 60)
     standing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await standing
