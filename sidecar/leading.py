@@ -55,7 +55,7 @@ from sidecar.replication.modes import DR, PERFORMANCE
 from sidecar.replication.roles import SecondaryRole, decode_role
 from sidecar.replication.selection import Mount
 from sidecar.replication.staging import Staging
-from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
+from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial, Wiring
 from sidecar.request.types import ForwardedAuth
 from sidecar.sanitized_config import sanitized
 from sidecar.sealing import Opened
@@ -225,34 +225,36 @@ class ActiveScope:
     ) -> Replication:
         identity = self._node.identity
         return Replication(
-            store=store,
-            sealed=sealed,
-            listener=self._listener,
-            node=NodeInfo(
-                node_id=identity.node_id,
-                local_cluster_id=cluster.cluster_id,
-                api_addr=identity.api_addr,
-                cluster_addr=identity.cluster_addr,
-                cluster_addresses=cluster_addresses,
-            ),
-            callbacks=Callbacks(
-                on_applied=self._on_applied,
-                set_gate=self._set_gate,
-                secret_material=self._secret_material,
-                flip=self._flip,
-                execute=self._execute,
-                restart=self._begin_anew,
-                keep_keys=self._keep_keys,
-                root_key=barrier.root_key,
-                derived_key=barrier.derived_key,
-                open_entry=self._open_entry,
-                standalone=self._standalone,
-                gate=self._writes,
-                mounts=self._mounts,
-                reselected=self._reselected,
-            ),
-            clock=self._clock,
-            options=self._parts.replication,
+            Wiring(
+                store=store,
+                sealed=sealed,
+                listener=self._listener,
+                node=NodeInfo(
+                    node_id=identity.node_id,
+                    local_cluster_id=cluster.cluster_id,
+                    api_addr=identity.api_addr,
+                    cluster_addr=identity.cluster_addr,
+                    cluster_addresses=cluster_addresses,
+                ),
+                callbacks=Callbacks(
+                    on_applied=self._on_applied,
+                    set_gate=self._set_gate,
+                    secret_material=self._secret_material,
+                    flip=self._flip,
+                    execute=self._execute,
+                    restart=self._begin_anew,
+                    keep_keys=self._keep_keys,
+                    root_key=barrier.root_key,
+                    derived_key=barrier.derived_key,
+                    open_entry=self._open_entry,
+                    standalone=self._standalone,
+                    gate=self._writes,
+                    mounts=self._mounts,
+                    reselected=self._reselected,
+                ),
+                clock=self._clock,
+                options=self._parts.replication,
+            )
         )
 
     def _make_service(self, store: GatedStore, barrier: Barrier, cluster: ClusterInfo) -> Service | MirrorService:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from consul_backend.clock import Clock
 from consul_backend.failpoint import failpoint
 from consul_backend.position import Position
 from consul_backend.reindex import ReindexOptions
@@ -50,46 +49,29 @@ from sidecar.replication.texts import (
     UPDATING_PRIMARY,
 )
 from sidecar.replication.upkeep import IndexUpkeep
-from sidecar.replication.wiring import (
-    AuthLike,
-    Callbacks,
-    ClusterStore,
-    ForwardAnswer,
-    NodeInfo,
-    ReplicationOptions,
-    SealedEntries,
-)
+from sidecar.replication.wiring import AuthLike, Callbacks, ForwardAnswer, Wiring
 from sidecar.transport.forwarding import RequestLike
-from sidecar.transport.listener import ClusterListener
 
 logger = logging.getLogger(__name__)
 
 
 class Replication:
-    """See the module. ``store`` is the raw replicated store, ``sealed`` the same through the barrier."""
+    """See the module."""
 
-    def __init__(
-        self,
-        *,
-        store: ClusterStore,
-        sealed: SealedEntries,
-        listener: ClusterListener,
-        node: NodeInfo,
-        callbacks: Callbacks,
-        clock: Clock,
-        options: ReplicationOptions | None = None,
-    ) -> None:
-        self._store = store
-        self._sealed = sealed
-        self._listener = listener
-        self._node = node
+    def __init__(self, wiring: Wiring) -> None:
+        callbacks = wiring.callbacks
+        self._wiring = wiring
+        self._store = wiring.store
+        self._sealed = wiring.sealed
+        self._listener = wiring.listener
+        self._node = wiring.node
         self._callbacks = callbacks
-        self._clock = clock
-        self._options = options or ReplicationOptions()
+        self._clock = wiring.clock
+        self._options = wiring.options
         self._activating = asyncio.Lock()
         self._bootstrapping: Mode | None = None
         self._began_as_mirror = False
-        self._upkeep = IndexUpkeep(store, sealed, clock, self._ask_secondaries)
+        self._upkeep = IndexUpkeep(wiring.store, wiring.sealed, wiring.clock, self._ask_secondaries)
         self.denials = Denials(self._restrict, callbacks.set_gate)
         self.performance = self._manager(PERFORMANCE, replace(callbacks, set_gate=self.denials.fill))
         self.filters = Filters(self.performance, lambda: self._steady(PERFORMANCE.name))
@@ -98,8 +80,8 @@ class Replication:
         self.sessions = Sessions(
             self.performance,
             self.dr,
-            cluster_id=node.local_cluster_id,
-            clock=clock,
+            cluster_id=wiring.node.local_cluster_id,
+            clock=wiring.clock,
             wait_s=self._options.wal_wait_s,
             derived_key=callbacks.derived_key,
         )
@@ -107,13 +89,7 @@ class Replication:
     def _manager(self, mode: Mode, callbacks: Callbacks) -> ModeManager:
         return ModeManager(
             mode,
-            store=self._store,
-            sealed=self._sealed,
-            listener=self._listener,
-            node=self._node,
-            callbacks=callbacks,
-            clock=self._clock,
-            options=self._options,
+            replace(self._wiring, callbacks=callbacks),
             restrict=self._restrict,
             denials=self.denials,
             mirrored=self._followed if mode is PERFORMANCE else None,

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from consul_backend.clock import Clock, SteadyTime
+from consul_backend.clock import SteadyTime
 from consul_backend.failpoint import failpoint
 from consul_backend.position import Position
 from consul_backend.wal import Write
@@ -34,9 +34,8 @@ from sidecar.replication.protocol import is_none
 from sidecar.replication.roles import DisabledRole, PrimaryRole, Role, SecondaryRole
 from sidecar.replication.secondary import SecondaryService
 from sidecar.replication.selection import EVERYTHING, Mount, Partitions, selection_for
-from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions, SealedEntries
+from sidecar.replication.wiring import Wiring
 from sidecar.transport.certificates import Credentials
-from sidecar.transport.listener import ClusterListener
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +48,14 @@ _R = TypeVar("_R", bound=Role)
 
 
 class ModeManager:
-    """See the module. ``store`` is the raw replicated store, ``sealed`` the same through the barrier. ``mirrored``
-    waits a moment for whoever would take this cluster's place; None where its roles are not mirrored."""
+    """See the module. ``mirrored`` waits a moment for whoever would take this cluster's place; None where its roles are
+    not mirrored."""
 
     def __init__(
         self,
         mode: Mode,
+        wiring: Wiring,
         *,
-        store: ClusterStore,
-        sealed: SealedEntries,
-        listener: ClusterListener,
-        node: NodeInfo,
-        callbacks: Callbacks,
-        clock: Clock,
-        options: ReplicationOptions,
         restrict: Callable[[], None],
         denials: Denials,
         mirrored: Callable[[], Awaitable[None]] | None = None,
@@ -71,19 +64,19 @@ class ModeManager:
         self.denials = denials
         self._restrict = restrict
         self._mirrored = mirrored
-        self.store = store
-        self.clock = clock
-        self.steady = SteadyTime(clock)
-        self.options = options
+        self.store = wiring.store
+        self.clock = wiring.clock
+        self.steady = SteadyTime(wiring.clock)
+        self.options = wiring.options
         self.primary: PrimaryService | None = None
         self.secondary: SecondaryService | None = None
         self.former: FormerPrimary | None = None
-        self.lost = LostWrites(mode, store, sealed)
+        self.lost = LostWrites(mode, wiring.store, wiring.sealed)
         self.lost_heads: list[LostHead] = []
-        self._sealed = sealed
-        self._listener = listener
-        self._node = node
-        self._callbacks = callbacks
+        self._wiring = wiring
+        self._sealed = wiring.sealed
+        self._node = wiring.node
+        self._callbacks = wiring.callbacks
         self._role: Role = DisabledRole()
         self._changing = asyncio.Lock()
         self._turned = asyncio.Event()
@@ -378,12 +371,7 @@ class ModeManager:
             if isinstance(role, PrimaryRole):
                 self.primary = PrimaryService(
                     self.mode,
-                    self.store,
-                    self._listener,
-                    self._node,
-                    self._callbacks,
-                    self.clock,
-                    self.options,
+                    self._wiring,
                     role,
                     newest=self._primary_of(role.epoch),
                     steady=self.steady,
@@ -401,11 +389,7 @@ class ModeManager:
                 heard = await load_heard(self.mode, self._sealed)
                 self.secondary = SecondaryService(
                     self.mode,
-                    self.store,
-                    self._node,
-                    self._callbacks,
-                    self.clock,
-                    self.options,
+                    self._wiring,
                     role,
                     learned=self._learned,
                     adopt=self._adopt,

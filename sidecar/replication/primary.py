@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
-from consul_backend.clock import Clock, SteadyTime
+from consul_backend.clock import SteadyTime
 from consul_backend.errors import BackendError
 from consul_backend.failpoint import failpoint
 from consul_backend.position import Position
@@ -46,7 +46,7 @@ from sidecar.replication.protocol import HelloReply, ProtocolViolation
 from sidecar.replication.roles import KnownSecondary, PrimaryRole
 from sidecar.replication.shipped import Shipped
 from sidecar.replication.shipper import Advertised, Select, Shipper, ShipperOptions
-from sidecar.replication.wiring import Callbacks, ClusterStore, NodeInfo, ReplicationOptions
+from sidecar.replication.wiring import ReplicationOptions, Wiring
 from sidecar.transport.forwarding import (
     FORWARD_PATH,
     REQUEST_BYTES_MAX,
@@ -56,7 +56,7 @@ from sidecar.transport.forwarding import (
     decode,
     encode,
 )
-from sidecar.transport.listener import ClusterListener, Purpose, peer_of
+from sidecar.transport.listener import Purpose, peer_of
 from sidecar.transport.trail import UPWARD, LoopRefused, arrived
 
 logger = logging.getLogger(__name__)
@@ -82,12 +82,7 @@ class PrimaryService:
     def __init__(
         self,
         mode: Mode,
-        store: ClusterStore,
-        listener: ClusterListener,
-        node: NodeInfo,
-        callbacks: Callbacks,
-        clock: Clock,
-        options: ReplicationOptions,
+        wiring: Wiring,
         role: PrimaryRole,
         *,
         newest: Callable[[], PrimaryRole | None],
@@ -98,11 +93,11 @@ class PrimaryService:
         denied: Denied = unheard,
     ) -> None:
         self._mode = mode
-        self._store = store
-        self._listener = listener
-        self._node = node
-        self._callbacks = callbacks
-        self._clock = clock
+        self._store = wiring.store
+        self._listener = wiring.listener
+        self._node = wiring.node
+        self._callbacks = wiring.callbacks
+        self._clock = wiring.clock
         self._steady = steady
         self._role = role
         self._newest = newest
@@ -111,18 +106,19 @@ class PrimaryService:
         self._denied = denied
         self.serving = serving
         self.source = Source(
-            node.local_cluster_id,
+            wiring.node.local_cluster_id,
             role.set_id,
-            store.generation,
+            wiring.store.generation,
             role.epoch.number,
             role.epoch.id,
             role.history,
         )
+        options = wiring.options
         self.shipper = self._make_shipper(options)
         self.certifier = Certifier(
             mode,
-            listener,
-            clock,
+            wiring.listener,
+            wiring.clock,
             newest=newest,
             change=change,
             certificate_ttl_s=options.certificate_ttl_s,

@@ -15,7 +15,6 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from consul_backend.clock import Clock
 from consul_backend.errors import NotApplied, Overloaded
 from consul_backend.errors import Unavailable as StoreUnavailable
 from plugin_api.errors import InvalidRequest, PluginError, Unavailable
@@ -42,14 +41,7 @@ from sidecar.replication.status import SyncFacts
 from sidecar.replication.sync import Syncer
 from sidecar.replication.sync_calls import ask_diff, ask_entries
 from sidecar.replication.upstream import answer_of, upward_request
-from sidecar.replication.wiring import (
-    AuthLike,
-    Callbacks,
-    ClusterStore,
-    ForwardAnswer,
-    NodeInfo,
-    ReplicationOptions,
-)
+from sidecar.replication.wiring import AuthLike, ForwardAnswer, Wiring
 from sidecar.replication.withheld import drop_withheld
 from sidecar.transport.forwarding import (
     ForwardNotSent,
@@ -89,11 +81,7 @@ class SecondaryService:
     def __init__(
         self,
         mode: Mode,
-        store: ClusterStore,
-        node: NodeInfo,
-        callbacks: Callbacks,
-        clock: Clock,
-        options: ReplicationOptions,
+        wiring: Wiring,
         role: SecondaryRole,
         *,
         learned: Callable[[tuple[str, ...]], Awaitable[SecondaryRole | None]],
@@ -104,15 +92,15 @@ class SecondaryService:
         self._mode = mode
         self._adopt = adopt
         self._synced = synced
-        self._store = store
-        self._node = node
-        self._callbacks = callbacks
-        self._clock = clock
-        self._options = options
+        self._store = wiring.store
+        self._node = wiring.node
+        self._callbacks = wiring.callbacks
+        self._clock = wiring.clock
+        self._options = wiring.options
         self._role = role
         self._learned = learned
         self._identity = secondary_identity(mode, role) if role.attached else None
-        self._renewal = Renewal(clock, role=lambda: self._role, post=self._ask_certificate, keep=renewed)
+        self._renewal = Renewal(wiring.clock, role=lambda: self._role, post=self._ask_certificate, keep=renewed)
         self._channel: Channel | None = None
         self._clients: dict[str, PeerClient] = {}
         self._failures = 0
@@ -124,7 +112,7 @@ class SecondaryService:
         self._syncer: Syncer | None = None
         self.machine = Machine()
         self.connected_to = ""
-        self.started_ms = clock.time_ms()
+        self.started_ms = wiring.clock.time_ms()
         self.shrink: Shrink | None = None
         self.last_sync: SyncFacts | None = None
         self.applier = self._make_applier()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from consul_backend.allowance import DeleteAllowance
+from consul_backend.clock import Clock
 from consul_backend.index_check import Inspected
 from consul_backend.limits import Limits
 from consul_backend.wal import Write
@@ -15,6 +16,7 @@ from sidecar.replication.selection import Mount
 from sidecar.replication.staging import Staging
 from sidecar.replication.store_view import PrimaryStore, SecondaryStore
 from sidecar.transport.forwarding import ForwardRequest
+from sidecar.transport.listener import ClusterListener
 
 
 class ClusterStore(PrimaryStore, SecondaryStore, Protocol):
@@ -154,6 +156,20 @@ class ReplicationOptions:
             raise ValueError("reconnect_min_s must be positive and at most reconnect_max_s")
         if self.beat_s <= 0 or self.silent_beats_max < 1 or self.wal_wait_s < 0:
             raise ValueError("beat_s must be positive, silent_beats_max at least 1, wal_wait_s not negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What replication acts on in one tenure, whatever the mode. ``store`` is the raw replicated store, ``sealed`` the
+    same through the barrier."""
+
+    store: ClusterStore
+    sealed: SealedEntries
+    listener: ClusterListener
+    node: NodeInfo
+    callbacks: Callbacks
+    clock: Clock
+    options: ReplicationOptions = field(default_factory=ReplicationOptions)
 
 
 class AuthLike(Protocol):

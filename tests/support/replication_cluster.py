@@ -26,7 +26,7 @@ from sidecar.replication.modes import PERFORMANCE, Mode
 from sidecar.replication.selection import Mount
 from sidecar.replication.states import Phase
 from sidecar.replication.texts import ENABLING_SECONDARY, PLAIN_HTTP
-from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial
+from sidecar.replication.wiring import Callbacks, Executed, NodeInfo, ReplicationOptions, SecretMaterial, Wiring
 from sidecar.transport.forwarding import ForwardRequest
 from sidecar.transport.listener import ClusterListener
 from tests.support.replication import MemoryStore
@@ -147,34 +147,36 @@ class Cluster:
 
     def _make(self) -> Replication:
         return Replication(
-            store=self.store,
-            sealed=self.store,
-            listener=self.listener,
-            node=NodeInfo(
-                f"{self.name}-0",
-                f"cluster-{self.name}",
-                f"https://{self.name}:8200",
-                self.address,
-                lambda: self.addresses,
-            ),
-            callbacks=Callbacks(
-                on_applied=self._on_applied,
-                set_gate=self.gates.append,
-                secret_material=self._material,
-                flip=self._flip,
-                execute=self._do,
-                restart=self._restart.set,
-                keep_keys=self._keep_keys,
-                root_key=lambda: MATERIAL.root_key,
-                derived_key=lambda label: hashlib.sha256(MATERIAL.root_key + label).digest(),
-                open_entry=self._open,
-                standalone=self._standalone,
-                gate=self.writes,
-                mounts=self._mounts,
-                reselected=self._reselected,
-            ),
-            clock=self.clock,
-            options=self._options,
+            Wiring(
+                store=self.store,
+                sealed=self.store,
+                listener=self.listener,
+                node=NodeInfo(
+                    f"{self.name}-0",
+                    f"cluster-{self.name}",
+                    f"https://{self.name}:8200",
+                    self.address,
+                    lambda: self.addresses,
+                ),
+                callbacks=Callbacks(
+                    on_applied=self._on_applied,
+                    set_gate=self.gates.append,
+                    secret_material=self._material,
+                    flip=self._flip,
+                    execute=self._do,
+                    restart=self._restart.set,
+                    keep_keys=self._keep_keys,
+                    root_key=lambda: MATERIAL.root_key,
+                    derived_key=lambda label: hashlib.sha256(MATERIAL.root_key + label).digest(),
+                    open_entry=self._open,
+                    standalone=self._standalone,
+                    gate=self.writes,
+                    mounts=self._mounts,
+                    reselected=self._reselected,
+                ),
+                clock=self.clock,
+                options=self._options,
+            )
         )
 
     def of(self, mode: Mode) -> ModeManager:

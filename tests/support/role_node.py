@@ -34,7 +34,7 @@ from sidecar.replication.manager import Replication
 from sidecar.replication.modes import DR, PERFORMANCE, Mode
 from sidecar.replication.roles import DisabledRole, Role, SecondaryRole
 from sidecar.replication.selection import Mount
-from sidecar.replication.wiring import Callbacks, NodeInfo, ReplicationOptions, SecretMaterial
+from sidecar.replication.wiring import Callbacks, NodeInfo, ReplicationOptions, SecretMaterial, Wiring
 from sidecar.request.types import HttpRequest
 from sidecar.transport.certificates import make_authority
 from sidecar.transport.listener import ClusterListener
@@ -148,30 +148,34 @@ async def role_node(performance: str, disaster: str, *, also: Sequence[Write] = 
         return SecretMaterial(barrier.root_key(), {key: store.data[key] for key in keyrings}, store.data["c/core/seal"])
 
     replication = Replication(
-        store=store,
-        sealed=sealed,
-        listener=ClusterListener("127.0.0.1", 0),
-        node=NodeInfo("n", genesis.cluster.cluster_id, API_ADDR, "https://us:8201", lambda: ["https://us:8201"]),
-        callbacks=Callbacks(
-            on_applied=nothing,
-            set_gate=lambda reason: None,
-            secret_material=material,
-            flip=refuse,
-            execute=refuse,
-            restart=lambda: restarts.append(None),
-            keep_keys=lambda: keep_keys(sealed, clock.now_s),
-            root_key=barrier.root_key,
-            derived_key=barrier.derived_key,
-            open_entry=barrier.open_value,
-            standalone=nothing,
-            gate=gate,
-            mounts=lambda: (
-                [Mount(one.full_path, one.uuid, one.type) for one in made[0].mounts.table.replicated()] if made else []
+        Wiring(
+            store=store,
+            sealed=sealed,
+            listener=ClusterListener("127.0.0.1", 0),
+            node=NodeInfo("n", genesis.cluster.cluster_id, API_ADDR, "https://us:8201", lambda: ["https://us:8201"]),
+            callbacks=Callbacks(
+                on_applied=nothing,
+                set_gate=lambda reason: None,
+                secret_material=material,
+                flip=refuse,
+                execute=refuse,
+                restart=lambda: restarts.append(None),
+                keep_keys=lambda: keep_keys(sealed, clock.now_s),
+                root_key=barrier.root_key,
+                derived_key=barrier.derived_key,
+                open_entry=barrier.open_value,
+                standalone=nothing,
+                gate=gate,
+                mounts=lambda: (
+                    [Mount(one.full_path, one.uuid, one.type) for one in made[0].mounts.table.replicated()]
+                    if made
+                    else []
+                ),
+                reselected=lambda: made[0].reselected() if made else nothing(),
             ),
-            reselected=lambda: made[0].reselected() if made else nothing(),
-        ),
-        clock=SystemClock(),
-        options=ReplicationOptions(probe_timeout_s=0.2),
+            clock=SystemClock(),
+            options=ReplicationOptions(probe_timeout_s=0.2),
+        )
     )
     await replication.load()
     node = FakeNode(genesis)

@@ -34,7 +34,7 @@ from sidecar.replication.mode_manager import ModeManager
 from sidecar.replication.modes import MODES
 from sidecar.replication.selection import Mount
 from sidecar.replication.upstream import STALL_WARNING
-from sidecar.replication.wiring import Callbacks, Executed, ForwardAnswer, NodeInfo, SecretMaterial
+from sidecar.replication.wiring import Callbacks, Executed, ForwardAnswer, NodeInfo, SecretMaterial, Wiring
 from sidecar.transport.forwarding import ForwardRequest
 from tests.sim.clusters.links import Links
 from tests.sim.clusters.port import Port
@@ -153,15 +153,21 @@ class SetNode(Node):
         self.gate = None
         self._writes = WriteGate()
         replication = Replication(
-            store=store,
-            sealed=Sealed(store),
-            listener=self.port,  # type: ignore[arg-type]  # the part of a listener that replication uses
-            node=NodeInfo(
-                self.host, f"cluster-{self.cluster.name}", f"https://{self.host}:8200", self.address, self._addresses
-            ),
-            callbacks=self._callbacks(),
-            clock=self.clock,
-            options=self.cluster.plan.replication,
+            Wiring(
+                store=store,
+                sealed=Sealed(store),
+                listener=self.port,  # type: ignore[arg-type]  # the part of a listener that replication uses
+                node=NodeInfo(
+                    self.host,
+                    f"cluster-{self.cluster.name}",
+                    f"https://{self.host}:8200",
+                    self.address,
+                    self._addresses,
+                ),
+                callbacks=self._callbacks(),
+                clock=self.clock,
+                options=self.cluster.plan.replication,
+            )
         )
         await replication.load()
         self.replication = replication
