@@ -37,10 +37,9 @@ class EmbeddedStore:
         path: str | None = None,
         *,
         limits: Limits | None = None,
-        clock: Clock | None = None,
         _hub: _Hub | None = None,
     ) -> None:
-        self._hub = _hub or _Hub(path, limits or Limits(), clock or SystemClock())
+        self._hub = _hub or _Hub(path, limits or Limits(), SystemClock())
         self._beat = Beat()
         self._beat_ttl_s = 0.0
         self._opened = False

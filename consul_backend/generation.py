@@ -16,13 +16,13 @@ def physical_key(generation: str, key: str) -> str:
     return f"g/{generation}/d/{encode_partition(cls, partition)}/{encode_path(path)}"
 
 
-async def read_entry(physical: PhysicalStore, generation: str, key: str, consistent: bool = True) -> bytes | None:
+async def read_entry(physical: PhysicalStore, generation: str, key: str) -> bytes | None:
     """One entry without an index, for nodes that are not active; None means proven absence."""
     while True:
-        item = await physical.get(physical_key(generation, key), consistent=consistent)
+        item = await physical.get(physical_key(generation, key), consistent=True)
         if item is None:
             return None
-        value = await read_value(physical, generation, item.value, consistent=consistent)
+        value = await read_value(physical, generation, item.value, consistent=True)
         if value is not None:
             return value
         again = await physical.get(physical_key(generation, key), consistent=True)

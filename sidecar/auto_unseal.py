@@ -21,7 +21,7 @@ POLL_S = 1.0
 """How often a node looks whether its cluster has been initialized, by another node."""
 
 
-async def keep_unsealed(sealing: Sealing, seal: AutoSeal, *, retry_s: tuple[float, float] = RETRY_S) -> None:
+async def keep_unsealed(sealing: Sealing, seal: AutoSeal) -> None:
     """Run ``seal`` and unseal whenever the node is sealed and may open itself; until cancelled."""
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(seal.run(), name="auto seal")
@@ -37,7 +37,7 @@ async def keep_unsealed(sealing: Sealing, seal: AutoSeal, *, retry_s: tuple[floa
                     failures = 0
                     continue
             except Unavailable as error:
-                low, high = retry_s
+                low, high = RETRY_S
                 wait_s = min(high, low * 2**failures)
                 failures = min(failures + 1, 16)
                 log.warning("auto-unseal failed, next try in %.1f s: %s", wait_s, error)

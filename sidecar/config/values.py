@@ -335,7 +335,7 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def split_address(text: str, default_port: int = API_PORT) -> tuple[str, int]:
+def split_address(text: str) -> tuple[str, int]:
     """Host and port of ``host:port``, ``host``, ``:port``, ``[v6]:port``. No host is every IPv4 address. Raises
     ValueError."""
     if "{{" in text:
@@ -344,4 +344,4 @@ def split_address(text: str, default_port: int = API_PORT) -> tuple[str, int]:
     if not text.strip() or parts.path or parts.query or parts.fragment or "@" in text or any(map(str.isspace, text)):
         raise ValueError("not host:port")
     port = parts.port
-    return parts.hostname or "0.0.0.0", default_port if port is None else port  # noqa: S104 - as Vault reads ":8200"
+    return parts.hostname or "0.0.0.0", API_PORT if port is None else port  # noqa: S104 - as Vault reads ":8200"

@@ -65,7 +65,7 @@ class Failure:
 
 
 class LeaseRevocation:
-    """``wake`` is called when something became due now; ``jitter`` returns 0 to 1."""
+    """``wake`` is called when something became due now."""
 
     def __init__(
         self,
@@ -76,8 +76,6 @@ class LeaseRevocation:
         now: Callable[[], float],
         *,
         wake: Callable[[], None] = lambda: None,
-        jitter: Callable[[], float] = random.random,
-        attempt_s_max: float = ATTEMPT_S_MAX,
     ) -> None:
         self._sealed = sealed
         self._leases = leases
@@ -85,8 +83,6 @@ class LeaseRevocation:
         self._engine_of = engine_of
         self._now = now
         self._wake = wake
-        self._jitter = jitter
-        self._attempt_s_max = attempt_s_max
         # One attempt at a time for a lease, apart from the lock of its entry: an engine may hang.
         self._attempts = KeyedLocks()
         self._irrevocable: set[str] = set()
@@ -115,7 +111,7 @@ class LeaseRevocation:
             return
         METRICS.increment("expire.lease_expiration")
         METRICS.sample("expire.time_in_queue", max(self._now() - due.at_s, 0.0) * 1000)
-        await self._attempt(lease_id, self._attempt_s_max, due_s=due.at_s)
+        await self._attempt(lease_id, ATTEMPT_S_MAX, due_s=due.at_s)
 
     # -- when somebody asks
 
@@ -126,7 +122,7 @@ class LeaseRevocation:
             failure = None
             if await self._end(lease_id):
                 if sync:
-                    failure = await self._attempt(lease_id, self._attempt_s_max)
+                    failure = await self._attempt(lease_id, ATTEMPT_S_MAX)
                 else:
                     self._wake()
         if failure is not None:
@@ -145,7 +141,7 @@ class LeaseRevocation:
                     ended.append(lease_id)
 
             async def attempt(lease_id: str) -> None:
-                limit_s = FORCED_ATTEMPT_S_MAX if force else self._attempt_s_max
+                limit_s = FORCED_ATTEMPT_S_MAX if force else ATTEMPT_S_MAX
                 failure = await self._attempt(lease_id, limit_s, force=force)
                 if failure is not None:
                     failed.append((lease_id, failure))
@@ -256,7 +252,8 @@ class LeaseRevocation:
     async def _postpone(self, entry: LeaseEntry, failure: Failure) -> None:
         attempts = entry.attempts + 1
         final = failure.final or attempts >= ATTEMPTS_MAX
-        delay_s = min(BACKOFF_S * 2 ** (attempts - 1), BACKOFF_S_MAX) * (0.8 + 0.4 * self._jitter())
+        jitter = random.uniform(0.8, 1.2)  # noqa: S311 - spreads retries
+        delay_s = min(BACKOFF_S * 2 ** (attempts - 1), BACKOFF_S_MAX) * jitter
         METRICS.increment("expire.lease_expiration.error")
         _log.warning(
             "lease not revoked: lease=%s attempt=%d of %d %s error=%s",

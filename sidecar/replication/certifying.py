@@ -103,10 +103,10 @@ class Certifier:
         logger.info("replication: secondary %s received a renewed certificate", known.id)
         return CertificateReply(after.trusted_pem, False, certificate)
 
-    def replaced(self, fingerprints: Sequence[str], *, after_s: float = CUT_AFTER_S) -> None:
+    def replaced(self, fingerprints: Sequence[str]) -> None:
         """These certificates were replaced: cut what is still open with them, later."""
         for one in fingerprints:
-            asyncio.get_running_loop().call_later(after_s, self._listener.cut, one)
+            asyncio.get_running_loop().call_later(CUT_AFTER_S, self._listener.cut, one)
 
     def wake(self) -> None:
         """The role was changed: look at it now."""

@@ -113,11 +113,9 @@ class Pipeline:
         entry = call.identity.entry
         return entry if entry is not None and entry.spent else None
 
-    def authorize(self, call: Call, *, path: str = "", operation: Operation | None = None, sudo: bool = False) -> None:
-        """Raise PermissionDenied unless the caller's policies allow the call (or another path and operation)."""
-        decision = call.known.acl.check(
-            path or call.path, operation or call.operation, call.data, wrap_ttl_s=call.wrap_ttl_s
-        )
+    def authorize(self, call: Call, *, sudo: bool = False) -> None:
+        """Raise PermissionDenied unless the caller's policies allow the call."""
+        decision = call.known.acl.check(call.path, call.operation, call.data, wrap_ttl_s=call.wrap_ttl_s)
         if not decision.allowed or (sudo and not decision.sudo):
             raise PermissionDenied
 

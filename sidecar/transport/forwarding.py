@@ -22,6 +22,8 @@ from sidecar.transport.trail import Hop, Trail
 FORWARD_PATH = "/forward"
 ECHO_PATH = "/echo"
 KEYS_PATH = "/keys"
+CALL_TIMEOUT_S = 2.0
+"""Of a heartbeat, and of asking for keys."""
 
 REQUEST_BYTES_MAX = 33 * 1024 * 1024
 """A request body of 32 MiB and a mebibyte of everything else."""
@@ -268,10 +270,10 @@ async def send_forward(client: PeerClient, request: ForwardRequest, *, timeout_s
         raise ForwardOutcomeUnknown(f"{client.address}: {error}") from error
 
 
-async def send_echo(client: PeerClient, echo: Echo, *, timeout_s: float = 2.0) -> EchoReply:
+async def send_echo(client: PeerClient, echo: Echo) -> EchoReply:
     """One heartbeat. Raises ForwardNotSent when it got no proper answer; a heartbeat may be repeated."""
     try:
-        answer = await client.post(ECHO_PATH, encode(echo), timeout_s=timeout_s, answer_bytes_max=1024 * 1024)
+        answer = await client.post(ECHO_PATH, encode(echo), timeout_s=CALL_TIMEOUT_S, answer_bytes_max=1024 * 1024)
         if answer.status != 200:
             raise ForwardNotSent(f"{client.address} answered {answer.status}", answer.status)
         return decode(answer.body, EchoReply)
@@ -279,11 +281,11 @@ async def send_echo(client: PeerClient, echo: Echo, *, timeout_s: float = 2.0) -
         raise ForwardNotSent(str(error)) from error
 
 
-async def send_keys(client: PeerClient, generation: str, *, timeout_s: float = 2.0) -> bytes:
+async def send_keys(client: PeerClient, generation: str) -> bytes:
     """The root key of a store generation. Raises ForwardNotSent when it got no proper answer; may be repeated."""
     try:
         answer = await client.post(
-            KEYS_PATH, encode(KeysRequest(generation)), timeout_s=timeout_s, answer_bytes_max=64 * 1024
+            KEYS_PATH, encode(KeysRequest(generation)), timeout_s=CALL_TIMEOUT_S, answer_bytes_max=64 * 1024
         )
         if answer.status != 200:
             raise ForwardNotSent(f"{client.address} answered {answer.status}", answer.status)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import io
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from sidecar.transport.certificates import Credentials
 from sidecar.transport.tls import client_context, limit_tls_buffers
 
 DEFAULT_PORT = 8201
+CONNECTIONS_MAX = 64
 WHOLE_BYTES_MAX = 256 * 1024
 
 
@@ -72,7 +73,6 @@ class PeerClient:
         address: str,
         *,
         connect_timeout_s: float = 5.0,
-        connections_max: int = 64,
     ) -> None:
         self.address = address
         self._host, self._port = parse_address(address)
@@ -82,7 +82,7 @@ class PeerClient:
         connector = aiohttp.TCPConnector(
             ssl=client_context(identity.credentials, identity.authority_pem, identity.alpn),
             resolver=_Fixed(self._host),
-            limit=connections_max,
+            limit=CONNECTIONS_MAX,
             use_dns_cache=False,
         )
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, connect=connect_timeout_s)
@@ -95,7 +95,6 @@ class PeerClient:
         *,
         timeout_s: float,
         answer_bytes_max: int = 64 * 1024 * 1024,
-        headers: Mapping[str, str] | None = None,
     ) -> PeerAnswer:
         """POST ``body`` to ``path`` and read the whole answer, at most ``answer_bytes_max``.
 
@@ -107,7 +106,6 @@ class PeerClient:
                 self._session.post(
                     self._url(path),
                     data=_payload(body),
-                    headers=headers,
                     allow_redirects=False,
                 ) as response,
             ):
@@ -146,7 +144,6 @@ class PeerClient:
         *,
         message_bytes_max: int,
         open_timeout_s: float = 10.0,
-        headers: Mapping[str, str] | None = None,
     ) -> aiohttp.ClientWebSocketResponse:
         """Open a websocket at ``path``. Raises PeerUnreachable, or PeerRefused when the peer answers otherwise."""
         try:
@@ -156,7 +153,6 @@ class PeerClient:
                     max_msg_size=message_bytes_max,
                     autoping=True,
                     compress=0,
-                    headers=headers,
                 )
         except aiohttp.WSServerHandshakeError as error:
             raise PeerRefused(error.status, f"{self.address} answered {error.status} to {path}") from error

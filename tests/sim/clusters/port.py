@@ -188,7 +188,6 @@ class PortClient:
         address: str,
         *,
         connect_timeout_s: float = 5.0,
-        connections_max: int = 64,
     ) -> None:
         parse_address(address)
         self._links = links
@@ -202,9 +201,7 @@ class PortClient:
         self._open = [one for one in self._open if not one.client.closed] + [connection]
         return connection
 
-    async def post(
-        self, path: str, body: bytes, *, timeout_s: float, answer_bytes_max: int = 0, headers: object = None
-    ) -> PeerAnswer:
+    async def post(self, path: str, body: bytes, *, timeout_s: float, answer_bytes_max: int = 0) -> PeerAnswer:
         try:
             async with asyncio.timeout(timeout_s):
                 connection = await self._dial()
@@ -246,9 +243,7 @@ class PortClient:
                 raise PeerOutcomeUnknown(f"{self.address}: {error}") from None
             yield piece
 
-    async def websocket(
-        self, path: str, *, message_bytes_max: int, open_timeout_s: float = 10.0, headers: object = None
-    ) -> Channel:
+    async def websocket(self, path: str, *, message_bytes_max: int, open_timeout_s: float = 10.0) -> Channel:
         connection = await self._dial()
         try:
             async with asyncio.timeout(open_timeout_s):
