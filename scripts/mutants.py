@@ -15,6 +15,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import gc
 import importlib
 import math
 import multiprocessing
@@ -24,13 +25,13 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import NamedTuple
 
 import hypothesis
 import pytest
@@ -182,11 +183,30 @@ def _is_complete(module: ModuleType) -> bool:
     return spec is not None and not getattr(spec, "_initializing", False)
 
 
-def run_tests(name: str, code: CodeType, tests: Sequence[str]) -> tuple[int, list[str]]:
-    """The exit status of pytest with ``code`` as the module ``name``, and what else may be imported beforehand."""
+class Patience:
+    """A plugin of pytest that ends the process where one test takes more CPU than ``limit_s``."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._started_s = 0.0
+        self.longest_s = 0.0
+
+    def pytest_runtest_setup(self) -> None:
+        """Counts from here."""
+        self._started_s = time.process_time()
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(self._started_s + self._limit_s), resource.RLIM_INFINITY))
+
+    def pytest_runtest_teardown(self) -> None:
+        """Remembers the longest."""
+        self.longest_s = max(self.longest_s, time.process_time() - self._started_s)
+
+
+def run_tests(name: str, code: CodeType, tests: Sequence[str], limit_s: float) -> tuple[int, list[str]]:
+    """The exit status of pytest with ``code`` as the module ``name``; how much CPU the longest test took, and what else
+    may be imported beforehand."""
     if name in sys.modules:
         raise RuntimeError(f"{name} is imported already: nobody would get the changed one")
-    changed = Changed(name, code)
+    changed, patience = Changed(name, code), Patience(limit_s)
     sys.meta_path.insert(0, changed)
     # That a test fails is enough; looking for the smallest way to make it fail takes most of the time.
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
@@ -195,23 +215,17 @@ def run_tests(name: str, code: CodeType, tests: Sequence[str]) -> tuple[int, lis
         "mutants", phases=phases, database=None, deadline=None, suppress_health_check=slow
     )
     # The profile is named here: tests/conftest.py loads one of its own before the tests are imported.
-    options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "-k", _QUICK]
+    options = ["-x", "-q", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-k", _QUICK]
     options += ["--hypothesis-seed=1", "--hypothesis-profile=mutants"]
-    status = int(pytest.main([*options, *tests]))
-    return status, [name for name in changed.independent if name.partition(".")[0] != "tests"]
+    # File by file: importing all of them takes longer than most changes take to be noticed by the first.
+    status = next((status for test in tests if (status := int(pytest.main([*options, test], plugins=[patience])))), 0)
+    independent = [name for name in changed.independent if name.partition(".")[0] != "tests"]
+    return status, [str(patience.longest_s), *independent]
 
 
-class Outcome(NamedTuple):
-    """How a forked child ended: its exit status (None: by a time limit), the CPU it took, what it wrote."""
-
-    status: int | None
-    cpu_s: float
-    said: str
-
-
-def in_child(work: Callable[[], tuple[int, list[str]]], cpu_limit_s: float, limit_s: float) -> Outcome:
-    """Do ``work`` in a forked child. The limit that counts is of CPU, as the machine may have others to serve; the one
-    of the clock is for a child that waits for ever."""
+def in_child(work: Callable[[], tuple[int, list[str]]], limit_s: float) -> tuple[int | None, list[str]]:
+    """Do ``work`` in a forked child: its exit status, None if a signal or the time limit ended it, and what it said.
+    This limit, of the clock, is for a child that waits for ever."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -219,7 +233,6 @@ def in_child(work: Callable[[], tuple[int, list[str]]], cpu_limit_s: float, limi
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(cpu_limit_s), resource.RLIM_INFINITY))
         status = 1
         with contextlib.suppress(BaseException):
             status, words = work()
@@ -227,16 +240,25 @@ def in_child(work: Callable[[], tuple[int, list[str]]], cpu_limit_s: float, limi
         os._exit(status)
     os.close(writing)
     deadline = time.monotonic() + limit_s
-    found, ended, used = os.wait4(child, os.WNOHANG)
+    found, ended = os.waitpid(child, os.WNOHANG)
     while not found and time.monotonic() < deadline:
         time.sleep(0.02)
-        found, ended, used = os.wait4(child, os.WNOHANG)
+        found, ended = os.waitpid(child, os.WNOHANG)
     if not found:
         os.killpg(child, signal.SIGKILL)
-        _, ended, used = os.wait4(child, 0)
+        _, ended = os.waitpid(child, 0)
     with os.fdopen(reading) as said:
         code = os.waitstatus_to_exitcode(ended)
-        return Outcome(None if code < 0 else code, used.ru_utime + used.ru_stime, said.read())
+        return None if code < 0 else code, said.read().split()
+
+
+def inherit(names: Sequence[str]) -> None:
+    """Do once what every child would do: import modules, and have hypothesis look for constants in them."""
+    for name in names:
+        importlib.import_module(name)
+    with warnings.catch_warnings(action="ignore"):  # that this is slow
+        hypothesis.given(hypothesis.strategies.none())(lambda nothing: None)()
+    gc.freeze()  # or each child's first collection copies all of it
 
 
 def check(module: str, arguments: argparse.Namespace, explained: str) -> tuple[int, int, int]:
@@ -247,22 +269,21 @@ def check(module: str, arguments: argparse.Namespace, explained: str) -> tuple[i
     started = time.monotonic()
     source = path.read_text()
 
-    def outcome(code: CodeType, cpu_limit_s: float) -> Outcome:
-        return in_child(lambda: run_tests(module, code, tests), cpu_limit_s, arguments.seconds)
+    def outcome(code: CodeType, test_s: float) -> tuple[int | None, list[str]]:
+        return in_child(lambda: run_tests(module, code, tests, test_s), arguments.seconds)
 
-    unchanged = outcome(compile(source, path, "exec"), arguments.seconds)
-    if unchanged.status != 0:
+    status, said = outcome(compile(source, path, "exec"), arguments.seconds)
+    if status != 0:
         raise RuntimeError(f"{module}: its tests fail, or take over {arguments.seconds:.0f} s, without any change")
-    cpu_limit_s = 5 + 3 * unchanged.cpu_s
-    for name in unchanged.said.split():
-        importlib.import_module(name)  # children inherit them
+    test_s = 2 + 3 * float(said[0])  # of CPU: the machine may have others to serve
+    inherit(said[1:])
     every = list(mutants(source))
     if len(every) > arguments.limit:
         every = sorted(random.Random(1).sample(every, arguments.limit), key=lambda mutant: mutant[0])
     every = [mutant for mutant in every if mutant[0] >= arguments.from_line]
     survived = new = 0
     for line, change, tree in every:
-        status = outcome(compile(tree, path, "exec"), cpu_limit_s).status
+        status, _ = outcome(compile(tree, path, "exec"), test_s)
         told = f"`{path.name}`: {change}"
         if status == 0:
             survived += 1
