@@ -1,11 +1,12 @@
 """What the table says of extents that are known by name, before and after they were read."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from consul_backend.extents import CHECKSUM_BYTES, Extent
-from consul_backend.merkle import SUBPAGES
-from consul_backend.merkle_pages import ExtentTable
+from consul_backend.merkle import SUBPAGES, Forest
+from consul_backend.merkle_pages import DirtyLeaf, ExtentTable, FlushPlan, extent_key
 
 P = ("r", "p")
 
@@ -71,6 +72,92 @@ def test_checksums_are_known_of_what_is_stored_and_clean():
     table.mark(*P, 0x8001, 7)
     assert table.stored_checksum(*P, 1, 0x8000) is None, "about to be written anew"
     assert list(table.clean_leaves(*P)) == [(1, 0)]
+
+
+def test_what_a_split_left_unwritten_is_dirty_since_the_record_after_the_old_extent():
+    for redo_from, first in ((3, 8), (8, 8), (12, 12)):
+        table = ExtentTable("g1")
+        table.add_stored(*P, 0, 0, extent(1, lsn=7))
+        table.add_stored(*P, 1, 0, extent(2, lsn=9))
+        table.settle(redo_from)
+        assert list(table.dirty_leaves()) == [DirtyLeaf(*P, 0x8000, 1, first)]
+        assert table.lsn_of(*P, 0) == 9
+        assert table.lsn_of(*P, 0x8000) == 7, "the old extent counts there"
+        assert table.lsn_of("r", "none", 0) == 0
+        table.mark("r", "new", 5, 13)
+        assert table.lsn_of("r", "new", 5) == 0, "changed, but nothing is stored"
+
+
+def add_stored(table, extents):
+    for depth, start, found in extents:
+        table.add_stored(*P, depth, start, found)
+    table.settle(3)
+
+
+def set_loaded(table, extents):
+    table.add_names(*P, [(depth, start) for depth, start, _ in extents])
+    for depth, start, found in extents:
+        table.set_loaded(*P, depth, start, found)
+    table.settle_partition(*P, 3)
+
+
+@pytest.mark.parametrize("load", [add_stored, set_loaded])
+@pytest.mark.parametrize("hides", [True, False])
+def test_an_empty_leaf_goes_with_the_old_extent_that_it_hid(load, hides):
+    table, forest = ExtentTable("g1"), Forest()
+    left = Extent(9, () if hides else ((0, b"x"),), bytes(CHECKSUM_BYTES))
+    load(table, [(0, 0, extent(1, lsn=7)), (1, 0, left)])
+    assert list(table.dirty_leaves()) == [DirtyLeaf(*P, 0x8000, 1, 8)]
+    plan = table.plan(forest, 10, extents_max=4, ops_max=9, body_bytes_max=10_000)
+    assert plan.deletes == [extent_key("g1", *P, 0, 0)]
+    table.flushed(plan)
+    assert {leaf.start: leaf.first for leaf in table.dirty_leaves()} == {0x8000: 11, **({0: 11} if hides else {})}
+
+
+def test_a_partition_that_has_nothing_stored_is_not_kept():
+    table = ExtentTable("g1")
+    for name, stored in ((P, [(0, 0)]), (("r", "q"), [])):
+        table.add_names(*name, stored)
+        table.settle_partition(*name, 1)
+    assert table.names == [P]
+
+
+def test_what_is_being_flushed_is_not_known_until_the_flush_is_over():
+    table = ExtentTable("g1")
+    set_loaded(table, [(2, 0, extent(3)), (2, 0x4000, extent(4))])
+    table.recount()
+    assert table.clean_leaves(*P) == [(2, 0), (2, 0x4000)], "the other half has nothing stored"
+    table.mark(*P, 5, 12)
+    plan = table.plan(Forest(), 12, extents_max=4, ops_max=9, body_bytes_max=10_000)
+    assert plan.deletes == [extent_key("g1", *P, 2, 0)]
+    assert table.clean_leaves(*P) == [(2, 0x4000)]
+    assert table.stored_checksum(*P, 2, 0) is None
+    assert table.stored_checksum(*P, 2, 0x4000) == (4).to_bytes(CHECKSUM_BYTES, "big")
+    table.failed(plan)
+    table.mark(*P, 0x4000, 13)
+    table.flushed(table.plan(Forest(), 13, extents_max=4, ops_max=9, body_bytes_max=10_000))
+    assert (table.names, table.count, table.total) == ([], 0, bytes(CHECKSUM_BYTES))
+
+
+def test_whether_a_partition_keeps_extents_once_a_plan_is_applied():
+    table, forest = ExtentTable("g1"), Forest()
+    forest.change(*P, "path", b"d" * 20)
+    set_loaded(table, [(0, 0, extent(3))])
+    assert table.keeps_extents(FlushPlan(1), P), "the plan does not touch it"
+    assert not table.keeps_extents(FlushPlan(1), ("r", "none"))
+    table.mark(*P, 5, 12)
+    table.mark("r", "new", 5, 12)
+    limits = {"extents_max": 4, "ops_max": 9, "body_bytes_max": 10_000}
+    emptied = table.plan(Forest(), 12, **limits)
+    assert not table.keeps_extents(emptied, P)
+    table.failed(emptied)
+    written = table.plan(forest, 12, **limits)
+    assert table.keeps_extents(written, P)
+    assert not table.keeps_extents(written, ("r", "new")), "nothing was stored, and there is nothing to store"
+
+
+def test_a_plan_counts_writes_and_deletes_as_operations():
+    assert FlushPlan(1, writes={"a": b""}, deletes=["b", "c"]).ops == 3
 
 
 @given(

@@ -181,6 +181,22 @@ def test_seal_configurations_that_are_refused(shares: int, threshold: int, text:
     assert str(caught.value) == f"invalid seal configuration: {text}"
 
 
+@pytest.mark.parametrize(("shares", "threshold"), [(1, 1), (2, 2), (255, 2), (255, 255)])
+def test_the_least_and_the_greatest_seal_configurations(shares: int, threshold: int):
+    SealConfig(shares, threshold).validate()
+
+
+def test_two_shares_of_which_one_would_do_are_refused():
+    with pytest.raises(InvalidRequest, match="greater than one for multiple shares"):
+        SealConfig(2, 1).validate()
+
+
+def test_coordinates_are_drawn_until_there_are_enough_distinct_ones():
+    drawn = iter([bytes([1, 2, 3]), bytes([0, 9, 9]), bytes([9, 0, 7]), bytes([8, 6, 5])])
+    shares = split(b"xyz", 3, 2, lambda length: next(drawn)[:length])
+    assert [share[-1] for share in shares] == [9, 7, 8]
+
+
 def test_decode_share_takes_hex_and_base64():
     share = os.urandom(33)
     import base64
@@ -213,6 +229,12 @@ def test_attempt_reset_and_bad_shares():
     attempt.provide(shares[0])
     attempt.reset("two")
     assert attempt.progress == 0
+    attempt.provide(shares[1])
+    assert attempt.nonce == "two"
+    attempt.reset()
+    attempt.provide(shares[1])
+    assert attempt.nonce == ""
+    attempt.reset()
     with pytest.raises(InvalidRequest, match="shorter than minimum 16 bytes"):
         attempt.provide(b"x" * 15)
     with pytest.raises(InvalidRequest, match="longer than maximum 33 bytes"):
@@ -222,6 +244,13 @@ def test_attempt_reset_and_bad_shares():
     with pytest.raises(InvalidShares):
         attempt.provide(forged)
     assert attempt.progress == 0
+
+
+@pytest.mark.parametrize("length", [16, 33])
+def test_the_shortest_and_the_longest_share(length: int):
+    attempt = UnsealAttempt(SealConfig(2, 2))
+    assert attempt.provide(b"x" * length) is None
+    assert attempt.progress == 1
 
 
 def test_seal_record_round_trip_and_wrong_key():
