@@ -275,7 +275,7 @@ def check(module: str, arguments: argparse.Namespace, explained: str) -> tuple[i
     status, said = outcome(compile(source, path, "exec"), arguments.seconds)
     if status != 0:
         raise RuntimeError(f"{module}: its tests fail, or take over {arguments.seconds:.0f} s, without any change")
-    test_s = 2 + 3 * float(said[0])  # of CPU: the machine may have others to serve
+    test_s = 5 + 4 * float(said[0])  # of CPU: the machine may have others to serve
     inherit(said[1:])
     every = list(mutants(source))
     if len(every) > arguments.limit:

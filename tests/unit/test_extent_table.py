@@ -34,6 +34,9 @@ def test_number_and_sum_are_those_of_what_was_read():
     assert table.total == (11).to_bytes(CHECKSUM_BYTES, "big")
     table.resume(9, (2**128 - 1).to_bytes(CHECKSUM_BYTES, "big"))
     assert (table.count, table.total) == (9, b"\xff" * CHECKSUM_BYTES)
+    table.mark(*P, 5, 1)
+    table.mark("r", "q", 5, 1)
+    assert table.statistics() == {"index_dirty_extents": 2, "index_stored_extents": 9}
 
 
 def test_pages_are_loaded_together_with_their_shallowest_extent():
@@ -154,6 +157,16 @@ def test_whether_a_partition_keeps_extents_once_a_plan_is_applied():
     written = table.plan(forest, 12, **limits)
     assert table.keeps_extents(written, P)
     assert not table.keeps_extents(written, ("r", "new")), "nothing was stored, and there is nothing to store"
+
+
+@pytest.mark.parametrize(("page", "flushed"), [(0, 0x8000), (127, 0x8000), (128, 0), (255, 0)])
+def test_a_leaf_with_a_damaged_page_is_not_flushed_the_others_are(page, flushed):
+    table, forest = ExtentTable("g1"), Forest()
+    forest.add_cold(*P, page, None, 1)
+    set_loaded(table, [(1, 0, extent(3)), (1, 0x8000, extent(4))])
+    table.mark_all(*P, [0, 0x8000], 5)
+    plan = table.plan(forest, 5, extents_max=4, ops_max=9, body_bytes_max=10_000)
+    assert [leaf.start for leaf in plan.leaves] == [flushed]
 
 
 def test_a_plan_counts_writes_and_deletes_as_operations():
