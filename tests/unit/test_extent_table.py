@@ -169,6 +169,36 @@ def test_a_leaf_with_a_damaged_page_is_not_flushed_the_others_are(page, flushed)
     assert [leaf.start for leaf in plan.leaves] == [flushed]
 
 
+def quarters(*, emptied=False):
+    """A table of four stored leaves, all of them dirty, and the forest they belong to."""
+    table, forest = ExtentTable("g1"), Forest()
+    set_loaded(table, [(2, n << 14, extent(n)) for n in range(4)])
+    for number in range(0 if emptied else 50):
+        forest.change(*P, f"path-{number}", b"d" * 20)
+    table.mark_all(*P, [n << 14 for n in range(4)], 5)
+    return table, forest
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+@pytest.mark.parametrize("ops_max", [1, 2, 3, 4, 5])
+def test_a_plan_has_as_many_operations_as_it_may_have(emptied, ops_max):
+    table, forest = quarters(emptied=emptied)
+    plan = table.plan(forest, 6, extents_max=9, ops_max=ops_max, body_bytes_max=100_000)
+    assert plan.ops == len(plan.leaves) == len(plan.deletes if emptied else plan.writes) == min(ops_max, 4)
+    assert table.dirty_count == 4 - plan.ops
+    assert plan.body_bytes > sum(len(key) for key in [*plan.deletes, *plan.writes])
+
+
+def test_a_plan_takes_as_many_bytes_as_it_may_and_one_extent_in_any_case():
+    table, forest = quarters()
+    whole = table.plan(forest, 6, extents_max=9, ops_max=9, body_bytes_max=100_000)
+    assert whole.body_bytes > sum(len(blob) for blob in whole.writes.values())
+    for body_bytes_max, count in ((whole.body_bytes, 4), (whole.body_bytes - 1, 3), (1, 1)):
+        table, forest = quarters()
+        plan = table.plan(forest, 6, extents_max=9, ops_max=9, body_bytes_max=body_bytes_max)
+        assert len(plan.writes) == count
+
+
 def test_a_plan_counts_writes_and_deletes_as_operations():
     assert FlushPlan(1, writes={"a": b""}, deletes=["b", "c"]).ops == 3
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from plugin_api.errors import InvalidRequest, ReadOnlyStorage
 from plugin_api.request import Operation
+from sidecar.core import policies as policies_module
 from sidecar.core.policies import ACL, DEFAULT_POLICY, Policy, PolicyStore, normalize_policies
 from sidecar.core.policy_rules import path_order, pattern_matches
 from tests.support.logical_store import make_sealed
@@ -167,6 +168,32 @@ def test_sudo_alone_grants_nothing():
     assert (decision.allowed, decision.sudo) == (False, True)
 
 
+def test_a_grant_of_one_thing_is_no_sudo_and_no_root():
+    decision = acl(rule("a", "read")).check("a", Operation.READ)
+    assert (decision.allowed, decision.sudo, decision.root) == (True, False, False)
+    decision = acl(rule("a", "read", "sudo")).check("a", Operation.READ)
+    assert (decision.allowed, decision.sudo, decision.root) == (True, True, False)
+    decision = acl().check("a", Operation.READ)
+    assert (decision.allowed, decision.sudo, decision.root) == (False, False, False)
+
+
+def test_capabilities_of_a_folder_are_those_of_its_listing():
+    subject = acl(rule("a", "list"), rule("b/", "read"), rule("c", "sudo"))
+    assert subject.capabilities("a/") == ["list"]
+    assert subject.capabilities("b/") == ["read"]
+    assert subject.capabilities("b") == ["deny"], "the slash counts, where something is written with one"
+    assert subject.capabilities("d/") == ["deny"]
+
+
+def test_granting_names_the_policies_of_the_deciding_path_that_grant():
+    subject = acl(rule("a", "read"), rule("a", "read", "list"), rule("a", "update") + rule("*", "read"))
+    assert subject.granting("a", Operation.READ) == ["p0", "p1"]
+    assert subject.granting("a/", Operation.LIST) == ["p1"]
+    assert subject.granting("b", Operation.READ) == ["p2"]
+    assert acl(rule("a", "read")).granting("b", Operation.READ) == []
+    assert ACL([Policy("root", "", ())]).granting("a", Operation.READ) == ["root"]
+
+
 def test_has_any_under():
     subject = acl(rule("secret/data/team/*", "read"), rule("other/x", "deny"), rule("+/shared", "read"))
     assert subject.has_any_under("secret/")
@@ -177,10 +204,19 @@ def test_has_any_under():
     assert acl(rule("*", "read")).has_any_under("anything/")
     assert acl(rule("se*", "read")).has_any_under("secret/")
     assert not acl(rule("se*", "read")).has_any_under("kv/")
+    assert not acl(rule("se", "read")).has_any_under("secret/"), "no prefix"
+    assert not acl(rule("secret", "read")).has_any_under("secret/a/"), "ends above"
+    assert acl(rule("secret/a/b", "read")).has_any_under("secret/a/")
+    assert not acl(rule("x/se*", "read")).has_any_under("secret/a/")
+    assert not acl(rule("se*", "read")).has_any_under("x/secret/"), "the prefix is of the first folder"
+    assert not acl(rule("a/b/c", "read")).has_any_under("a/c/")
+    assert not acl('path "a/b" {}').has_any_under("a/")
+    assert ACL([Policy("root", "", ())]).has_any_under("a/")
 
 
 def test_resultant():
     shown = acl(rule("a/b", "read"), rule("c/*", "list", "read")).resultant()
+    assert shown["root"] is False
     assert shown["exact_paths"] == {"a/b": {"capabilities": ["read"]}}
     assert shown["glob_paths"] == {"c/": {"capabilities": ["list", "read"]}}
 
@@ -221,6 +257,25 @@ def test_parameters(data: dict, allowed: bool, operation: Operation):
     assert subject.check("kv/x", Operation.READ, data).allowed
 
 
+@pytest.mark.parametrize(
+    ("pattern", "fitting", "others"),
+    [
+        ('"*"', ["", "x"], [1]),
+        ('"*a*"', ["a", "xax"], ["b", ""]),
+        ('"a*"', ["a", "ab"], ["ba", ""]),
+        ('"*a"', ["a", "ba"], ["ab", ""]),
+        ('"a"', ["a"], ["aa", ""]),
+        ('"1"', ["1"], [1, True]),
+        ("1", [1], ["1", True, 0]),
+        ("true", [True], ["true", 1, False]),
+    ],
+)
+def test_patterns_of_values(pattern: str, fitting: list, others: list):
+    subject = acl(f'path "a" {{ capabilities = ["update"] allowed_parameters = {{ "x" = [{pattern}] }} }}')
+    for value in fitting + others:
+        assert subject.check("a", Operation.UPDATE, {"x": value}).allowed is any(value is one for one in fitting), value
+
+
 def test_parameters_with_a_star():
     open_rule = 'path "a" { capabilities = ["update"] allowed_parameters = { "x" = ["1"], "*" = [] } }'
     assert acl(open_rule).check("a", Operation.UPDATE, {"y": 1, "x": "1"}).allowed
@@ -256,6 +311,12 @@ def test_wrapping_bounds():
     assert subject.check("a", Operation.READ, wrap_ttl_s=60).allowed
     assert subject.check("a", Operation.READ, wrap_ttl_s=5400).allowed
     assert not subject.check("a", Operation.READ, wrap_ttl_s=5401).allowed
+    bounded = acl('path "a" { capabilities = ["read"] max_wrapping_ttl = "1h" }')
+    assert not bounded.check("a", Operation.READ).allowed, "an answer that is not wrapped is not bounded"
+    assert bounded.check("a", Operation.READ, wrap_ttl_s=0.5).allowed
+    several = acl(*(f'path "a" {{ capabilities = ["read"] max_wrapping_ttl = {ttl} }}' for ttl in (30, 0, 20)))
+    assert several.check("a", Operation.READ, wrap_ttl_s=20).allowed
+    assert not several.check("a", Operation.READ, wrap_ttl_s=21).allowed, "bounds narrow"
 
 
 # -- text
@@ -485,6 +546,47 @@ async def test_acl_follows_changes():
     policies.invalidate_keys(["r/policy/acl/a", "r/core/keyring"])
     assert not (await policies.acl(["a", "b"])).check("x", Operation.READ).allowed
     assert (await policies.acl(["root"])).is_root
+
+
+async def test_the_acls_used_last_are_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(policies_module, "_CACHED_ACLS_MAX", 2)
+    policies = PolicyStore(make_sealed()[1], lambda: True)
+    first, second = await policies.acl(["a"]), await policies.acl(["b"])
+    assert await policies.acl(["a"]) is first
+    third = await policies.acl(["c"])
+    assert await policies.acl(["a"]) is first
+    assert await policies.acl(["c"]) is third
+    assert await policies.acl(["b"]) is not second
+
+
+async def test_what_changes_while_it_is_read_is_not_kept(monkeypatch: pytest.MonkeyPatch):
+    store, sealed = make_sealed()
+    policies = PolicyStore(sealed, lambda: True)
+    await PolicyStore(sealed, lambda: True).put("a", rule("x", "read"))
+    read = sealed.get
+
+    async def overtaken(key: str) -> bytes | None:
+        found = await read(key)
+        policies.invalidate("a")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sealed, "get", overtaken)
+        assert (await policies.acl(["a"])).check("x", Operation.READ).allowed
+    await PolicyStore(sealed, lambda: True).put("a", rule("x", "deny"))
+    assert not (await policies.acl(["a"])).check("x", Operation.READ).allowed
+    assert (await policies.get("a")).text == rule("x", "deny")
+    reads = store.reads
+    await policies.get("a")
+    assert store.reads == reads, "what did not change is"
+
+
+async def test_exists():
+    policies = PolicyStore(make_sealed()[1], lambda: True)
+    await policies.put("team/a", rule("x", "read"))
+    assert [await policies.exists(name) for name in ("team/a", "root", "response-wrapping", "team")] == [
+        True, True, True, False,
+    ]  # fmt: skip
 
 
 def test_normalize_policies():
