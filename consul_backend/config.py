@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 DEFAULT_ADDRESS = "127.0.0.1:8500"
 DEFAULT_PORT = 8500
+HTTPS_PORT = 443
 DEFAULT_PATH = "outrider/"
 
 _PATH = re.compile(r"(?:[A-Za-z0-9_-]+/)+\Z")
@@ -19,6 +20,7 @@ _VARIABLES = {
     "address": "CONSUL_HTTP_ADDR",
     "token": "CONSUL_HTTP_TOKEN",
     "token_file": "CONSUL_HTTP_TOKEN_FILE",
+    "http_auth": "CONSUL_HTTP_AUTH",
     "namespace": "CONSUL_NAMESPACE",
     "ca_file": "CONSUL_CACERT",
     "ca_path": "CONSUL_CAPATH",
@@ -41,15 +43,18 @@ _FALSE = {"", "0", "f", "false", "no", "off"}
 class ConsulConfig:
     """One Consul and one place in it.
 
-    ``address`` is ``host:port``, a URL, or ``unix:///path``; an address with a scheme beats ``scheme``. ``path`` is the
-    key prefix: segments of ``[A-Za-z0-9_-]``, each with its slash. ``token`` beats ``token_file``, which is read again
-    whenever it changes. Raises ValueError for what cannot work.
+    ``address`` is ``host:port``, a URL, or ``unix:///path``. It is HTTPS where either the address or ``scheme`` says
+    so, as for Consul's own client; without a port it is 443 then, else 8500. ``path`` is the key prefix: segments of
+    ``[A-Za-z0-9_-]``, each with its slash. ``token`` beats ``token_file``, which is read again whenever it changes.
+    ``http_auth`` is ``user:password`` for a proxy before Consul. ``ca_path`` is a directory of PEM files. Raises
+    ValueError for what cannot work.
     """
 
     address: str = DEFAULT_ADDRESS
     scheme: str = "http"
     token: str = field(default="", repr=False)
     token_file: str = ""
+    http_auth: str = field(default="", repr=False)
     datacenter: str = ""
     namespace: str = ""
     ca_file: str = ""
@@ -73,19 +78,24 @@ class ConsulConfig:
         """Settings by name (Vault's ``tls_*`` file names too), each empty one taken from the environment.
 
         An explicit address also silences ``CONSUL_HTTP_SSL``, and an explicit token or token file both token variables:
-        they belong together. Raises ValueError for unknown names and unusable values.
+        they belong together; of the two variables the file counts, as for Consul's own client. Raises ValueError for
+        unknown names and unusable values.
         """
         environ = os.environ if environ is None else environ
         known = {item.name for item in fields(cls)}
         given = {_ALIASES.get(name, name): value for name, value in explicit.items() if value}
         if unknown := given.keys() - known:
             raise ValueError(f"unknown consul setting: {', '.join(sorted(unknown))}")
+        if environ.get("CONSUL_PARTITION", "default") not in ("", "default"):
+            raise ValueError("CONSUL_PARTITION: admin partitions are not available; unset it to use the default one")
         values = {name: environ[variable] for name, variable in _VARIABLES.items() if environ.get(variable)}
         if "address" not in given and _truth("CONSUL_HTTP_SSL", environ.get("CONSUL_HTTP_SSL", "")):
             values["scheme"] = "https"
         if "token" in given or "token_file" in given:
             values.pop("token", None)
             values.pop("token_file", None)
+        if "token_file" in values:
+            values.pop("token", None)
         values.update(given)
         skip = values.pop("tls_skip_verify", "")
         verify = environ.get("CONSUL_HTTP_SSL_VERIFY", "")
@@ -96,15 +106,18 @@ class ConsulConfig:
         """Base URL without a trailing slash, and the Unix socket to reach it by (or ``""``). Raises ValueError."""
         address = self.address.strip()
         if address.startswith("unix://"):
-            return "http://localhost", address.removeprefix("unix://")
+            if not (path := address.removeprefix("unix://")):
+                raise ValueError("consul address: unix:// and no path")
+            return "http://localhost", path
         url = address if "://" in address else f"{self.scheme}://{address}"
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username is not None:
             raise ValueError("consul address: want host:port, http(s)://host:port or unix:///path")
         if parts.path.strip("/") or parts.query or parts.fragment:
             raise ValueError("consul address: nothing may follow the port")
+        scheme = "https" if "https" in (parts.scheme, self.scheme) else "http"
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        return f"{parts.scheme}://{host}:{parts.port or DEFAULT_PORT}", ""
+        return f"{scheme}://{host}:{parts.port or (HTTPS_PORT if scheme == 'https' else DEFAULT_PORT)}", ""
 
 
 def _truth(name: str, text: str) -> bool:

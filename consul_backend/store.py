@@ -4,8 +4,8 @@ Two rules decide everything here. *A write is sent once*: what is known to have 
 else is OutcomeUnknown, and only the caller can resolve that. *Nothing is not nothing*: Consul answers a token without
 rights with less, so absence is believed only when ``check-not-exists`` says it, which hidden keys refuse.
 
-Values go by ``/v1/txn`` alone. ``/v1/kv`` cleans paths and redirects to another key; with names in our alphabet its two
-read-only uses here (names below a prefix, waiting for one key) are exact.
+Values go by ``/v1/txn`` alone. ``/v1/kv`` cleans paths and redirects to another key; with names in our alphabet its
+three read-only uses here (names below a prefix, waiting for one key, asking whether there are namespaces) are exact.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from http import HTTPStatus
 from typing import TypeVar
 
 import msgspec
@@ -95,11 +96,21 @@ class ConsulStore:
         self._transport_now = Transport(self._config)
         self._sessions_now = Sessions(self._config, self._transport_now)
         try:
+            if self._config.namespace:
+                await self._check_namespace(self._transport_now)
             await self._probe.find()
             await self.get(SENTINEL_KEY)
         except BaseException:
             await self.close()
             raise
+
+    async def _check_namespace(self, transport: Transport) -> None:
+        """A Consul without namespaces refuses the header everywhere but at transactions, which would go to the default
+        one unnoticed. Raises Unavailable."""
+        answer = await transport.request("GET", f"/v1/kv/{self._prefix}{SENTINEL_KEY}", timeout_s=READ_TIMEOUT_S)
+        if answer.status == HTTPStatus.BAD_REQUEST:
+            why = clean(answer.body.decode("utf-8", "replace"))
+            raise Unavailable(f'Consul has no namespace "{self._config.namespace}": {why}')
 
     async def close(self) -> None:
         """Idempotent."""

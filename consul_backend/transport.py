@@ -10,6 +10,7 @@ Transactions have connections of their own (``exchange.py``), on which nothing i
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import re
 import ssl
@@ -75,8 +76,9 @@ class Token:
         self._next_check_s = float("-inf")
 
     def current(self) -> str:
-        """The token now; the file is looked at once a second at most. A file that vanished keeps the last token."""
-        if self._path is not None and time.monotonic() >= self._next_check_s:
+        """The token now; the file is looked at once a second at most. A file that vanished, or is empty, keeps the
+        last token. Raises Unavailable while none was ever read: without a token Consul would answer as to anybody."""
+        if self._path is not None and (self._stamp is None or time.monotonic() >= self._next_check_s):
             self._next_check_s = time.monotonic() + TOKEN_CHECK_INTERVAL_S
             self._reread(self._path)
         return self._text
@@ -89,10 +91,13 @@ class Token:
         try:
             found = path.stat()
             stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
-            if stamp != self._stamp:
-                self._text = path.read_text().strip()
-                self._stamp = stamp
-        except OSError as error:
+            if stamp == self._stamp:
+                return
+            text = path.read_text().strip()
+            if not text:
+                raise OSError(f"{path} is empty")  # perhaps only for as long as somebody writes it
+            self._text, self._stamp = text, stamp
+        except (OSError, UnicodeDecodeError) as error:
             if self._stamp is None:
                 raise Unavailable(f"consul token file: {error}") from error
 
@@ -107,6 +112,8 @@ class Transport:
         self._token = Token(config)
         self._server_name = config.tls_server_name or None
         self._fixed_headers = {"Accept-Encoding": "identity"}
+        if config.http_auth:
+            self._fixed_headers["Authorization"] = f"Basic {base64.b64encode(config.http_auth.encode()).decode()}"
         if config.namespace:
             self._fixed_headers["X-Consul-Namespace"] = config.namespace
         context = tls_context(config) if base.startswith("https:") else None
@@ -222,7 +229,13 @@ def _translate(error: aiohttp.ClientError | OSError, base: str) -> NoReturn:
 def _reason(error: BaseException | None) -> str:
     if isinstance(error, TimeoutError):
         return "timed out"
-    cause = getattr(error, "os_error", error)
+    # aiohttp keeps what went wrong in one of two places; an SSLError has an errno of its own, which is none of the
+    # system's ("Operation not permitted").
+    cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {cause.verify_message}"
+    if isinstance(cause, ssl.SSLError):
+        return f"TLS: {(cause.reason or type(cause).__name__).lower().replace('_', ' ')}"
     number = getattr(cause, "errno", None)
     return os.strerror(number) if isinstance(number, int) and number > 0 else type(error).__name__
 
@@ -241,9 +254,13 @@ def _connector(context: ssl.SSLContext | None, socket_path: str, connections_max
 
 
 def tls_context(config: ConsulConfig) -> ssl.SSLContext:
-    """TLS 1.2 or newer by the configured authority and client certificate. Raises Unavailable for unreadable files."""
+    """TLS 1.2 or newer by the configured authorities and client certificate. Raises Unavailable for unreadable
+    files."""
     try:
-        context = ssl.create_default_context(cafile=config.ca_file or None, capath=config.ca_path or None)
+        authorities = _authorities(config)
+        context = ssl.create_default_context(cafile=authorities[0] if authorities else None)
+        for more in authorities[1:]:
+            context.load_verify_locations(cafile=more)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if config.tls_skip_verify:
             context.check_hostname = False
@@ -253,3 +270,15 @@ def tls_context(config: ConsulConfig) -> ssl.SSLContext:
     except OSError as error:
         raise Unavailable(f"consul TLS files: {error}") from error
     return context
+
+
+def _authorities(config: ConsulConfig) -> list[str]:
+    """The PEM files to trust; none means the system's. Every file of ``ca_path`` is one, as for Consul's own client:
+    OpenSSL by itself would only look for names made of hashes there. Raises OSError."""
+    files = [config.ca_file] if config.ca_file else []
+    if config.ca_path:
+        found = sorted(str(path) for path in Path(config.ca_path).iterdir() if path.is_file())
+        if not found:
+            raise OSError(f"there is no file in {config.ca_path}")
+        files += found
+    return files

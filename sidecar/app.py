@@ -16,7 +16,7 @@ import socket
 import ssl
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
@@ -38,6 +38,7 @@ from sidecar.api.response_headers import DEFAULT, ResponseHeaders, Sections
 from sidecar.api.server import ApiServer, ServerLimits
 from sidecar.auto_unseal import keep_unsealed
 from sidecar.config import (
+    ConfigError,
     ConsulStorage,
     DevOptions,
     EmbeddedStorage,
@@ -100,6 +101,9 @@ def run_server(
             asyncio.run(_serve(config, dev, config_paths, sockets, reopen_log))
     except BackendError as error:
         print(f"Error initializing storage: {error}", file=sys.stderr)
+        return 1
+    except ConfigError as error:
+        print(f"Error loading configuration: {error}", file=sys.stderr)
         return 1
     except BadStaticKey as error:
         print(f"Error initializing seal: {error}", file=sys.stderr)
@@ -183,11 +187,19 @@ async def _serve(
 
 
 def make_physical(config: ServerConfig) -> PhysicalStore:
-    """The store that the configuration names, not opened yet."""
+    """The store that the configuration names, not opened yet. Raises ConfigError."""
     storage = config.storage
     if isinstance(storage, ConsulStorage):
-        return ConsulStore(ConsulConfig.from_env({**storage.connection.explicit(), "path": storage.path}))
+        return ConsulStore(_consul_config("storage", {**storage.connection.explicit(), "path": storage.path}))
     return EmbeddedStore(storage.path if isinstance(storage, EmbeddedStorage) else None)
+
+
+def _consul_config(stanza: str, explicit: Mapping[str, str]) -> ConsulConfig:
+    """The configuration and the environment together. Raises ConfigError."""
+    try:
+        return ConsulConfig.from_env(explicit)
+    except ValueError as error:
+        raise ConfigError(f'{stanza} "consul": {error}') from error
 
 
 def make_seal(settings: SealSettings) -> AutoSeal | None:
@@ -227,7 +239,7 @@ def make_registration(config: ServerConfig, identity: NodeIdentity) -> Registrar
         return NoRegistration()
     api = urlsplit(identity.api_addr)
     return ServiceRegistration.of(
-        ConsulConfig.from_env(connection.explicit()),
+        _consul_config("service_registration", connection.explicit()),
         service=settings.service,
         tags=settings.tags,
         meta=settings.meta,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import shlex
 import socket
@@ -284,7 +285,13 @@ def _json_object(text: str) -> dict[str, Any] | None:
 
 def _tls_context(options: ClientOptions) -> ssl.SSLContext:
     try:
-        context = ssl.create_default_context(cafile=options.ca_file or None, capath=options.ca_path or None)
+        # As in Vault: every file of the directory, and only where no single file is named.
+        authorities = [options.ca_file] if options.ca_file else _files_in(options.ca_path)
+        if options.ca_path and not authorities:
+            raise LocalError(f"there is no certificate in {options.ca_path}")
+        context = ssl.create_default_context(cafile=authorities[0] if authorities else None)
+        for more in authorities[1:]:
+            context.load_verify_locations(cafile=more)
         if options.client_cert:
             context.load_cert_chain(options.client_cert, options.client_key or None)
     except (OSError, ssl.SSLError) as error:
@@ -294,6 +301,14 @@ def _tls_context(options: ClientOptions) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def _files_in(directory: str) -> list[str]:
+    """Sorted; none without a directory. Raises OSError."""
+    if not directory:
+        return []
+    with os.scandir(directory) as entries:
+        return sorted(entry.path for entry in entries if entry.is_file())
 
 
 def _explain(error: Exception, scheme: str) -> str:

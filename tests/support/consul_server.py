@@ -50,8 +50,8 @@ class RawAnswer:
 class ConsulServer:
     """``start`` it, then use ``address`` (``host:port``) with ``token``, which has the rights of the policy file only.
 
-    ``settings`` are merged into the agent's configuration. Data survive ``kill`` and ``restart``, not ``stop``. With
-    ``disk_can_fill``, :meth:`fill_disk` works.
+    ``settings`` are merged into the agent's configuration, and its ``ports`` into those. Data survive ``kill`` and
+    ``restart``, not ``stop``. With ``disk_can_fill``, :meth:`fill_disk` works.
     """
 
     def __init__(
@@ -241,6 +241,7 @@ class ConsulServer:
         http, server, serf = self._ports or [free_port() for _ in range(3)]
         self.address = f"127.0.0.1:{http}"
         ports = {"http": http, "server": server, "serf_lan": serf, "serf_wan": -1, "dns": -1, "grpc": -1}
+        ports |= self._settings.get("ports", {})
         settings = {
             "server": True,
             "bootstrap_expect": 1,
@@ -248,13 +249,13 @@ class ConsulServer:
             "data_dir": str(self._home / "data"),
             "bind_addr": "127.0.0.1",
             "client_addr": "127.0.0.1",
-            "ports": ports,
             "performance": {"raft_multiplier": 1},
             "disable_update_check": True,
             "leave_on_terminate": False,
             "log_level": "warn",
             **self._acl_settings(),
             **self._settings,
+            "ports": ports,
         }
         (self._home / "agent.json").write_text(json.dumps(settings))
         (self._home / "binary").write_text(binary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from sidecar import config, hcl
 from sidecar.cli import elsewhere, registry
 from sidecar.cli import server as server_command
+from sidecar.cli.client import ClientOptions, LocalError, _tls_context
 from sidecar.cli.policy_text import SUDO_PATHS, SUDO_TO_LIST, needs_sudo, policy_for
+from sidecar.dev_tls import dev_certificates
 from sidecar.request.route_table import RouteBackend
 from tests.support.service_node import running
 from tests.unit.test_cli import envelope, run, server
@@ -202,6 +205,24 @@ def test_dev_flags_turn_dev_on_and_its_certificates_go_with_the_server(run, monk
     code, _, err = run("server", "-dev-tls", anywhere, "-dev-tls-san=b\u00fccher")
     assert code == 1
     assert "-dev-tls-san: " in err
+
+
+def test_a_directory_of_authorities_may_name_its_files_as_it_likes(tmp_path):
+    """As in Vault; OpenSSL alone would look for names made of hashes."""
+    folder = tmp_path / "cas"
+    folder.mkdir()
+    with pytest.raises(LocalError, match="no certificate in"):
+        _tls_context(ClientOptions(address="https://127.0.0.1:1", ca_path=str(folder)))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        with dev_certificates(str(tmp_path / name), []) as made:
+            shutil.copy(made.ca, folder / f"{name}.crt")
+    context = _tls_context(ClientOptions(address="https://127.0.0.1:1", ca_path=str(folder)))
+    assert context.cert_store_stats()["x509_ca"] == 2
+    one = _tls_context(
+        ClientOptions(address="https://127.0.0.1:1", ca_path=str(folder), ca_file=str(folder / "one.crt"))
+    )
+    assert one.cert_store_stats()["x509_ca"] == 1
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------

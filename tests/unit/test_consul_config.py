@@ -1,5 +1,7 @@
 """Where Consul is: explicit settings win over the environment, and secrets stay out of sight."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from consul_backend.config import ConsulConfig
@@ -16,9 +18,13 @@ def test_defaults() -> None:
     [
         ("consul", "http", ("http://consul:8500", "")),
         ("consul:18500", "https", ("https://consul:18500", "")),
-        ("https://consul", "http", ("https://consul:8500", "")),
-        ("http://[::1]:8501/", "https", ("http://[::1]:8501", "")),
+        ("https://consul", "http", ("https://consul:443", "")),
+        ("consul", "https", ("https://consul:443", "")),
+        ("http://consul", "http", ("http://consul:8500", "")),
+        ("http://[::1]:8501/", "http", ("http://[::1]:8501", "")),
+        ("http://[::1]:8501/", "https", ("https://[::1]:8501", "")),
         ("[::1]", "http", ("http://[::1]:8500", "")),
+        ("[2001:db8::1]:8500", "http", ("http://[2001:db8::1]:8500", "")),
         ("unix:///run/consul.sock", "https", ("http://localhost", "/run/consul.sock")),
     ],
 )
@@ -27,7 +33,7 @@ def test_addresses(address: str, scheme: str, endpoint: tuple[str, str]) -> None
 
 
 @pytest.mark.parametrize(
-    "address", ["ftp://x", "http://", "http://user:pass@x", "http://x/path", "http://x?y", "x:port"]
+    "address", ["ftp://x", "http://", "http://user:pass@x", "http://x/path", "http://x?y", "x:port", "::1", "unix://"]
 )
 def test_impossible_addresses(address: str) -> None:
     with pytest.raises(ValueError, match=r"."):
@@ -39,6 +45,7 @@ def test_every_variable_is_read() -> None:
         "CONSUL_HTTP_ADDR": "c:1",
         "CONSUL_HTTP_TOKEN": "t",
         "CONSUL_HTTP_TOKEN_FILE": "f",
+        "CONSUL_HTTP_AUTH": "u:p",
         "CONSUL_HTTP_SSL": "true",
         "CONSUL_HTTP_SSL_VERIFY": "false",
         "CONSUL_NAMESPACE": "n",
@@ -51,8 +58,8 @@ def test_every_variable_is_read() -> None:
     assert ConsulConfig.from_env({}, environ) == ConsulConfig(
         address="c:1",
         scheme="https",
-        token="t",
         token_file="f",
+        http_auth="u:p",
         namespace="n",
         ca_file="ca",
         ca_path="cap",
@@ -85,6 +92,12 @@ def test_explicit_settings_win() -> None:
     assert config.path == "v/"
 
 
+@pytest.mark.parametrize(("partition", "fits"), [("", True), ("default", True), ("team", False)])
+def test_a_partition_is_refused_instead_of_passed_over(partition: str, fits: bool) -> None:
+    with nullcontext() if fits else pytest.raises(ValueError, match="CONSUL_PARTITION: admin partitions"):
+        ConsulConfig.from_env({}, {"CONSUL_PARTITION": partition})
+
+
 @pytest.mark.parametrize(
     "explicit",
     [
@@ -102,4 +115,4 @@ def test_settings_that_cannot_work(explicit: dict[str, str]) -> None:
 
 
 def test_the_token_is_not_shown() -> None:
-    assert "s3cret" not in repr(ConsulConfig(token="s3cret"))
+    assert "s3cret" not in repr(ConsulConfig(token="s3cret", http_auth="u:s3cret"))

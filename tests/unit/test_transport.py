@@ -232,6 +232,23 @@ def test_a_token_file_that_never_was_is_an_error(tmp_path: Path) -> None:
         Token(ConsulConfig(token_file=str(tmp_path / "none"))).current()
 
 
+def test_an_unreadable_token_file_never_means_no_token(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.touch()
+    token = Token(ConsulConfig(token_file=str(path)))
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="is empty"):
+            token.current()
+    path.write_text("one\n")
+    assert token.current() == "one", "at once, while there is none"
+    path.write_text("")
+    token.suspect()
+    assert token.current() == "one"
+    path.write_text("two")
+    token.suspect()
+    assert token.current() == "two"
+
+
 def test_tls_is_strict_unless_told_otherwise() -> None:
     strict = tls_context(ConsulConfig())
     assert strict.verify_mode is ssl.CERT_REQUIRED
