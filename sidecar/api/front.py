@@ -196,6 +196,7 @@ class Front:
             "progress": status.progress,
             "nonce": status.nonce,
             "version": "" if request.disclosure.hides_version else self._node.version,
+            "build_date": "",  # there for clients that expect it; as of a Vault that was built by hand
             "migration": status.migration,
             "recovery_seal": status.recovery_seal,
             "storage_type": self._node.storage_type,
