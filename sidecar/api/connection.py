@@ -21,6 +21,7 @@ from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 from sidecar.api import envelopes, json_codec
 from sidecar.api.patience import Patience
 from sidecar.api.request_parser import PlainRequestParser
+from sidecar.api.response_headers import STRICT_TRANSPORT, STRICT_TRANSPORT_VALUE
 
 log = logging.getLogger("http")
 
@@ -152,7 +153,7 @@ class Connection(RequestHandler):
             status=status,
             body=json_codec.encode(envelopes.errors((_TOO_LONG,) if isinstance(exc, LineTooLong) else ())),
             content_type="application/json",
-            headers={"Cache-Control": "no-store", "Server": SERVER_NAME},
+            headers={"Cache-Control": "no-store", STRICT_TRANSPORT: STRICT_TRANSPORT_VALUE, "Server": SERVER_NAME},
         )
         response.force_close()
         return response

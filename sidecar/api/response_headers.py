@@ -1,7 +1,7 @@
 """``custom_response_headers`` of a listener: headers on its answers by their status. Pure.
 
 Of one header the most specific section counts: a status, then its class (``4xx``), then ``default``. What the server
-sets itself is never replaced.
+sets itself is never replaced, but for :data:`STRICT_TRANSPORT`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from multidict import CIMultiDict
 
 DEFAULT = "default"
+STRICT_TRANSPORT = "Strict-Transport-Security"
+STRICT_TRANSPORT_VALUE = "max-age=31536000; includeSubDomains"
+"""On every answer unless the listener says otherwise, as in Vault since 1.9. Browsers heed it over TLS alone."""
+_STRICT_TRANSPORT = STRICT_TRANSPORT.lower()
 Sections = Mapping[str, Mapping[str, str]]
 """Values of headers by their names, by section: ``default``, ``2xx``, ``307``."""
 
@@ -36,6 +40,8 @@ class ResponseHeaders:
         """``own``, the server's headers of an answer, with those that are configured for its status."""
         if self._sections:
             for name, value in self._of(status):
+                if name.lower() == _STRICT_TRANSPORT:
+                    own[name] = value
                 own.setdefault(name, value)
         return own
 

@@ -30,7 +30,7 @@ from sidecar.api.listening import Listening, SocketAccess
 from sidecar.api.patience import patience
 from sidecar.api.plain_answer import plain_answer
 from sidecar.api.proxy_protocol import ProxyRule
-from sidecar.api.response_headers import ResponseHeaders
+from sidecar.api.response_headers import STRICT_TRANSPORT, STRICT_TRANSPORT_VALUE, ResponseHeaders
 from sidecar.api.sockets import listening_sockets
 from sidecar.api.statuses import RETRY_AFTER_S
 from sidecar.core.metrics import METRICS
@@ -47,7 +47,14 @@ _INTERNAL_PREFIX = "x-vault-internal-"
 _VERSIONS = (HttpVersion11, HttpVersion10)
 _SHUTDOWN_TIMEOUT_S = 2.0
 # On every answer, also an empty one: clients compare the content type by equality.
-_ALWAYS = CIMultiDict({"Content-Type": JSON_TYPE, "Cache-Control": "no-store", "Server": SERVER_NAME})
+_ALWAYS = CIMultiDict(
+    {
+        "Content-Type": JSON_TYPE,
+        "Cache-Control": "no-store",
+        STRICT_TRANSPORT: STRICT_TRANSPORT_VALUE,
+        "Server": SERVER_NAME,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

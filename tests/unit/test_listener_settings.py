@@ -124,7 +124,7 @@ async def test_a_listener_hides_what_it_is_told_to() -> None:
 
 HEADERS = """custom_response_headers {
   "default" = {
-    "Strict-Transport-Security" = ["max-age=31536000", "includeSubDomains"]
+    "Strict-Transport-Security" = ["max-age=60", "preload"]
     "X-Which" = ["default"]
   }
   "4xx" = { "X-Which" = ["4xx"] }
@@ -142,13 +142,20 @@ async def test_headers_by_status_the_most_specific_wins() -> None:
             async with node.session.get(f"{node.address}/v1/{path}") as answer:
                 assert answer.status == status
                 assert answer.headers.getall("X-Which") == [which]
-                assert answer.headers["Strict-Transport-Security"] == "max-age=31536000; includeSubDomains"
+                assert answer.headers.getall("Strict-Transport-Security") == ["max-age=60; preload"]
                 assert answer.headers["Cache-Control"] == "no-store"
         async with node.session.get(f"{node.address}/other") as answer:
             assert (answer.status, answer.headers["X-Which"]) == (404, "404")
         monitor = f"{node.address}/v1/sys/monitor"
         async with node.session.get(monitor, headers={"X-Vault-Token": node.root}) as answer:
             assert (answer.status, answer.headers["X-Which"]) == (200, "default")
+
+
+async def test_strict_transport_is_on_every_answer_unless_the_listener_says_otherwise() -> None:
+    async with running() as node:
+        for path in ("v1/sys/health", "v1/sys/mounts", "v1/sys/nosuch/%ff", "other", "v1/sys/internal/specs/openapi"):
+            async with node.session.get(f"{node.address}/{path}") as answer:
+                assert answer.headers.getall("Strict-Transport-Security") == ["max-age=31536000; includeSubDomains"]
 
 
 def test_headers_that_are_refused_or_left_to_the_server() -> None:
