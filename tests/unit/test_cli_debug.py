@@ -112,7 +112,7 @@ def test_the_log_is_followed_meanwhile(node, run, tmp_path, monkeypatch):
         followed.set()
 
     monkeypatch.setattr(cli_client.Client, "stream", stream)
-    monkeypatch.setattr(debug.time, "sleep", lambda _s: followed.wait(20))
+    monkeypatch.setattr(debug.time, "sleep", lambda _s: followed.wait(120))
     run("debug", "-duration=1s", "-compress=false", "-output=b", "-target=log")
     assert (tmp_path / "b" / "server.log").read_text() == f"first line\n{debug.REDACTED}\n"
 
