@@ -34,7 +34,7 @@ from tests.support.replication_cluster import (
 )
 
 BOTH = (PERFORMANCE, DR)
-QUICK = replace(OPTIONS, certificate_check_s=0.05, forward_timeout_s=60.0)
+QUICK = replace(OPTIONS, certificate_check_s=0.05, forward_timeout_s=5.0)
 """Looks for work all the time; certificates live for a year."""
 BY_HAND = replace(QUICK, certificate_check_s=3600.0)
 """Looks for none: the test does."""
@@ -231,7 +231,7 @@ async def test_the_old_certificate_is_out_when_the_new_one_was_used(pair: Pair) 
 
 async def test_a_forwarded_write_survives_a_renewal(pair: Pair) -> None:
     """The write is under way on the old connection while certificate, clients and stream change."""
-    secondary = await followed(pair)
+    secondary = await followed(pair, options=replace(QUICK, forward_timeout_s=120.0))
     first, entered, go_on = shown(secondary), asyncio.Event(), asyncio.Event()
     execute = pair.primary.execute
 
