@@ -189,6 +189,8 @@ class LeaseRevocation:
             if entry is None or (of_token and entry.token != of_token):
                 return False
             now_s = int(self._now())
+            if max(entry.due_s, entry.expires_s) <= now_s and not (entry.token or entry.attempts or entry.irrevocable):
+                return True  # of thousands that were asked for twice, each is written once
             changed = msgspec.structs.replace(
                 entry,
                 expires_s=min(now_s, entry.expires_s),

@@ -481,6 +481,21 @@ async def test_work_on_many_is_bounded_and_stops_at_an_error() -> None:
     assert done < 600
 
 
+async def test_a_prefix_that_is_asked_for_again_writes_nothing_again(it: Setup) -> None:
+    """Of thousands, which a request has no time for: each try begins where the one before ended."""
+    holder = (await it.token()).entry
+    for _ in range(5):
+        await it.lease(holder)
+    await it.leasing.revocation.revoke_prefix("db/", sync=False)
+    commits = len(it.store.commits)
+    it.now.advance(3)
+    assert await it.leasing.revocation.revoke_prefix("db/", sync=False) == 5
+    assert len(it.store.commits) == commits
+    await it.expire()
+    assert it.outside.valid == set()
+    assert len(it.outside.calls) == 5
+
+
 async def test_a_prefix_that_its_client_gave_up_is_finished_all_the_same(it: Setup) -> None:
     holder = await it.token()
     for _ in range(100):
