@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+
+from tests.support.server_thread import ServerThread
 
 _WRITES = re.compile(rb'"Verb":"(?:set|cas|lock|unlock|delete|delete-tree)"')
 _HEAD_END = b"\r\n\r\n"
@@ -70,12 +70,13 @@ class Fault:
     seen: int = 0
 
 
-class ConsulTap:
+class ConsulTap(ServerThread):
     """Forwards to the Consul at ``target`` (host:port); give its ``address`` to the node ``name``."""
 
     _orders = 0
 
     def __init__(self, name: str, target: str) -> None:
+        super().__init__()
         self.name = name
         self.exchanges: list[Exchange] = []
         self.done: Counter[str] = Counter()
@@ -88,15 +89,8 @@ class ConsulTap:
         self._clients: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._flowing, self._reading = asyncio.Event(), asyncio.Event()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._server = self._call(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._start()}"
         self.heal()
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
     # -- faults
 
@@ -143,21 +137,6 @@ class ConsulTap:
         self._refusing = False
         self._loop.call_soon_threadsafe(self._flowing.set)
         self._loop.call_soon_threadsafe(self._reading.set)
-
-    def close(self) -> None:
-        """Stop it and its thread."""
-
-        async def shut() -> None:
-            self._server.close()
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        self._call(shut())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(60)
-        self._loop.close()
 
     # -- inside
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import threading
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
+
+from tests.support.server_thread import ServerThread
 
 SEGMENT_BYTES = 1448
 """What one packet carries: loss strikes one of these."""
@@ -33,7 +33,7 @@ class Link:
 GOOD = Link()
 
 
-class FaultProxy:
+class FaultProxy(ServerThread):
     """Forwards connections to ``127.0.0.1:target_port``.
 
     ``cut()`` aborts what is open and refuses what comes; ``blackhole()`` keeps connections open and delivers nothing;
@@ -42,6 +42,7 @@ class FaultProxy:
     """
 
     def __init__(self, target_port: int, *, seed: int = 0) -> None:
+        super().__init__()
         self._target_port = target_port
         self._refusing = False
         self._link = GOOD
@@ -50,18 +51,11 @@ class FaultProxy:
         self._flowing = asyncio.Event()
         self._pairs: dict[asyncio.Task[Any], set[asyncio.StreamWriter]] = {}
         self._lost: set[asyncio.Task[Any]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._server = self._call(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        self._loop.call_soon_threadsafe(self._flowing.set)
-        self.port: int = self._server.sockets[0].getsockname()[1]
         self.connections = 0
         self.corrupted = 0
         self.packets_lost = 0
-
-    def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+        self.port = self._start()
+        self._loop.call_soon_threadsafe(self._flowing.set)
 
     @property
     def open_connections(self) -> int:
@@ -105,21 +99,6 @@ class FaultProxy:
         self._refusing = False
         self.shape(GOOD)
         self._loop.call_soon_threadsafe(self._flowing.set)
-
-    def close(self) -> None:
-        """Stop the proxy and its thread."""
-
-        async def shut() -> None:
-            self._server.close()
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        self._call(shut())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(60)
-        self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._refusing:

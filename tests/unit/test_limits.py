@@ -28,7 +28,6 @@ from consul_backend.limits import (
 )
 from consul_backend.txn import (
     Cas,
-    CheckIndex,
     CheckNotExists,
     CheckSession,
     Delete,
@@ -40,23 +39,7 @@ from consul_backend.txn import (
     Unlock,
 )
 from consul_backend.wire import encode_txn
-
-SESSION = "01234567-89ab-cdef-0123-456789abcdef"
-keys = st.from_regex(r"[A-Za-z0-9_-]{1,9}(/[A-Za-z0-9_-]{1,9}){0,3}", fullmatch=True)
-values = st.binary(max_size=50)
-indexes = st.integers(0, 2**63)
-ops = st.one_of(
-    st.builds(Get, keys),
-    st.builds(Set, keys, values),
-    st.builds(Cas, keys, values, indexes),
-    st.builds(Lock, keys, values, st.just(SESSION)),
-    st.builds(Unlock, keys, values, st.just(SESSION)),
-    st.builds(Delete, keys),
-    st.builds(DeleteTree, keys.map(lambda key: key + "/") | st.just("")),
-    st.builds(CheckIndex, keys, indexes),
-    st.builds(CheckSession, keys, st.just(SESSION)),
-    st.builds(CheckNotExists, keys),
-)
+from tests.support.operations import SESSION, ops
 
 
 @given(st.lists(ops, min_size=1, max_size=20), st.sampled_from(["", "outrider/", "a/b_c/"]))

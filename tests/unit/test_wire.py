@@ -34,23 +34,8 @@ from consul_backend.wire import (
     encode_txn,
     refusal,
 )
+from tests.support.operations import SESSION, ops
 
-SESSION = "0b8f2c1e-1c3d-4b5a-9a77-3f3a7f3a7f3a"
-keys = st.from_regex(r"[A-Za-z0-9_-]{1,8}(/[A-Za-z0-9_-]{1,8}){0,2}", fullmatch=True)
-values = st.binary(max_size=40)
-indexes = st.integers(0, 2**63)
-ops = st.one_of(
-    st.builds(Get, keys),
-    st.builds(Set, keys, values),
-    st.builds(Cas, keys, values, indexes),
-    st.builds(Lock, keys, values, st.just(SESSION)),
-    st.builds(Unlock, keys, values, st.just(SESSION)),
-    st.builds(Delete, keys),
-    st.builds(DeleteTree, keys),
-    st.builds(CheckIndex, keys, indexes),
-    st.builds(CheckSession, keys, st.just(SESSION)),
-    st.builds(CheckNotExists, keys),
-)
 VERBS = {
     Get: "get",
     Set: "set",
