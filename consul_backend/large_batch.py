@@ -102,7 +102,7 @@ def next_part(entries: Sequence[Prepared], cursor: Cursor, size_max: int) -> Par
         if not whole and (room < 1 or (groups and room < size_max // 4)):
             break
         piece = entry.value
-        if piece is not None and (offset or not whole):
+        if piece is not None:
             piece = piece[offset : offset + room]
         groups.setdefault(entry.group, []).append((entry.path, piece))
         if not whole:
