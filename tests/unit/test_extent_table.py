@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consul_backend.extents import CHECKSUM_BYTES, Extent
+from consul_backend.limits import base64_bytes
 from consul_backend.merkle import SUBPAGES, Forest
 from consul_backend.merkle_pages import DirtyLeaf, ExtentTable, FlushPlan, extent_key
 
@@ -179,6 +180,10 @@ def quarters(*, emptied=False):
     return table, forest
 
 
+def json_bytes(writes):
+    return sum(len(key) + base64_bytes(len(blob)) for key, blob in writes.items())
+
+
 @pytest.mark.parametrize("emptied", [True, False])
 @pytest.mark.parametrize("ops_max", [1, 2, 3, 4, 5])
 def test_a_plan_has_as_many_operations_as_it_may_have(emptied, ops_max):
@@ -186,13 +191,21 @@ def test_a_plan_has_as_many_operations_as_it_may_have(emptied, ops_max):
     plan = table.plan(forest, 6, extents_max=9, ops_max=ops_max, body_bytes_max=100_000)
     assert plan.ops == len(plan.leaves) == len(plan.deletes if emptied else plan.writes) == min(ops_max, 4)
     assert table.dirty_count == 4 - plan.ops
-    assert plan.body_bytes > sum(len(key) for key in [*plan.deletes, *plan.writes])
+    assert plan.body_bytes > sum(map(len, plan.deletes)) + json_bytes(plan.writes)
+
+
+@pytest.mark.parametrize(("ops_max", "ops"), [(1, 0), (2, 2)])
+def test_the_end_of_a_split_keeps_an_operation_for_the_old_extent(ops_max, ops):
+    table = ExtentTable("g1")
+    set_loaded(table, [(0, 0, extent(1)), (1, 0, extent(2))])
+    plan = table.plan(Forest(), 6, extents_max=9, ops_max=ops_max, body_bytes_max=100_000)
+    assert plan.ops == ops
+    assert table.dirty_count == (0 if ops else 1)
 
 
 def test_a_plan_takes_as_many_bytes_as_it_may_and_one_extent_in_any_case():
     table, forest = quarters()
     whole = table.plan(forest, 6, extents_max=9, ops_max=9, body_bytes_max=100_000)
-    assert whole.body_bytes > sum(len(blob) for blob in whole.writes.values())
     for body_bytes_max, count in ((whole.body_bytes, 4), (whole.body_bytes - 1, 3), (1, 1)):
         table, forest = quarters()
         plan = table.plan(forest, 6, extents_max=9, ops_max=9, body_bytes_max=body_bytes_max)
