@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from consul_backend.extents import CHECKSUM_BYTES, Extent
 from consul_backend.limits import base64_bytes
-from consul_backend.merkle import SUBPAGES, Forest
+from consul_backend.merkle import SUBPAGES, Forest, bucket_of
 from consul_backend.merkle_pages import DirtyLeaf, ExtentTable, FlushPlan, extent_key
 
 P = ("r", "p")
@@ -201,6 +201,32 @@ def test_the_end_of_a_split_keeps_an_operation_for_the_old_extent(ops_max, ops):
     plan = table.plan(Forest(), 6, extents_max=9, ops_max=ops_max, body_bytes_max=100_000)
     assert plan.ops == ops
     assert table.dirty_count == (0 if ops else 1)
+    if ops:
+        assert plan.body_bytes > sum(map(len, plan.deletes)) + json_bytes(plan.writes)
+
+
+def test_an_old_extent_goes_though_a_split_below_it_is_not_complete():
+    table = ExtentTable("g1")
+    set_loaded(table, [(0, 0, extent(1, lsn=4)), (1, 0, extent(2, lsn=6)), (2, 0, extent(3, lsn=8))])
+    assert sorted(leaf.start for leaf in table.dirty_leaves()) == [0x4000, 0x8000]
+    plan = table.plan(Forest(), 9, extents_max=1, ops_max=9, body_bytes_max=100_000)
+    assert (list(plan.writes), plan.deletes) == ([extent_key("g1", *P, 1, 0x8000)], [extent_key("g1", *P, 0, 0)])
+
+
+def test_a_plan_ends_with_the_first_leaf_that_does_not_fit():
+    """Smaller ones that are younger wait for their turn."""
+    table, forest = ExtentTable("g1"), Forest()
+    set_loaded(table, [(2, n << 14, extent(n)) for n in range(3)])
+    paths = [f"path-{number}" for number in range(200)]
+    for quarter, count in enumerate((20, 30, 1)):
+        for path in [path for path in paths if bucket_of(path) >> 14 == quarter][:count]:
+            forest.change(*P, path, b"d" * 20)
+        table.mark(*P, quarter << 14, 5 + quarter)
+    first = table.plan(forest, 9, extents_max=1, ops_max=9, body_bytes_max=100_000)
+    table.failed(first)
+    plan = table.plan(forest, 9, extents_max=9, ops_max=9, body_bytes_max=first.body_bytes + 1000)
+    assert list(plan.writes) == list(first.writes)
+    assert table.dirty_count == 2
 
 
 def test_a_plan_takes_as_many_bytes_as_it_may_and_one_extent_in_any_case():
