@@ -141,6 +141,7 @@ def from_message(message: ForwardRequest) -> HttpRequest:
         headers=CIMultiDict(message.headers),
         body=message.body,
         remote_address=message.remote_address,
+        remote_port=message.remote_port,
         raw_target=message.raw_target,
         trail=tuple((hop.cluster_id, hop.kind) for hop in message.trail),
     )

@@ -168,6 +168,7 @@ def _of_call(call: Call) -> dict[str, Any]:
         "path": call.path,
         "data": call.data,
         "remote_address": call.remote_address,
+        "remote_port": call.remote_port,
         "wrap_ttl": call.wrap_ttl_s,
     }
     if call.forwarded_auth is not None:
@@ -184,6 +185,7 @@ def _of_request(exchange: Exchange) -> dict[str, Any]:
         "client_token": client_token(request),
         "path": request.path,
         "remote_address": request.remote_address,
+        "remote_port": request.remote_port,
     }
 
 

@@ -77,6 +77,7 @@ async def decode(request: HttpRequest, request_id: str) -> Call:
         id=request_id,
         token=client_token(request),
         remote_address=request.remote_address,
+        remote_port=request.remote_port,
         wants_help=wants_help,
         wrap_ttl_s=_wrap_ttl_s(request),
         wrap_jwt=request.headers.get("X-Vault-Wrap-Format", "").lower() == "jwt",

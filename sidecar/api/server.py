@@ -264,6 +264,7 @@ class ApiServer:
             headers=headers,
             body=body,
             remote_address=address,
+            remote_port=_port_of(request),
             raw_target=request.raw_path,
             disclosure=self._limits.disclosure,
         )
@@ -316,6 +317,15 @@ def _has_left(request: web.BaseRequest) -> bool:
     """Who waits for an answer may have closed the sending half before; whose stream has no end is gone with it."""
     ended = isinstance(request.protocol, Connection) and request.protocol.client_ended
     return ended or request.transport is None or request.transport.is_closing()
+
+
+def _port_of(request: web.BaseRequest) -> int:
+    """The port of the other end: the client's, or that of the proxy's connection. 0 where there is none, and where a
+    PROXY header tells of another connection."""
+    if request.transport is None or (isinstance(request.protocol, Connection) and request.protocol.client_host):
+        return 0
+    peer = request.transport.get_extra_info("peername")
+    return int(peer[1]) if isinstance(peer, tuple) else 0
 
 
 def _readable(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

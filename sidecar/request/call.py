@@ -68,6 +68,7 @@ class Call(msgspec.Struct):
     record: Record | None = None
     stale: bool = False
     allowed: bool | None = None
+    remote_port: int = 0
 
     def __repr__(self) -> str:
         # Without token, data and headers.

@@ -49,7 +49,8 @@ class HttpRequest:
 
     ``path`` is decoded, without ``/v1/`` and without a leading slash (a trailing one is kept). ``query`` holds every
     value of every name in order. ``raw_target`` is the undecoded path and query as the client sent them, for
-    redirects. ``remote_address`` is the client's, also through hops. ``trail`` and ``forwarded_auth`` are set by the
+    redirects. ``remote_address`` is the client's, also through hops; ``remote_port`` that of the connection it came
+    by, 0 where there is none. ``trail`` and ``forwarded_auth`` are set by the
     cluster port only, never from a header. ``disclosure`` is that of the listener it came by.
     """
 
@@ -63,6 +64,7 @@ class HttpRequest:
     trail: tuple[Hop, ...] = ()
     forwarded_auth: ForwardedAuth | None = None
     disclosure: Disclosure = USUAL_DISCLOSURE
+    remote_port: int = 0
 
 
 class AnswerLike(Protocol):

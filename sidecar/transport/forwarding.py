@@ -77,6 +77,9 @@ class RequestLike(Protocol):
     def remote_address(self) -> str: ...
 
     @property
+    def remote_port(self) -> int: ...
+
+    @property
     def raw_target(self) -> str: ...
 
     @property
@@ -110,6 +113,7 @@ class ForwardRequest(msgspec.Struct, frozen=True):
     raw_target: str = ""
     auth: ForwardedIdentity | None = None
     time_left_ms: int | None = None
+    remote_port: int = 0
 
     def __repr__(self) -> str:
         return f"ForwardRequest({self.method} {self.path!r}, {len(self.body)} bytes)"
@@ -218,6 +222,7 @@ def forwarded(request: RequestLike, trail: Trail, auth: ForwardedIdentity | None
         raw_target=request.raw_target,
         auth=auth,
         time_left_ms=None if left_s is None else int(left_s * 1000),
+        remote_port=request.remote_port,
     )
 
 

@@ -81,6 +81,7 @@ class Request:
     headers: CIMultiDict[str] = field(default_factory=CIMultiDict)
     body: bytes = b"{}"
     remote_address: str = "10.1.1.1"
+    remote_port: int = 0
     raw_target: str = "/v1/secret/data/a"
     trail: tuple[tuple[str, str], ...] = ()
 

@@ -37,6 +37,7 @@ REQUESTS = st.builds(
     headers=PAIRS,
     body=st.binary(max_size=100),
     remote_address=TEXT,
+    remote_port=st.integers(0, 65535),
     trail=st.lists(st.builds(Hop, TEXT, TEXT), max_size=3).map(tuple),
     raw_target=TEXT,
     auth=st.none()

@@ -88,6 +88,7 @@ async def test_request_and_response_are_entered_in_this_order(node: Harness, pat
     assert written["request"]["mount_type"] == "kv"
     assert written["request"]["mount_point"] == "secret/"
     assert written["request"]["remote_address"] == "127.0.0.1"
+    assert written["request"]["remote_port"] > 1023, "of the client's connection"
     assert written["request"]["data"]["options"] == {"cas": 0}
     assert written["auth"]["display_name"] == "root"
     assert written["auth"]["policies"] == ["root"]

@@ -69,6 +69,7 @@ class Request:
     query: dict[str, list[str]] = field(default_factory=dict)
     headers: CIMultiDict[str] = field(default_factory=CIMultiDict)
     remote_address: str = "client"
+    remote_port: int = 0
     raw_target: str = "/v1/sim/write"
     trail: tuple[tuple[str, str], ...] = ()
 
