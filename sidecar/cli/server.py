@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -70,6 +70,8 @@ def _dev_options(call: Call, ending: ExitStack) -> DevOptions | None:
     from sidecar.dev_tls import dev_certificates
 
     names = [name.strip() for given in values.texts("dev-tls-san") for name in given.split(",") if name.strip()]
+    with suppress(ValueError):  # what is no address is refused with the configuration
+        names.append(config.split_address(options.listen_address)[0])
     try:
         made = ending.enter_context(dev_certificates(values.text("dev-tls-cert-dir"), names))
     except OSError as error:

@@ -40,9 +40,10 @@ class Cubbyhole:
         match call.operation:
             case Operation.LIST:
                 names = await view.list(rest)
-                return Answer({"keys": names}) if names else Answer(status=404)
+                return Answer({"keys": names}, mount_type=self.type_name) if names else Answer(status=404)
             case Operation.READ:
-                return await _read(view, rest)
+                data = await _read(view, rest)
+                return Answer(data, mount_type=self.type_name) if data is not None else None
             case Operation.CREATE | Operation.UPDATE:
                 if not call.data:
                     raise InvalidRequest("missing data fields")
@@ -67,12 +68,12 @@ class Cubbyhole:
         return cubbyhole(self._sealed, entry)
 
 
-async def _read(view: View, rest: str) -> Answer | None:
+async def _read(view: View, rest: str) -> dict[str, Any] | None:
     raw = await view.get(_file(rest))
     if raw is None:
         return None
     data: dict[str, Any] = json.loads(raw)
-    return Answer(data)
+    return data
 
 
 def _file(rest: str) -> str:

@@ -70,6 +70,12 @@ async def test_a_wrapping_token_looks_itself_up(node: Harness) -> None:
     assert (await node.call("POST", "sys/wrapping/unwrap", {}, token=token)).data == {"x": "1"}
 
 
+async def test_a_cubbyhole_names_its_type_like_any_mount(node: Harness) -> None:
+    await node.call("POST", "cubbyhole/a", {"b": "c"})
+    assert (await node.call("GET", "cubbyhole/a")).body["mount_type"] == "cubbyhole"
+    assert (await node.call("LIST", "cubbyhole")).body["mount_type"] == "cubbyhole"
+
+
 async def test_the_configuration_without_secrets(node: Harness) -> None:
     reply = await node.call("GET", "sys/config/state/sanitized")
     assert (reply.status, reply.data) == (200, {})
