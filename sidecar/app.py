@@ -426,7 +426,8 @@ def reload_settings(
     try:
         if config_paths:
             config = load(config_paths)
-            set_level(config.log_level)
+            if config.log_level_given:  # else it stays as a flag has it, or sys/loggers
+                set_level(config.log_level)
             every: list[Listener | UnixListener] = [*config.listeners, *config.unix_listeners]
             rules = {one.address: one for one in every}
             for one in served:

@@ -49,7 +49,7 @@ def doing(what: str, code: int = EXIT_SERVER) -> Iterator[None]:
 
 
 HTTP_FLAGS = (
-    Flag("address", "Address of the server. VAULT_ADDR.", default=DEFAULT_ADDRESS),
+    Flag("address", "URL of the server, or unix:///path. VAULT_ADDR.", default=DEFAULT_ADDRESS),
     Flag("ca-cert", "PEM file with the CA that signed the server's certificate. VAULT_CACERT."),
     Flag("ca-path", "Directory of PEM files with such CAs. VAULT_CAPATH."),
     Flag("client-cert", "PEM file with a client certificate. VAULT_CLIENT_CERT."),

@@ -136,7 +136,8 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
     default_ttl_s, max_ttl_s = stanzas.read_lease_ttls(top)
     election, store, audit = stanzas.read_sidecar(top)
     replication = stanzas.read_replication(top)
-    level = log_level(top.text("log_level", "info", stanzas.LOG_LEVEL_WORDS))
+    level = log_level(top.text("log_level", "", stanzas.LOG_LEVEL_WORDS))
+    level = _environment_choice(environ, "LOG_LEVEL", stanzas.LOG_LEVEL_WORDS) or level
     log_format = top.text("log_format", "standard", stanzas.LOG_FORMATS)
     cluster_name = top.text("cluster_name")
     log_file, pid_file = stanzas.read_log_file(top), top.text("pid_file")
@@ -167,7 +168,8 @@ def _read(bodies: Sequence[hcl.Body], environ: Mapping[str, str], dev: DevOption
         cluster_name=cluster_name,
         default_lease_ttl_s=default_ttl_s,
         max_lease_ttl_s=max_ttl_s,
-        log_level=_environment_choice(environ, "LOG_LEVEL", stanzas.LOG_LEVEL_WORDS) or level,
+        log_level=level or "info",
+        log_level_given=bool(level),
         log_format=_environment_choice(environ, "LOG_FORMAT", stanzas.LOG_FORMATS) or log_format,
         telemetry=telemetry,
         log_file=log_file,

@@ -289,7 +289,7 @@ class LogFileSettings:
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Everything ``outrider server`` needs to know. ``warnings`` are shown by the command before it starts the
-    server."""
+    server. ``log_level_given``: a file or the environment says it, so that a SIGHUP sets it again."""
 
     storage: ConsulStorage | EmbeddedStorage | InmemStorage
     listeners: tuple[Listener, ...]
@@ -299,6 +299,7 @@ class ServerConfig:
     default_lease_ttl_s: int = DEFAULT_LEASE_TTL_S
     max_lease_ttl_s: int = DEFAULT_LEASE_TTL_S
     log_level: str = "info"
+    log_level_given: bool = False
     log_format: str = "standard"
     service_registration: ServiceRegistrationSettings = field(default_factory=ServiceRegistrationSettings)
     replication: ReplicationSettings = field(default_factory=ReplicationSettings)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import itertools
 import json
 import os
 import shutil
+import socketserver
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -205,6 +208,44 @@ def test_dev_flags_turn_dev_on_and_its_certificates_go_with_the_server(run, monk
     code, _, err = run("server", "-dev-tls", anywhere, "-dev-tls-san=b\u00fccher")
     assert code == 1
     assert "-dev-tls-san: " in err
+
+
+def test_a_server_is_reached_over_its_unix_socket(run, monkeypatch, tmp_path):
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers["Host"], self.headers["X-Vault-Token"]))
+            body = json.dumps(envelope({"a": "b"})).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    path = tmp_path / "o.sock"
+    with socketserver.UnixStreamServer(str(path), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            monkeypatch.setenv("VAULT_TOKEN", "t")
+            assert run("read", f"-address=unix://{path}", "-field=a", "secret/x")[:2] == (0, "b")
+            monkeypatch.setenv("VAULT_ADDR", f"unix://{path}")
+            assert run("read", "-field=a", "secret/x")[0] == 0
+            curl = run("read", "-output-curl-string", "secret/x")[1]
+        finally:
+            server.shutdown()
+            thread.join()
+    assert seen == [("/v1/secret/x", "localhost", "t")] * 2
+    assert f"--unix-socket {path} " in curl
+    assert "http://localhost/v1/secret/x" in curl
+    code, _, err = run("read", "secret/x")
+    assert code == 2
+    assert "connection refused" in err
+    code, _, err = run("read", f"-address=unix://{tmp_path}/none", "secret/x")
+    assert "No such file" in err
 
 
 def test_a_directory_of_authorities_may_name_its_files_as_it_likes(tmp_path):

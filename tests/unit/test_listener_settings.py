@@ -207,6 +207,25 @@ async def test_a_sighup_reads_the_headers_of_a_running_listener_again(
         assert await headers() == (None, "2"), "what was loaded before stays"
 
 
+def test_a_sighup_sets_the_log_level_only_where_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag, or sys/loggers, would be undone by a log rotation."""
+    levels: list[str] = []
+    monkeypatch.setattr(app, "set_level", levels.append)
+    for name in ("VAULT_LOG_LEVEL", "OUTRIDER_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "c.hcl"
+    rest = 'storage "inmem" {}\nlistener "tcp" { tls_disable = true }\n'
+    path.write_text(rest)
+    app.reload_settings((str(path),), (), ())
+    assert levels == []
+    path.write_text(f'log_level = "warn"\n{rest}')
+    app.reload_settings((str(path),), (), ())
+    monkeypatch.setenv("VAULT_LOG_LEVEL", "trace")
+    path.write_text(rest)
+    app.reload_settings((str(path),), (), ())
+    assert levels == ["warn", "trace"]
+
+
 def test_the_host_is_named_where_it_is_asked_for() -> None:
     assert config(top="enable_response_header_hostname = true").show_hostname
     named = app.limits_of(config().listeners[0], socket.gethostname()).response_headers
