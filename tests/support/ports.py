@@ -36,6 +36,10 @@ class PortBlock:
                 return port
         raise OSError(f"every port of the block at {self._held.getsockname()[1]} is in use")
 
+    def close(self) -> None:
+        """Let somebody else have the block."""
+        self._held.close()
+
 
 def _bound(port: int) -> socket.socket:
     made = socket.socket()
@@ -78,7 +82,11 @@ def free_port() -> int:
 
 def two_free_ports() -> int:
     """The first of two ports that follow each other. Raises OSError."""
-    port = free_port()
-    while (following := free_port()) != port + 1:
-        port = following
-    return port
+    while True:
+        port = free_port()
+        if _block is not None:
+            if free_port() == port + 1:
+                return port
+            continue
+        with contextlib.suppress(OSError), _bound(port + 1):
+            return port
