@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from tests.support.file_credentials import Shared
 from tests.support.lease_maker import make_leases
 from tests.support.leasing_engine import TYPE
 
-LEASES = 600 if rounds() == 1 else 100_000
+LEASES = int(os.environ.get("OUTRIDER_FAULT_LEASES", "600" if rounds() == 1 else "100000"))
 KILLS = 2 if rounds() == 1 else 5
 DONE_S_MAX = 300.0 + LEASES * 0.02
 CALLS_CUT_MAX = 2 * AT_ONCE

@@ -49,7 +49,7 @@ async def make_leases(
         generation = found[0].id
 
         async def read(key: str) -> bytes | None:
-            return await read_entry(physical, generation, key, consistent=True)
+            return await read_entry(physical, generation, key)
 
         seal = await read(SEAL)
         assert seal is not None
