@@ -70,7 +70,8 @@ soak-faults: setup
 	OUTRIDER_FAULT_ROUNDS=25 $(BIN)/python -m pytest -q -s -o timeout=3600 tests/integration/test_faults.py \
 	  tests/integration/test_consul_cluster.py tests/integration/test_store_changed.py tests/integration/test_failpoints.py \
 	  tests/integration/test_links.py tests/integration/test_two_datacenters.py tests/unit/test_frame_damage.py \
-	  tests/integration/test_killed_in_a_row.py tests/integration/test_killed_in_large_batches.py
+	  tests/integration/test_killed_in_a_row.py tests/integration/test_killed_in_large_batches.py \
+	  tests/integration/test_killed_while_revoking.py
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist
