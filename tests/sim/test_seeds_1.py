@@ -4,7 +4,7 @@ import pytest
 
 from consul_backend.testing_faults import FAULTS
 from tests.sim.plan import EVENTS
-from tests.sim.seeds import chunks, run_chunk, share_totals
+from tests.sim.seeds import SEEDS
 
 SEEN = (
     # what the store does, as the witness sees it in the transactions
@@ -16,13 +16,13 @@ SEEN = (
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("first", chunks(0))
+@pytest.mark.parametrize("first", SEEDS.chunks(0))
 def test_seeds(first: int) -> None:
-    run_chunk(first)
+    SEEDS.run_chunk(first)
 
 
 @pytest.mark.timeout(600)
 def test_every_kind_of_thing_happens() -> None:
     """Every act of the nemesis, every fault of a call, and every kind of work of the store, in the seeds above."""
-    never = share_totals(0).never((*EVENTS, *FAULTS, *SEEN))
+    never = SEEDS.share_totals(0).never((*EVENTS, *FAULTS, *SEEN))
     assert not never, never

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.sim.seeds import chunks, run_chunk
+from tests.sim.seeds import SEEDS
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("first", chunks(1))
+@pytest.mark.parametrize("first", SEEDS.chunks(1))
 def test_seeds(first: int) -> None:
-    run_chunk(first)
+    SEEDS.run_chunk(first)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.sim.clusters.plan import EVENTS, TAMPERING
-from tests.sim.clusters.seeds import chunks, run_chunk, share_totals
+from tests.sim.clusters.seeds import SEEDS
 
 SEEN = (
     *("record applied", "state taken over", "history adopted", "loss reported", "forecast"),
@@ -14,13 +14,13 @@ SEEN = (
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("first", chunks(0))
+@pytest.mark.parametrize("first", SEEDS.chunks(0))
 def test_cluster_seeds(first: int) -> None:
-    run_chunk(first)
+    SEEDS.run_chunk(first)
 
 
 @pytest.mark.timeout(600)
 def test_every_kind_of_thing_happens() -> None:
     """Every act of nemesis and operator, every damage to a frame, and all that comes of it, in the seeds above."""
-    never = share_totals(0).never((*EVENTS, *TAMPERING, *SEEN))
+    never = SEEDS.share_totals(0).never((*EVENTS, *TAMPERING, *SEEN))
     assert not never, never
