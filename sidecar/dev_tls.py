@@ -20,7 +20,9 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from sidecar.transport.certificates import key_usage, subject_name
 
 CA_NAME, CERTIFICATE_NAME, KEY_NAME = "vault-ca.pem", "vault-cert.pem", "vault-key.pem"
 _LOCAL_NAMES = ("localhost", "localhost4", "localhost6", "localhost.localdomain")
@@ -73,19 +75,19 @@ def _made(names: Sequence[str]) -> tuple[bytes, bytes, bytes]:
     """(CA, certificate, private key) as PEM."""
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     host = socket.gethostname() or "localhost"
-    ca_name = _name(f"Vault dev CA of {host}")
+    ca_name = subject_name(f"Vault dev CA of {host}")
     identifier = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
     ca = (
         _builder(ca_name, ca_name, ca_key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs=True), critical=True)
+        .add_extension(key_usage(sign_certificates=True), critical=True)
         .add_extension(identifier, critical=False)
         .sign(ca_key, hashes.SHA256())
     )
     certificate = (
-        _builder(_name(host), ca_name, key.public_key())
+        _builder(subject_name(host), ca_name, key.public_key())
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs=False), critical=True)
+        .add_extension(key_usage(sign_certificates=False), critical=True)
         .add_extension(
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
         )
@@ -126,22 +128,4 @@ def _builder(subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurve
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _BACKDATED)
         .not_valid_after(now + _VALIDITY)
-    )
-
-
-def _name(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
-
-
-def _usage(*, signs: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs,
-        key_cert_sign=signs,
-        crl_sign=signs,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
     )

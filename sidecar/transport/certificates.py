@@ -37,9 +37,9 @@ class Credentials:
 def make_authority(common_name: str) -> Credentials:
     """A self-signed P-521 authority that may sign end-entity certificates only (path length 0)."""
     key = ec.generate_private_key(ec.SECP521R1())
-    usage = _key_usage(sign_certificates=True)
+    usage = key_usage(sign_certificates=True)
     builder = (
-        _builder(common_name, key.public_key(), issuer=_name(common_name))
+        _builder(common_name, key.public_key(), issuer=subject_name(common_name))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
     )
@@ -59,7 +59,7 @@ def issue_client(authority: Credentials, identity: str, *, validity: timedelta =
 def make_request(identity: str) -> tuple[bytes, bytes]:
     """(PKCS #10 request as DER, its new P-521 private key as PEM). The request proves who holds the key."""
     key = ec.generate_private_key(ec.SECP521R1())
-    request = x509.CertificateSigningRequestBuilder().subject_name(_name(identity)).sign(key, hashes.SHA512())
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject_name(identity)).sign(key, hashes.SHA512())
     return request.public_bytes(serialization.Encoding.DER), _key_pem(key)
 
 
@@ -168,7 +168,7 @@ def _sign(
     builder = (
         _builder(common_name, public_key, issuer=issuer.subject, validity=validity)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(sign_certificates=False), critical=True)
+        .add_extension(key_usage(sign_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
     )
@@ -183,7 +183,7 @@ def _builder(
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
-        .subject_name(_name(common_name))
+        .subject_name(subject_name(common_name))
         .issuer_name(issuer)
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
@@ -193,11 +193,13 @@ def _builder(
     )
 
 
-def _name(common_name: str) -> x509.Name:
+def subject_name(common_name: str) -> x509.Name:
+    """A common name alone, cut to the 64 characters that one may have."""
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
 
 
-def _key_usage(*, sign_certificates: bool) -> x509.KeyUsage:
+def key_usage(*, sign_certificates: bool) -> x509.KeyUsage:
+    """Of an authority's key, or of one that proves who its holder is."""
     return x509.KeyUsage(
         digital_signature=not sign_certificates,
         key_cert_sign=sign_certificates,
