@@ -11,6 +11,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TypedDict, Unpack
 
 import msgspec
 
@@ -77,18 +78,23 @@ class MountEntry(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"{self.storage_class}/core/{self.table}/{self.uuid}"
 
 
+class MountSettings(TypedDict, total=False):
+    """What whoever mounts may say of a mount; :class:`MountEntry` has what goes without saying."""
+
+    description: str
+    options: dict[str, str] | None
+    config: MountConfig
+    local: bool
+    seal_wrap: bool
+    external_entropy_access: bool
+
+
 def new_mount(
     table: str,
     path: str,
     type_name: str,
     random_bytes: Callable[[int], bytes],
-    *,
-    description: str = "",
-    options: Mapping[str, str] | None = None,
-    config: MountConfig | None = None,
-    local: bool = False,
-    seal_wrap: bool = False,
-    external_entropy_access: bool = False,
+    **settings: Unpack[MountSettings],
 ) -> MountEntry:
     """An entry with a fresh uuid and accessor (``kv_1a2b3c4d``, ``auth_userpass_1a2b3c4d``)."""
     prefix = "auth_" if table == AUTH else ""
@@ -98,12 +104,7 @@ def new_mount(
         uuid=str(uuid.UUID(bytes=random_bytes(16), version=4)),
         accessor=f"{prefix}{type_name}_{random_bytes(4).hex()}",
         table=table,
-        description=description,
-        options=dict(options) if options is not None else None,
-        config=config or MountConfig(),
-        local=local,
-        seal_wrap=seal_wrap,
-        external_entropy_access=external_entropy_access,
+        **settings,
     )
 
 
@@ -224,13 +225,8 @@ class MountTable:
         path: str,
         type_name: str,
         *,
-        description: str = "",
-        options: Mapping[str, str] | None = None,
-        config: MountConfig | None = None,
-        local: bool = False,
-        seal_wrap: bool = False,
-        external_entropy_access: bool = False,
         check: Callable[[MountEntry], None] | None = None,
+        **settings: Unpack[MountSettings],
     ) -> MountEntry:
         """Add a mount, unless ``check`` raises for it. Raises InvalidRequest, ReadOnlyStorage."""
         path = clean_mount_path(path)
@@ -238,21 +234,10 @@ class MountTable:
             raise InvalidRequest("backend type must be specified as a string")
         if self._plugin_types is not None and type_name not in self._plugin_types(table):
             raise InvalidRequest(f"plugin not found in the catalog: {type_name}")
-        check_config(config or MountConfig())
+        check_config(settings.get("config", MountConfig()))
         async with self._tables_lock:
             self._require_free(table, path)
-            entry = new_mount(
-                table,
-                path,
-                type_name,
-                self._random_bytes,
-                description=description,
-                options=options,
-                config=config,
-                local=local,
-                seal_wrap=seal_wrap,
-                external_entropy_access=external_entropy_access,
-            )
+            entry = new_mount(table, path, type_name, self._random_bytes, **settings)
             if check is not None:
                 check(entry)
             await self._store(entry)
