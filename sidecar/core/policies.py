@@ -154,12 +154,10 @@ class ACL:
 
     def has_any_under(self, prefix: str) -> bool:
         """Whether anything at or below ``prefix`` (a mount's path) may be granted."""
-        if self.is_root:
-            return True
-        for rule in [*self._exact.values(), *self._patterns]:
-            if rule.capabilities and not rule.denies and _may_meet(rule.path, prefix):
-                return True
-        return False
+        rules = [*self._exact.values(), *self._patterns]
+        return self.is_root or any(
+            rule.capabilities and not rule.denies and _may_meet(rule.path, prefix) for rule in rules
+        )
 
     def resultant(self) -> dict[str, Any]:
         """The rules as the web UI asks for them."""

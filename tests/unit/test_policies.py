@@ -156,7 +156,7 @@ def test_list_takes_either_spelling_of_a_folder(path: str):
 def test_a_deny_below_a_folder_also_denies_listing_it():
     # A deny on the contents must not be got round by listing the parent under its other spelling.
     subject = acl(rule("secret/foo", "list"), rule("secret/foo/*", "deny"))
-    assert not subject.check("secret/foo/", Operation.LIST).allowed
+    assert subject.check("secret/foo/", Operation.LIST).reason == "denied by secret/foo/*"
     assert not subject.check("secret/foo", Operation.LIST).allowed
     subject = acl(rule("secret/+/", "deny"), rule("secret/*", "list"))
     assert not subject.check("secret/foo/", Operation.LIST).allowed
@@ -206,6 +206,7 @@ def test_has_any_under():
     assert not acl(rule("se*", "read")).has_any_under("kv/")
     assert not acl(rule("se", "read")).has_any_under("secret/"), "no prefix"
     assert not acl(rule("secret", "read")).has_any_under("secret/a/"), "ends above"
+    assert acl(rule("secret*", "read")).has_any_under("secret/a/")
     assert acl(rule("secret/a/b", "read")).has_any_under("secret/a/")
     assert not acl(rule("x/se*", "read")).has_any_under("secret/a/")
     assert not acl(rule("se*", "read")).has_any_under("x/secret/"), "the prefix is of the first folder"
