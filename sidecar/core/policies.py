@@ -242,7 +242,7 @@ def _value_listed(value: Any, listed: Sequence[Any]) -> bool:
 def _value_matches(value: Any, pattern: Any) -> bool:
     if isinstance(pattern, str) and isinstance(value, str):
         starts, ends = pattern.startswith("*"), pattern.endswith("*")
-        middle = pattern[starts : len(pattern) - ends if len(pattern) > 1 else len(pattern)]
+        middle = pattern[starts : len(pattern) - ends]
         if starts and ends:
             return middle in value
         if starts:
