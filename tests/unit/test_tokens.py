@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
+import string
 from dataclasses import replace
 
 import msgspec
@@ -416,7 +417,15 @@ def test_base62_is_uniform():
     source = iter([bytes(range(256))] * 4)
     text = base62(900, lambda count: next(source))
     assert len(text) == 900
-    assert all(text[:248].count(character) == 4 for character in set(text))
+    assert all(text[: 3 * 248].count(character) == 3 * 4 for character in set(text)), "none comes more often"
+    assert set(text) == set(string.ascii_letters + string.digits)
+    drawn = iter([bytes(range(256))])
+    assert base62(248, lambda count: next(drawn)) == text[:248], "one draw was enough"
+
+
+async def test_a_new_salt_has_32_bytes():
+    _, sealed, _, _ = await make()
+    assert len(await sealed.get(TOKEN_SALT)) == 32
 
 
 # -- revocation
