@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consul_backend import merkle_pages
 from consul_backend.extents import CHECKSUM_BYTES, Extent
 from consul_backend.limits import base64_bytes
 from consul_backend.merkle import SUBPAGES, Forest, bucket_of
@@ -180,8 +181,10 @@ def quarters(*, emptied=False):
     return table, forest
 
 
-def json_bytes(writes):
-    return sum(len(key) + base64_bytes(len(blob)) for key, blob in writes.items())
+def json_bytes(plan):
+    """What the operations are at least: keys, values, and a frame of 100 bytes each."""
+    keys = sum(map(len, [*plan.writes, *plan.deletes]))
+    return keys + sum(base64_bytes(len(blob)) for blob in plan.writes.values()) + 100 * plan.ops
 
 
 @pytest.mark.parametrize("emptied", [True, False])
@@ -191,7 +194,7 @@ def test_a_plan_has_as_many_operations_as_it_may_have(emptied, ops_max):
     plan = table.plan(forest, 6, extents_max=9, ops_max=ops_max, body_bytes_max=100_000)
     assert plan.ops == len(plan.leaves) == len(plan.deletes if emptied else plan.writes) == min(ops_max, 4)
     assert table.dirty_count == 4 - plan.ops
-    assert plan.body_bytes > sum(map(len, plan.deletes)) + json_bytes(plan.writes)
+    assert plan.body_bytes >= json_bytes(plan)
 
 
 @pytest.mark.parametrize(("ops_max", "ops"), [(1, 0), (2, 2)])
@@ -202,7 +205,7 @@ def test_the_end_of_a_split_keeps_an_operation_for_the_old_extent(ops_max, ops):
     assert plan.ops == ops
     assert table.dirty_count == (0 if ops else 1)
     if ops:
-        assert plan.body_bytes > sum(map(len, plan.deletes)) + json_bytes(plan.writes)
+        assert plan.body_bytes >= json_bytes(plan)
 
 
 def test_an_old_extent_goes_though_a_split_below_it_is_not_complete():
@@ -236,6 +239,16 @@ def test_a_plan_takes_as_many_bytes_as_it_may_and_one_extent_in_any_case():
         table, forest = quarters()
         plan = table.plan(forest, 6, extents_max=9, ops_max=9, body_bytes_max=body_bytes_max)
         assert len(plan.writes) == count
+
+
+@pytest.mark.parametrize("extents_max", [1, 2, 3])
+def test_a_leaf_that_is_split_does_not_exceed_the_extents_of_a_plan(extents_max, monkeypatch):
+    monkeypatch.setattr(merkle_pages, "EXTENT_BYTES_MAX", 300)
+    table, forest = ExtentTable("g1"), Forest()
+    for number in range(200):
+        table.mark(*P, forest.change(*P, f"path-{number}", b"d" * 20), 5)
+    plan = table.plan(forest, 6, extents_max=extents_max, ops_max=9, body_bytes_max=100_000)
+    assert len(plan.leaves) == extents_max
 
 
 def test_a_plan_counts_writes_and_deletes_as_operations():
