@@ -8,6 +8,7 @@ from typing import Any
 from plugin_api.errors import InvalidRequest, NotFound
 from plugin_api.request import Operation
 from sidecar.api.sys_core import Params, Route, SysCore
+from sidecar.core.password_policies import decoded_text
 from sidecar.core.policies import ACL
 from sidecar.core.token_entry import TokenEntry
 from sidecar.request.call import Answer, Call
@@ -80,11 +81,13 @@ class SysPolicies:
             raise NotFound
         return Answer({"name": policy.name, "rules": policy.text})
 
-    async def _write(self, call: Call, params: Params) -> None:
+    async def _write(self, call: Call, params: Params) -> Answer | None:
         fields = Fields(call.data)
+        text = fields.string("policy")
         # ``rules`` is the name that the parameter had in the older endpoint.
-        text = fields.string("policy") or fields.string("rules")
-        await self._core.policies.put(params["name"], text)
+        old = "" if text else fields.string("rules")
+        await self._core.policies.put(params["name"], decoded_text(text or old))
+        return Answer(warnings=["'rules' is the old name of this parameter: use 'policy'"]) if old else None
 
     async def _delete(self, call: Call, params: Params) -> None:
         await self._core.policies.delete(params["name"])

@@ -134,9 +134,9 @@ def _error(message: str) -> InvalidRequest:
 
 
 def decoded_text(given: str) -> str:
-    """A policy document, which may have been sent in base64."""
+    """A policy document of any kind, which may have been sent in base64, also broken into lines."""
     try:
-        raw = base64.b64decode(given, validate=True).decode()
+        raw = base64.b64decode(given.replace("\r", "").replace("\n", ""), validate=True).decode()
     except (binascii.Error, ValueError):
         return given
     return raw if raw.strip() else given

@@ -114,6 +114,19 @@ async def test_policies(node: Harness) -> None:
     assert (gone.status, gone.body) == (404, {"errors": []})
 
 
+async def test_a_policy_may_come_in_base64(node: Harness) -> None:
+    text = 'path "a/b/c/d/e/f" { capabilities = ["read", "list", "create", "update"] }  # ' + "long " * 20
+    for sent in (base64.b64encode(text.encode()), base64.encodebytes(text.encode())):
+        assert (await node.call("PUT", "sys/policies/acl/p", {"policy": sent.decode()})).status == 204
+        assert (await node.call("GET", "sys/policies/acl/p")).data["policy"] == text
+        assert (await node.call("DELETE", "sys/policies/acl/p")).status == 204
+    bad = await node.call("PUT", "sys/policies/acl/p", {"policy": base64.b64encode(b"path {").decode()})
+    assert bad.errors[0].startswith("failed to parse policy: ")
+    old = await node.call("PUT", "sys/policy/p", {"rules": text})
+    assert (old.status, old.body["warnings"]) == (200, ["'rules' is the old name of this parameter: use 'policy'"])
+    assert (await node.call("GET", "sys/policy/p")).data["rules"] == text
+
+
 async def test_capabilities(node: Harness) -> None:
     token = await node.token('path "secret/*" { capabilities = ["read", "list"] }')
     own = await node.call("POST", "sys/capabilities-self", {"paths": ["secret/a", "other"]}, token=token)
