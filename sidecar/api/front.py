@@ -73,9 +73,7 @@ class Front:
         if self._in_flight is None:
             return await self._handle(request)
         number = str(uuid.uuid4())
-        self._in_flight.begin(
-            number, RequestUnderWay(request.method, request.path, request.remote_address, self._now())
-        )
+        self._in_flight.begin(number, RequestUnderWay(request.method, request.path, request.remote, self._now()))
         try:
             return await self._handle(request)
         finally:

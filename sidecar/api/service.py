@@ -379,7 +379,7 @@ class Service:
     async def _run(self, request: HttpRequest) -> HttpResponse:
         exchange = Exchange(request, new_request_id())
         in_flight = self._core.in_flight
-        in_flight.begin(exchange.id, RequestUnderWay(request.method, request.path, request.remote_address, self._now()))
+        in_flight.begin(exchange.id, RequestUnderWay(request.method, request.path, request.remote, self._now()))
         try:
             with TrackedWrites() as writes, METRICS.timer(timed_as(request.path)):
                 response = await self._handled(exchange)

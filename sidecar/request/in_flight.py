@@ -14,7 +14,7 @@ class RequestUnderWay(msgspec.Struct, frozen=True):
 
     method: str
     path: str
-    remote_address: str
+    remote: str
     started_s: float
 
 
@@ -40,7 +40,7 @@ class InFlight:
         return {
             request_id: {
                 "start_time": format_time(request.started_s),
-                "client_remote_address": request.remote_address,
+                "client_remote_address": request.remote,
                 "request_path": f"/v1/{request.path}",
                 "request_method": request.method,
                 "client_id": "",

@@ -66,6 +66,12 @@ class HttpRequest:
     disclosure: Disclosure = USUAL_DISCLOSURE
     remote_port: int = 0
 
+    @property
+    def remote(self) -> str:
+        """Address and port of the client as one text; the address alone where there is no port."""
+        host = f"[{self.remote_address}]" if ":" in self.remote_address else self.remote_address
+        return f"{host}:{self.remote_port}" if self.remote_port else self.remote_address
+
 
 class AnswerLike(Protocol):
     """What :meth:`Upstream.forward_to_primary` returns: an :class:`HttpResponse` or anything of its shape."""

@@ -94,7 +94,10 @@ async def test_requests_under_way_are_shown(node: Harness) -> None:
     paths = {entry["request_path"]: entry for entry in shown.values()}
     assert set(paths) == {"/v1/secret/data/a", "/v1/sys/in-flight-req"}
     assert (paths["/v1/secret/data/a"]["request_method"], "hunter2" in str(shown)) == ("POST", False)
-    assert paths["/v1/secret/data/a"]["client_remote_address"] == "127.0.0.1"
+    host, _, port = paths["/v1/secret/data/a"]["client_remote_address"].rpartition(":")
+    assert (host, int(port) > 1023) == ("127.0.0.1", True)
+    assert HttpRequest("GET", "a", remote_address="::1", remote_port=5).remote == "[::1]:5"
+    assert HttpRequest("GET", "a", remote_address="::1").remote == "::1"
     assert paths["/v1/secret/data/a"]["duration"].endswith(" microseconds")
     assert len((await node.call("GET", "sys/in-flight-req")).body) == 1, "no envelope around it"
     assert (await node.call("GET", "sys/in-flight-req", token=None)).status == 403
