@@ -469,7 +469,7 @@ async def test_entries_are_measured_of_all_devices_and_of_each(monkeypatch: pyte
     answered = record(1).answered("t", {}, auth=None, status=200, error="", size_bytes=0)
     none = {"log_request_failure": 0, "log_response_failure": 0}
     one = ListSink()
-    async with broker(one) as made:
+    async with broker(one, timeout_s=30) as made:
         assert counted() == none, "there before the first failure"
         await made.write(record(1))
         await made.write(answered)
@@ -482,9 +482,11 @@ async def test_entries_are_measured_of_all_devices_and_of_each(monkeypatch: pyte
         assert {name: counted()[name] for name in none} == {"log_request_failure": 0, "log_response_failure": 1}
         assert counted()["0_log_response_count"] == 2, "a refusal takes its time too"
     hung, good = HungSink(), ListSink()
-    made = AuditBroker(LocalRules(timeout_s=0.1))
-    for name, sink in (("hung/", hung), ("good/", good)):
-        made.employ(entry(name.rstrip("/")), Device(name, HOW, sink))
+    made = AuditBroker(LocalRules(timeout_s=30))
+    slow = Device("hung/", HOW, hung)
+    slow.stall()  # so that nothing waits for it
+    for device in (slow, Device("good/", HOW, good)):
+        made.employ(entry(device.name.rstrip("/")), device)
     await made.write(record(2))
     assert "hung__log_request_count" not in counted(), "not written yet"
     hung.free.set()
