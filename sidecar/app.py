@@ -122,7 +122,6 @@ async def _serve(
     sockets: OpenSockets,
     reopen_log: Sequence[Callable[[], None]],
 ) -> None:
-    clock = SystemClock()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -131,20 +130,10 @@ async def _serve(
         physical = MeasuredStore(make_physical(config))
         await physical.open()
         stack.push_async_callback(physical.close)
-        identity = NodeIdentity(str(uuid.uuid4()), config.api_addr, config.cluster_addr)
         seal = make_seal(config.seal)
         if seal is not None:
             stack.push_async_callback(seal.close)
-        sealing = Sealing(
-            physical,
-            node_id=identity.node_id,
-            cluster_name=config.cluster_name,
-            clock=clock,
-            seal=seal,
-            disabled_seals=config.seal.disabled,
-        )
-        ha_enabled = isinstance(config.storage, ConsulStorage)
-        node = Node(identity, sealing, storage_type=physical.kind, ha_enabled=ha_enabled)
+        node = make_node(config, physical, seal)
         front = make_front(config, node)
         stack.enter_context(METRICS.source(node.gauges, node.totals))
         stack.enter_context(METRICS.source(runtime_gauges, runtime_totals))
@@ -152,7 +141,7 @@ async def _serve(
         cluster_listener = ClusterListener(*split_address(config.listeners[0].cluster_address))
         await cluster_listener.start()
         stack.push_async_callback(cluster_listener.close)
-        registration = make_registration(config, identity)
+        registration = make_registration(config, node.identity)
         stack.push_async_callback(registration.close)
         served = await open_listeners(config, sockets, front, stack)
         print_banner(config, physical.kind)
@@ -164,7 +153,7 @@ async def _serve(
             cluster_listener,
             registration,
             ScopeParts.of(config),
-            clock=clock,
+            clock=SystemClock(),
             election_options=election_options(config),
             store_options=store_options(config),
             options=RoleOptions(),
@@ -176,7 +165,7 @@ async def _serve(
                 tasks.create_task(watch_loop_lag(), name="event loop lag"),
             ]
             if seal is not None:
-                running.append(tasks.create_task(keep_unsealed(sealing, seal), name="auto-unseal"))
+                running.append(tasks.create_task(keep_unsealed(node.sealing, seal), name="auto-unseal"))
             if dev is not None:
                 print_dev_banner(config, await DevServer(node, front).prepare(dev), dev.tls_ca_file)
             await stopping.wait()
@@ -217,6 +206,21 @@ def make_seal(settings: SealSettings) -> AutoSeal | None:
     for warning in warnings:
         log.warning("seal: %s", warning)
     return StaticSeal(current, previous)
+
+
+def make_node(config: ServerConfig, physical: PhysicalStore, seal: AutoSeal | None) -> Node:
+    """This process as a node of its cluster, under an id that it has until it ends."""
+    identity = NodeIdentity(str(uuid.uuid4()), config.api_addr, config.cluster_addr)
+    sealing = Sealing(
+        physical,
+        node_id=identity.node_id,
+        cluster_name=config.cluster_name,
+        clock=SystemClock(),
+        seal=seal,
+        disabled_seals=config.seal.disabled,
+    )
+    ha_enabled = isinstance(config.storage, ConsulStorage)
+    return Node(identity, sealing, storage_type=physical.kind, ha_enabled=ha_enabled)
 
 
 def make_front(config: ServerConfig, node: Node) -> Front:
