@@ -131,6 +131,9 @@ def test_a_value_larger_than_every_part_goes_on_and_on():
     replay = Replay()
     for record in made:
         assert replay.feed(record) == []
+    late = Replay()
+    assert [late.feed(record) for record in made[1:]] == [[]] * (len(made) - 1), "begun before what is read"
+    assert late.firsts == []
     with pytest.raises(TooLarge, match="name alone"):
         next_part(prepared([Write("r/p/" + "n" * 500, b"")]), START, 400)
 
