@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar import hcl
-from sidecar.hcl import Body, HCLError, ObjectValue
+from sidecar.hcl import Body, HCLError, ObjectValue, scanner
 
 
 def plain(body: Body) -> dict:
@@ -141,6 +141,36 @@ def test_every_error_says_where_and_what(text, line, col, reason):
     assert (caught.value.line, caught.value.col) == (line, col)
     assert reason in caught.value.reason
     assert str(caught.value).startswith(f"f.hcl:{line}:{col}: ")
+
+
+def test_a_byte_order_mark_is_passed_over():
+    assert plain(hcl.parse("\ufeffa = 1"))["attributes"] == {"a": 1}
+
+
+def test_a_number_may_have_64_digits():
+    assert value_of("9" * 64) == int("9" * 64)
+    with pytest.raises(HCLError, match="too many digits"):
+        value_of("9" * 65)
+
+
+def test_lists_beside_each_other_do_not_count_as_depth():
+    assert len(value_of("[" + "[]," * 40 + "]")) == 40
+    with pytest.raises(HCLError, match="nested more than"):
+        value_of("[" + "[]," * 40 + "[" * 32)
+
+
+def test_the_bounds_of_escaped_characters():
+    assert value_of(r'"\U0010FFFF\ud7ff\ue000"') == "\U0010ffff\ud7ff\ue000"
+    for text in (r'"\U00110000"', r'"\ud800"', r'"\udfff"'):
+        with pytest.raises(HCLError, match="not a Unicode character"):
+            value_of(text)
+
+
+def test_how_long_a_text_may_be(monkeypatch):
+    monkeypatch.setattr(scanner, "TEXT_CHARS_MAX", 6)
+    assert plain(hcl.parse("a = 12"))["attributes"] == {"a": 12}
+    with pytest.raises(HCLError, match="more than 6 characters"):
+        hcl.parse("a = 123")
 
 
 def test_an_error_never_repeats_a_value():
