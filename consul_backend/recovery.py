@@ -339,8 +339,8 @@ async def _find_extents(physical: PhysicalStore, generation: str, found: _Found)
                     extent = decode_extent(key, item.value)
                 except Corrupt as error:
                     found.damage.append(str(error))
-                    continue
-                found.extents.append((cls.removesuffix("/"), partition, depth, start, extent))
+                else:
+                    found.extents.append((cls.removesuffix("/"), partition, depth, start, extent))
             await asyncio.sleep(0)
 
 
