@@ -21,7 +21,7 @@ from consul_backend.config import ConsulConfig
 from plugin_api.engine import MountInfo
 from sidecar.core.lease_revocation import AT_ONCE
 from sidecar.loop_lag import NAME as LOOP_LAG
-from tests.support.cluster import ROOT, Cluster, Node, consul_storage
+from tests.support.cluster import ROOT, Cluster, Node, cluster_on
 from tests.support.consul_server import ConsulServer
 from tests.support.faults import Client, rounds
 from tests.support.file_credentials import Shared
@@ -52,14 +52,8 @@ def server() -> Iterator[ConsulServer]:
 
 @pytest.fixture
 def cluster(server: ConsulServer, tmp_path: Path, outside: Shared) -> Iterator[Cluster]:
-    storage = consul_storage(server.address, server.token, f"outrider/{tmp_path.name}/")
-    nodes = [Node(f"leases-{n}", tmp_path, storage, settings=SETTINGS, environment=outside.environment) for n in (1, 2)]
-    it = Cluster(nodes)
-    try:
-        it.bootstrap()
+    with cluster_on(server, tmp_path, 2, SETTINGS, environment=outside.environment) as it:
         yield it
-    finally:
-        it.kill()
 
 
 def make(cluster: Cluster, server: ConsulServer, outside: Shared) -> float:

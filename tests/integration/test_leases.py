@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import ROOT, STEADY, Cluster, Node, Reply, consul_storage
+from tests.support.cluster import ROOT, STEADY, Cluster, Reply, cluster_on
 from tests.support.consul_server import ConsulServer
 from tests.support.file_credentials import Shared
 from tests.support.leasing_engine import TYPE
@@ -21,14 +21,8 @@ def outside(tmp_path: Path) -> Shared:
 
 @pytest.fixture
 def cluster(consul_server: ConsulServer, tmp_path: Path, outside: Shared) -> Iterator[Cluster]:
-    storage = consul_storage(consul_server.address, consul_server.token, f"outrider/{tmp_path.name}/")
-    nodes = [Node(f"leases-{n}", tmp_path, storage, settings=STEADY, environment=outside.environment) for n in (1, 2)]
-    it = Cluster(nodes)
-    try:
-        it.bootstrap()
+    with cluster_on(consul_server, tmp_path, 2, STEADY, environment=outside.environment) as it:
         yield it
-    finally:
-        it.kill()
 
 
 def issued(cluster: Cluster, ttl_s: int) -> tuple[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from consul_backend.checkpoint import decode_checkpoint
 from consul_backend.config import ConsulConfig
 from consul_backend.store import ConsulStore
-from tests.support.cluster import Cluster, Node, Reply, consul_storage
+from tests.support.cluster import Cluster, Node, Reply, cluster_on
 from tests.support.consul_server import POLICY_FILE, ConsulServer
 from tests.support.faults import MOUNT, StoreFacts, Writers, check_store, mount_load
 from tests.support.site import SETTINGS
@@ -28,17 +27,11 @@ def server() -> Iterator[ConsulServer]:
 
 
 @contextlib.contextmanager
-def cluster_on(server: ConsulServer, home: Path, nodes: int = 1, *, token: str = "") -> Iterator[Cluster]:
-    """A cluster under a prefix of its own, with the load mount."""
-    prefix = f"outrider/{uuid.uuid4().hex[:8]}/"
-    storage = consul_storage(server.address, token or server.token, prefix)
-    cluster = Cluster([Node(f"node-{n}", home, storage, settings=SETTINGS) for n in range(nodes)])
-    try:
-        cluster.bootstrap()
+def loaded(server: ConsulServer, home: Path, nodes: int = 1, *, token: str = "") -> Iterator[Cluster]:
+    """A cluster with the load mount."""
+    with cluster_on(server, home, nodes, SETTINGS, token=token) as cluster:
         mount_load(cluster.call)
         yield cluster
-    finally:
-        cluster.kill()
 
 
 def prefix_of(cluster: Cluster) -> str:
@@ -148,7 +141,7 @@ def test_the_newest_record_is_damaged_under_a_node(
     server: ConsulServer, tmp_path: Path, how: Callable[[bytes, list[bytes]], bytes | None]
 ) -> None:
     """It stops, and starts only when the record is back: recovery names it."""
-    with cluster_on(server, tmp_path) as cluster:
+    with loaded(server, tmp_path) as cluster:
         (node,) = cluster.nodes
         assert put(cluster, "a", "1").status == 204
         node.wait_until("flush its index", lambda: flushed(server, cluster))
@@ -169,7 +162,7 @@ def test_the_newest_record_is_damaged_under_a_node(
 
 
 def test_a_record_in_the_middle_is_gone(server: ConsulServer, tmp_path: Path) -> None:
-    with cluster_on(server, tmp_path) as cluster:
+    with loaded(server, tmp_path) as cluster:
         for n in range(5):
             assert put(cluster, f"{n}", "1").status == 204
         cluster.stop()
@@ -189,7 +182,7 @@ def test_a_record_in_the_middle_is_gone(server: ConsulServer, tmp_path: Path) ->
 
 def test_the_stored_index_is_damaged_in_every_way(server: ConsulServer, tmp_path: Path) -> None:
     """F14, F15: found when the next tenure begins, and made anew from the log; and named while a node is active."""
-    with cluster_on(server, tmp_path) as cluster:
+    with loaded(server, tmp_path) as cluster:
         (node,) = cluster.nodes
         assert put(cluster, "a", "1").status == 204
         node.wait_until("flush its index", lambda: flushed(server, cluster))
@@ -235,7 +228,7 @@ def test_what_a_start_needs_is_put_right_before_anything_is_served(
 ) -> None:
     """Keyrings, mounts and the tokens' salt: the log has them. The first start finds the lock of a killed node, so it
     stands by before it leads. The seal record is needed before there is a lock: its loss is named."""
-    with cluster_on(server, tmp_path) as cluster:
+    with loaded(server, tmp_path) as cluster:
         assert put(cluster, "mine", "mine").status == 204
         (node,) = cluster.nodes
         node.kill()
@@ -262,7 +255,7 @@ def test_what_a_start_needs_is_put_right_before_anything_is_served(
 
 def test_an_overwritten_entry_is_not_served(server: ConsulServer, tmp_path: Path) -> None:
     """Nothing, another entry's bytes, one bit; an entry nobody wrote is not listed, and the check names both."""
-    with cluster_on(server, tmp_path) as cluster:
+    with loaded(server, tmp_path) as cluster:
         for name in ("mine", "other"):
             assert put(cluster, name, name).status == 204
         mine, other = (data_key(server, cluster, name) for name in ("mine", "other"))
@@ -308,7 +301,7 @@ STRAYS = (
 def test_names_that_nobody_of_us_writes_harm_nothing(server: ConsulServer, tmp_path: Path) -> None:
     """Some tool's files among ours: what is ours is listed, checked, healed, flushed and taken over as without them,
     and the check says where they are and how many."""
-    with cluster_on(server, tmp_path) as cluster:
+    with loaded(server, tmp_path) as cluster:
         (node,) = cluster.nodes
         assert put(cluster, "mine", "mine").status == 204
         root, _, partition = data_key(server, cluster, "mine").removesuffix("/mine").rpartition("/d/")
@@ -335,7 +328,7 @@ def test_names_that_nobody_of_us_writes_harm_nothing(server: ConsulServer, tmp_p
 def test_a_value_as_large_as_consul_takes_is_put_aside_and_healed(server: ConsulServer, tmp_path: Path) -> None:
     """Neither it nor what is right, which is larger still, fits a transaction with guards."""
     right = "x" * 700_000
-    with cluster_on(server, tmp_path) as cluster:
+    with loaded(server, tmp_path) as cluster:
         assert put(cluster, "big", right).status == 204
         assert put(cluster, "small", "1").status == 204
         for name, value in (("big", right), ("small", "1")):
@@ -368,7 +361,7 @@ READ_ONLY = POLICY_FILE.read_text().replace(
 def test_the_token_loses_its_rights(server: ConsulServer, tmp_path: Path, rules: str) -> None:
     """Nothing is ever said to be absent; nothing unacknowledged appears; with the rights back the node goes on."""
     policy = server.create_policy(POLICY_FILE.read_text())
-    with cluster_on(server, tmp_path, token=server.create_token(policy)) as cluster:
+    with loaded(server, tmp_path, token=server.create_token(policy)) as cluster:
         (node,) = cluster.nodes
         assert put(cluster, "kept", "1").status == 204
         with Writers(cluster.nodes, cluster.root_token, "rights") as load:
@@ -405,7 +398,7 @@ def test_a_snapshot_put_back_during_a_tenure_stops_every_node(
     server: ConsulServer, tmp_path: Path, nodes: int, idle: bool
 ) -> None:
     """``idle``: nobody writes after the restore, so that no commit finds out."""
-    with cluster_on(server, tmp_path, nodes) as cluster:
+    with loaded(server, tmp_path, nodes) as cluster:
         active = cluster.wait_active()
         assert cluster.call("PUT", f"{MOUNT}/kept", {"v": "1"}).status == 204
         snapshot = server.snapshot()
@@ -427,7 +420,7 @@ def test_a_snapshot_put_back_during_a_tenure_stops_every_node(
 def test_a_snapshot_from_before_the_tenure_is_no_less_noticed(server: ConsulServer, tmp_path: Path) -> None:
     """It has no session of this tenure, so that the node loses its lock, is elected again and finds an older store.
     Whoever unseals it then has decided to go on with that."""
-    with cluster_on(server, tmp_path) as cluster:
+    with loaded(server, tmp_path) as cluster:
         node = cluster.nodes[0]
         assert put(cluster, "kept", "1").status == 204
         node.stop()
@@ -449,7 +442,7 @@ def test_a_snapshot_from_before_the_tenure_is_no_less_noticed(server: ConsulServ
 
 def test_consul_s_disk_is_full(tmp_path: Path) -> None:
     """F41: writes are refused or of unknown outcome, honestly; with room again the node goes on by itself."""
-    with ConsulServer(disk_can_fill=True) as full, cluster_on(full, tmp_path) as cluster:
+    with ConsulServer(disk_can_fill=True) as full, loaded(full, tmp_path) as cluster:
         (node,) = cluster.nodes
         with Writers(cluster.nodes, cluster.root_token, "full", writers=4, pace_s=0) as load:
             load.wait_acked(50)

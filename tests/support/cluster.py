@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -11,10 +12,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.support.consul_server import ConsulServer
 from tests.support.nursery import WarmProcess, nursery
 from tests.support.ports import free_port
 
@@ -399,3 +403,28 @@ def embedded_storage(directory: Path) -> str:
 def consul_storage(address: str, token: str, path: str) -> str:
     """The storage stanza of a cluster on the Consul at ``address``."""
     return f'storage "consul" {{\n  address = "{address}"\n  path = "{path}"\n  token = "{token}"\n}}'
+
+
+@contextlib.contextmanager
+def cluster_on(
+    server: ConsulServer,
+    home: Path,
+    nodes: int,
+    settings: str,
+    *,
+    token: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Cluster]:
+    """A cluster on ``server`` under a prefix of its own, unsealed; ended with SIGKILL."""
+    storage = consul_storage(server.address, token or server.token, f"outrider/{uuid.uuid4().hex[:8]}/")
+    made = [
+        Node(f"node-{n}", home, storage, settings=settings, environment=dict(environment or {}))
+        for n in range(1, nodes + 1)
+    ]
+    cluster = Cluster(list(made))
+    try:
+        cluster.bootstrap()
+        yield cluster
+    finally:
+        for node in made:  # a test may have left some of them behind
+            node.kill()
