@@ -10,6 +10,7 @@ three read-only uses here (names below a prefix, waiting for one key, asking whe
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from typing import TypeVar
 import msgspec
 import tenacity
 
+from consul_backend.complaints import Complaint
 from consul_backend.config import ConsulConfig
 from consul_backend.errors import (
     BackendError,
@@ -51,6 +53,8 @@ from consul_backend.wire import (
     encode_txn,
     refusal,
 )
+
+log = logging.getLogger("core.consul")
 
 WRITE_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 5.0
@@ -317,7 +321,17 @@ class ConsulStore:
     # -- inside
 
     async def _ask(self, body: bytes) -> None:
-        await _again(partial(self._ask_readable, body))
+        complaint = Complaint()
+
+        async def ask() -> None:
+            try:
+                await self._ask_readable(body)
+            except Unavailable as error:
+                if _worth_another_try(error) and complaint.due(error):
+                    log.warning("%s; trying again for %.0f s at most", error, READ_DEADLINE_S)
+                raise
+
+        await _again(ask)
 
     async def _ask_once(self, body: bytes) -> None:
         try:

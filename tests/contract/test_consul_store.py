@@ -99,12 +99,17 @@ async def test_a_token_that_may_only_read_writes_nothing(
 
 @pytest.mark.parametrize("token", ["00000000-1111-2222-3333-444444444444", "not-a-token"])
 async def test_an_unknown_token_cannot_open(
-    consul_store_factory: Any, token: str, monkeypatch: pytest.MonkeyPatch
+    consul_store_factory: Any, token: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Waited out, because a server that has just started knows no token yet."""
+    """Waited out, because a server that has just started knows no token yet; whoever watches is told at once."""
     monkeypatch.setattr("consul_backend.store.READ_DEADLINE_S", 0.2)
     with pytest.raises(Unavailable, match="does not know this token"):
         await consul_store_factory(token=token)
+    said = [record.getMessage() for record in caplog.records if record.name == "core.consul"]
+    assert said
+    assert "does not know this token" in said[0]
+    assert "trying again for 0 s at most" in said[0]
+    assert token not in caplog.text
 
 
 async def test_sessions_need_their_own_rights(
