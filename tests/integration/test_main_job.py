@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +32,8 @@ from tests.support.consul_server import ConsulServer
 from tests.support.proxy import FaultProxy
 
 FAST = f'replication {{\n  heartbeat_interval = "1s"\n}}\n{STEADY}'
+TAKEOVER_S_MAX = 16.0
+"""After a SIGKILL: the beat of ``STEADY``, and as much again and more for a busy machine."""
 
 
 def consul_cluster(server: ConsulServer, home: Path, name: str, nodes: int, prefix: str) -> Cluster:
@@ -253,7 +254,8 @@ def test_sigkill_of_the_active_loses_no_acknowledged_write(pair: tuple[Cluster, 
     killed_at = time.monotonic()
     victim.kill()
     survivor.wait_until("lead", lambda: leads(survivor))
-    print(f"\ntakeover took {time.monotonic() - killed_at:.1f} s")
+    took_s = time.monotonic() - killed_at
+    assert took_s < TAKEOVER_S_MAX, f"takeover took {took_s:.1f} s"
     load.wait_acknowledged(10)
     acknowledged = load.finish()
     assert missing(survivor, primary.root_token, "kill", acknowledged) == []
@@ -288,7 +290,7 @@ def test_step_down_hands_over_at_once(pair: tuple[Cluster, Cluster]) -> None:
     started = time.monotonic()
     assert active.call("PUT", "sys/step-down", token=primary.root_token).status == 204
     standby.wait_until("lead", lambda: leads(standby))
-    print(f"\nthe step-down took {time.monotonic() - started:.1f} s")
+    assert time.monotonic() - started < 3, "half a beat: nobody waited for the one that left"
     reply = active.call("GET", "sys/mounts", token=primary.root_token)
     assert reply.status == 200, "the node that stepped down forwards"
     wait_in_step(primary, secondary)
@@ -404,10 +406,13 @@ def test_a_revoked_secondary_is_cut_and_stays_out(pair: tuple[Cluster, Cluster],
         client = alice(doomed.wait_active())
         primary.call("POST", "secret/data/doomed", {"data": {"seen": "before"}})
         wait_in_step(primary, doomed)
+        started = time.monotonic()
         revoked = primary.call("POST", "sys/replication/performance/primary/revoke-secondary", {"id": "doomed"})
         assert revoked.status == 204
         node = doomed.wait_active()
-        node.wait_until("be cut off", lambda: has_given_up(node))
+        node.wait_until("be cut off", lambda: performance(node).get("connection_state") not in ("ready", "connecting"))
+        assert time.monotonic() - started < 2, "at once, not when silence was noticed"
+        node.wait_until("give up", lambda: has_given_up(node))
         assert "doomed" not in performance(primary.wait_active())["known_secondaries"]
         primary.call("POST", "secret/data/doomed", {"data": {"seen": "after"}})
         node.stop()
@@ -441,7 +446,7 @@ def test_a_cut_link_never_blocks_the_primary_and_heals(tmp_path: Path) -> None:
                 started = time.monotonic()
                 assert primary.call("POST", f"secret/data/link/{n}", {"data": {"n": n}}).status == 200
                 writes_s.append(time.monotonic() - started)
-            assert statistics.median(writes_s) < 1, "one that waited for the link would do so for a beat at least"
+            assert sorted(writes_s)[-3] < 1, "one that waited for the link would do so in each, for a beat at least"
             far = secondary.wait_active()
             far.wait_until("notice the fault", lambda far=far: performance(far).get("connection_state") != "ready")
             near = primary.wait_active()
