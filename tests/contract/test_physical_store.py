@@ -43,6 +43,7 @@ from consul_backend.txn import (
 )
 
 BEAT_TTL_S = 1.0
+RELEASE_SLACK_S = 1.5
 WATCH_S = 300.0
 SOON_S = 120.0
 """Before a watch ends by itself, on any machine."""
@@ -449,7 +450,7 @@ async def test_a_missed_beat_frees_the_lock_in_time(bench: Bench) -> None:
     beaten_at_s = time.monotonic()
     await store.beat()
     await asyncio.wait_for(wait_free(other, LOCK_KEY), SOON_S)
-    assert time.monotonic() - beaten_at_s > 0.7 * BEAT_TTL_S
+    assert 0.7 * BEAT_TTL_S < time.monotonic() - beaten_at_s < BEAT_TTL_S + RELEASE_SLACK_S
     assert await index_of(other, LOCK_KEY) > before
     assert await value_of(other, LOCK_KEY) == b"me", "a lock that is lost keeps its value"
     assert await store.renew_session(session) is False
@@ -482,7 +483,7 @@ async def test_a_lock_that_was_lost_is_delayed(bench: Bench) -> None:
             await asyncio.sleep(0.02)
         else:
             break
-    assert time.monotonic() - destroyed_at > 2.8
+    assert 2.8 < time.monotonic() - destroyed_at < 3.0 + RELEASE_SLACK_S
 
 
 async def test_a_clean_release_has_no_delay(bench: Bench) -> None:

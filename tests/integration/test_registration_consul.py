@@ -41,14 +41,14 @@ async def instances(server: ConsulServer, query: str = "") -> list[dict[str, Any
     return found
 
 
-async def until(server: ConsulServer, condition: Callable[[list[dict[str, Any]]], bool], query: str = "") -> None:
-    """Until the catalog satisfies ``condition``, watched with a blocking query."""
+async def until(server: ConsulServer, condition: Callable[[list[dict[str, Any]]], bool], query: str = "") -> float:
+    """Seconds until the catalog satisfies ``condition``, watched with a blocking query."""
     started = time.monotonic()
     index = 0
     while True:
         answer = await asyncio.to_thread(server.call, "GET", f"health/service/{SERVICE}?{query}&index={index}&wait=1s")
         if condition(answer.json):
-            return
+            return time.monotonic() - started
         index = int(answer.headers.get("x-consul-index", "0"))
         assert time.monotonic() < started + WAIT_S, f"the catalog never got there: {answer.text}"
 
@@ -72,7 +72,7 @@ async def test_life_of_a_node(consul_server: ConsulServer) -> None:
             PORT,
         )
         await registration.leaving()
-        await until(consul_server, lambda found: found == [], "passing")
+        assert await until(consul_server, lambda found: found == [], "passing") < 2
         await until(consul_server, lambda found: "active" not in tags_of(found))
         await registration.update(active=False)
         await until(consul_server, lambda found: bool(found), "passing")
@@ -95,5 +95,5 @@ async def test_a_node_that_hangs_stops_passing(consul_server: ConsulServer) -> N
         await until(consul_server, lambda found: bool(found), "passing")
         # What holds this lock never lets the next push through: the node is stuck, its entry is not.
         async with registration._pushing:
-            await until(consul_server, lambda found: found == [], "passing")
+            assert await until(consul_server, lambda found: found == [], "passing") < 5
         await until(consul_server, lambda found: bool(found), "passing")
